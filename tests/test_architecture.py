@@ -1,0 +1,112 @@
+"""What no single room can promise: imports point down, and the README keeps its word."""
+
+import errno
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from etcdfs.errors import CallerError, CommandError, EtcdfsError, StoreError
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+_SIGNALS = "128 + n"
+_CLEAN = {0}
+
+
+def section(title: str) -> str:
+    """Return the README below one heading, up to the next heading of any level."""
+    found = re.search(rf"^#+ {title}\n(.*?)(?=^#|\Z)", README, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"README has no section {title!r}"
+    return found[1]
+
+
+def first_column(table: str) -> list[str]:
+    return re.findall(r"^\| ([^|]*?) \|", table, re.MULTILINE)[2:]
+
+
+def below(parent: type[EtcdfsError]) -> Iterator[type[EtcdfsError]]:
+    """Yield all subclasses, of any depth."""
+    for child in parent.__subclasses__():
+        yield child
+        yield from below(child)
+
+
+# --- imports --------------------------------------------------------------------------------
+
+
+def test_import_contracts_are_kept() -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "lint-imports", "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+def test_every_error_is_somebodys_fault() -> None:
+    families = (CallerError, StoreError, CommandError)
+    assert [e for e in below(EtcdfsError) if not issubclass(e, families)] == []
+
+
+def test_every_exit_code_is_documented() -> None:
+    codes = {error.exit_code for error in below(CommandError) if issubclass(error, CommandError)}
+    documented = first_column(section("Exit codes"))
+    assert documented.pop() == _SIGNALS
+    assert [int(code) for code in documented] == sorted(codes | _CLEAN | {CommandError.exit_code})
+
+
+def test_exit_codes_differ() -> None:
+    codes = [error.exit_code for error in below(CommandError) if issubclass(error, CommandError)]
+    assert len(codes) == len(set(codes))
+
+
+def test_every_errno_is_documented() -> None:
+    numbers = {e.errno for family in (CallerError, StoreError) for e in (family, *below(family))}
+    documented = {name for cell in first_column(section("Errors")) for name in cell.split(", ")}
+    # ENOTSUP and EOPNOTSUPP are one number on Linux.
+    assert {getattr(errno, name) for name in documented} == numbers | {errno.EIO}
+
+
+# --- statements -----------------------------------------------------------------------------
+
+
+def behaviour() -> str:
+    """Return the whole section Behaviour, with its subsections."""
+    found = re.search(r"^## Behaviour\n(.*?)(?=^## )", README, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def test_every_statement_has_a_test_and_every_such_test_a_statement() -> None:
+    stated = [int(number) for number in re.findall(r"\*\*B(\d+)\b", behaviour())]
+    assert stated == list(range(1, len(stated) + 1)), "statements are numbered without gaps"
+    tested = {
+        int(number)
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for number in re.findall(
+            r"^\s*(?:async )?def test\w*?_b(\d+)_", path.read_text(), re.MULTILINE
+        )
+    }
+    assert tested == set(stated)
+
+
+# --- sizes ----------------------------------------------------------------------------------
+
+_LINES_MAX = 500
+_LINES_MAX_OF = {"filesystem.py": 700}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "etcdfs").glob("*.py")), ids=lambda p: p.name)
+def test_modules_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= _LINES_MAX_OF.get(path.name, _LINES_MAX)
