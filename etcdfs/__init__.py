@@ -1,0 +1,1 @@
+"""Mount an etcd v3 keyspace as a directory tree."""

@@ -1,0 +1,329 @@
+"""Every way an operation can fail, each with the errno or exit code its caller sees.
+
+What this room knows: the whole table of errors. What it must not know: who raises them.
+
+Three families, named by whose fault it is:
+
+* `CallerError`: the program that made the system call asked for something that cannot be.
+* `StoreError`: etcd refused, or could not be asked.
+* `CommandError`: the person at the command line; carries an exit code instead of an errno.
+
+An exception outside these families is our own fault (EIO and a traceback at the border).
+
+Concurrency: none; exceptions only.
+"""
+
+import errno
+import logging
+from typing import ClassVar
+
+
+class EtcdfsError(Exception):
+    """Base of every error that is raised on purpose.
+
+    Attributes:
+        errno: What the system call returns.
+        level: The level at which the FUSE border logs it.
+    """
+
+    errno: ClassVar[int] = errno.EIO
+    level: ClassVar[int] = logging.WARNING
+
+
+# --- the caller's fault ---------------------------------------------------------------------
+
+
+class CallerError(EtcdfsError):
+    """The request itself cannot be granted; nothing is wrong with us or with etcd."""
+
+    errno = errno.EINVAL
+    level = logging.DEBUG
+
+
+class NotFoundError(CallerError):
+    """No such file or directory."""
+
+    errno = errno.ENOENT
+
+
+class ExistsError(CallerError):
+    """The name is taken."""
+
+    errno = errno.EEXIST
+
+
+class NotADirectoryFileError(CallerError):
+    """A directory was needed and the path names a file."""
+
+    errno = errno.ENOTDIR
+
+
+class IsADirectoryFileError(CallerError):
+    """A file was needed and the path names a directory."""
+
+    errno = errno.EISDIR
+
+
+class NotEmptyError(CallerError):
+    """The directory still has entries."""
+
+    errno = errno.ENOTEMPTY
+
+
+class NameTooLongError(CallerError):
+    """A name has more than 255 bytes, or its key more than etcd takes."""
+
+    errno = errno.ENAMETOOLONG
+
+
+class NameReservedError(CallerError):
+    """The name belongs to etcdfs, or is an escape that stands for no key."""
+
+    errno = errno.EPERM
+
+
+class FileTooLargeError(CallerError):
+    """The value would be larger than etcd or `--max-file-size` allows."""
+
+    errno = errno.EFBIG
+
+
+class ReadOnlyError(CallerError):
+    """The mount is read-only."""
+
+    errno = errno.EROFS
+
+
+class NotSupportedError(CallerError):
+    """The operation has no meaning on a key-value store (hard links, device nodes)."""
+
+    errno = errno.ENOTSUP
+
+
+class NotPermittedError(CallerError):
+    """The operation is refused whoever asks (EPERM of link(2) and mknod(2))."""
+
+    errno = errno.EPERM
+
+
+class InvalidRequestError(CallerError):
+    """The arguments make no sense together."""
+
+    errno = errno.EINVAL
+
+
+class CrossDirectoryError(CallerError):
+    """The rename cannot be done as one transaction; `mv` copies instead."""
+
+    errno = errno.EXDEV
+
+
+class BadHandleError(CallerError):
+    """The file handle is not open for this."""
+
+    errno = errno.EBADF
+
+
+class StaleError(CallerError):
+    """The inode stands for a version that is no longer at any path.
+
+    ESTALE, not ENOENT: it makes the kernel look the path up again
+    (Documentation/filesystems/path-lookup.rst, LOOKUP_REVAL).
+    """
+
+    errno = errno.ESTALE
+
+
+class WriteConflictError(CallerError):
+    """Another client changed the key under a partial overwrite; its value stays."""
+
+    errno = errno.ESTALE
+
+
+# --- etcd's fault ---------------------------------------------------------------------------
+
+
+class StoreError(EtcdfsError):
+    """Etcd refused the request or could not be asked. Nothing was changed unless said."""
+
+
+class StoreUnavailableError(StoreError):
+    """No endpoint could be reached; the request was not executed."""
+
+
+class StoreTimeoutError(StoreError):
+    """A read got no answer within `--timeout`; nothing was changed."""
+
+    errno = errno.ETIMEDOUT
+
+
+class OutcomeUnknownError(StoreError):
+    """A write got no answer: it may or may not have been applied, now or soon.
+
+    It must never be sent again as it is; read back what became of it.
+    """
+
+    errno = errno.ETIMEDOUT
+
+
+class StorePermissionError(StoreError):
+    """etcd's roles do not allow it, or it wants a user and was given none."""
+
+    errno = errno.EACCES
+
+
+class StoreFullError(StoreError):
+    """etcd's NOSPACE alarm is on, or its quota is used up."""
+
+    errno = errno.ENOSPC
+
+
+class StoreValueTooLargeError(StoreError):
+    """The request is larger than etcd's --max-request-bytes."""
+
+    errno = errno.EFBIG
+
+
+class TooManyOperationsError(StoreError):
+    """The transaction has more operations than etcd's --max-txn-ops."""
+
+    errno = errno.E2BIG
+
+
+class CompactedError(StoreError):
+    """The revision asked for has been compacted away.
+
+    Attributes:
+        compact_revision: The oldest revision etcd still has; 0 when it did not say.
+    """
+
+    def __init__(self, message: str, compact_revision: int = 0) -> None:
+        super().__init__(message)
+        self.compact_revision = compact_revision
+
+
+class FutureRevisionError(StoreError):
+    """The revision asked for lies in the future: this is another history."""
+
+
+class WatchLostError(StoreError):
+    """The watch ended, for whatever reason but compaction; resume it."""
+
+
+class StoreProtocolError(StoreError):
+    """etcd answered something that its API does not allow."""
+
+
+# --- the person at the command line ---------------------------------------------------------
+
+
+class CommandError(EtcdfsError):
+    """A command cannot be carried out; the message is one line for a person.
+
+    Attributes:
+        exit_code: The exit status of the command (README, "Exit codes").
+    """
+
+    exit_code: ClassVar[int] = 1
+
+
+class UsageError(CommandError):
+    """The command line makes no sense."""
+
+    exit_code = 2
+
+
+class MountpointMissingError(CommandError):
+    """The mountpoint does not exist."""
+
+    exit_code = 10
+
+
+class MountpointNotADirectoryError(CommandError):
+    """The mountpoint is not a directory."""
+
+    exit_code = 11
+
+
+class MountpointNotEmptyError(CommandError):
+    """The mountpoint has files in it that the mount would hide."""
+
+    exit_code = 12
+
+
+class AlreadyMountedError(CommandError):
+    """Something is mounted there already."""
+
+    exit_code = 13
+
+
+class NotMountedError(CommandError):
+    """Nothing of ours is mounted there."""
+
+    exit_code = 14
+
+
+class UnmountError(CommandError):
+    """The mount could not be taken away (busy, or not permitted)."""
+
+    exit_code = 15
+
+
+class EtcdUnreachableError(CommandError):
+    """No endpoint answered in time."""
+
+    exit_code = 20
+
+
+class EtcdRefusedError(CommandError):
+    """etcd answered, and said no."""
+
+    exit_code = 21
+
+
+class EndpointError(CommandError):
+    """An endpoint cannot be understood."""
+
+    exit_code = 22
+
+
+class TlsUnsupportedError(CommandError):
+    """An https endpoint: refused, never silently downgraded."""
+
+    exit_code = 23
+
+
+class AuthUnsupportedError(CommandError):
+    """A user name or password: refused, rather than tried without."""
+
+    exit_code = 24
+
+
+class PrefixError(CommandError):
+    """The key prefix cannot be mounted."""
+
+    exit_code = 30
+
+
+class FuseMissingError(CommandError):
+    """There is no /dev/fuse, or no fusermount3."""
+
+    exit_code = 40
+
+
+class FuseRefusedError(CommandError):
+    """The kernel or fusermount3 refused the mount."""
+
+    exit_code = 41
+
+
+class EmbeddedMissingError(CommandError):
+    """--embedded found no etcd binary."""
+
+    exit_code = 50
+
+
+class EmbeddedFailedError(CommandError):
+    """The embedded etcd did not start, or its data directory cannot be used."""
+
+    exit_code = 51

@@ -1,0 +1,267 @@
+"""The mapping between etcd keys and the paths of the mount.
+
+What this room knows: which name stands for which part of a key, and which names are reserved.
+What it must not know: which keys exist (that is the tree's), nor how a path is written as text.
+
+A key under the mount's prefix is split at every `/` into *components*; a path is a tuple of
+*names*. An ordinary component is its own name. The rest is escaped, so that every key has
+exactly one path and every path that can be created has exactly one key:
+
+====================================  =====================================================
+component                             names
+====================================  =====================================================
+empty, `.`, `..`, has NUL             `%=` + text, where text has `%25` for `%`, `%00` for NUL
+`.etcdfs` at the root                 `%=.etcdfs`
+`%value`, `%marker`                   `%=%25value`, `%=%25marker`
+the name of an escape                 escaped once more: `%=.` is shown as `%=%25=.`
+text too long for one name            `%+` + 253 bytes of text, again and again, `%=` + the rest
+====================================  =====================================================
+
+"The name of an escape" is exact: `%=abc` stands for nothing that needs an escape, so it is an
+ordinary name, and so is every other name with a `%` (`%home%me%file` of vim's undo directory).
+
+A key that ends in `/` is the *marker* of a directory. Two reserved names reach what has no
+path of its own: `a/%value` is the value of the key `a` when `a/b` is a key too, and `a/%marker`
+is the value of the marker `a/` when it is not empty.
+
+Concurrency: none; pure functions and frozen values.
+"""
+
+import re
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from etcdfs.errors import InvalidRequestError, NameReservedError, NameTooLongError
+from etcdfs.store import END_OF_KEYS, range_end
+
+VALUE_NAME: Final = b"%value"
+MARKER_NAME: Final = b"%marker"
+CONTROL_NAME: Final = b".etcdfs"
+NAME_MAX: Final = 255  # Linux: NAME_MAX of limits.h
+
+_LAST: Final = b"%="  # begins the last, mostly the only, name of an escape
+_PART: Final = b"%+"  # begins every earlier one
+_TEXT_MAX: Final = NAME_MAX - len(_LAST)
+_DOT: Final = ord(".")
+_SLASH: Final = ord("/")
+_PERCENT: Final = ord("%")
+_TEXT: Final = re.compile(rb"(?:[^%\0]|%25|%00)*", re.DOTALL)
+
+
+# A tuple and not a frozen dataclass: one is made per key while the keyspace is loaded, and the
+# dataclass's __init__ alone costs as much as the rest of `locate`.
+class Location(NamedTuple):
+    """Where a key is shown.
+
+    Attributes:
+        names: The path. Of a marker: the path of its directory, `()` for the root.
+        is_marker: Whether the key is the marker of the directory at `names`.
+    """
+
+    names: tuple[bytes, ...]
+    is_marker: bool
+
+
+def is_plain(component: bytes) -> bool:
+    """Tell cheaply that a component is its own name, at any depth.
+
+    False says nothing: ask `escape` or `Keyspace.locate`. A loader that gets keys in order
+    keeps the directory of the last key and asks this of what follows the last `/`.
+    """
+    return (
+        0 < len(component) <= NAME_MAX
+        and component[0] not in (_DOT, _PERCENT)
+        and 0 not in component
+    )
+
+
+def escape(component: bytes, *, at_root: bool = False) -> tuple[bytes, ...]:
+    """Return the names that stand for a component: mostly one, several if it is long.
+
+    Args:
+        component: Any bytes without `/`.
+        at_root: Whether it is the first component below the prefix.
+    """
+    if not _needs_escape(component, at_root=at_root):
+        return (component,)
+    text = component.replace(b"%", b"%25").replace(b"\0", b"%00")
+    cut = max(len(text) - 1, 0) // _TEXT_MAX * _TEXT_MAX
+    parts = (_PART + text[i : i + _TEXT_MAX] for i in range(0, cut, _TEXT_MAX))
+    return (*parts, _LAST + text[cut:])
+
+
+def is_part(name: bytes) -> bool:
+    """Tell whether a name is a directory that holds the rest of a long escape, no more."""
+    return len(name) == NAME_MAX and name.startswith(_PART)
+
+
+@dataclass(frozen=True, slots=True)
+class Keyspace:
+    """All keys under one prefix, and their paths.
+
+    Attributes:
+        prefix: Ends in `/`; or is empty, for the whole keyspace.
+    """
+
+    prefix: bytes
+    start: bytes = field(init=False, repr=False, compare=False)
+    end: bytes = field(init=False, repr=False, compare=False)
+    _skip: int = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.prefix and not self.prefix.endswith(b"/"):
+            raise ValueError(f"the prefix {self.prefix!r} does not end in a slash")
+        # etcd has no empty key, so the first possible one is a single NUL.
+        object.__setattr__(self, "start", self.prefix or b"\0")
+        object.__setattr__(self, "end", range_end(self.prefix) if self.prefix else END_OF_KEYS)
+        object.__setattr__(self, "_skip", len(self.prefix))
+
+    def __contains__(self, key: bytes) -> bool:
+        """Tell whether a key is under the prefix."""
+        return key != b"" and key.startswith(self.prefix)
+
+    def locate(self, key: bytes) -> Location:
+        """Return the path at which a key is shown.
+
+        Raises:
+            ValueError: The key is not under the prefix.
+        """
+        if not key or not key.startswith(self.prefix):
+            raise ValueError(f"the key {key!r} is not under {self.prefix!r}")
+        rel = key[self._skip :]
+        names = rel.split(b"/")
+        is_marker = not names[-1]
+        if is_marker:
+            names.pop()
+        # The one test that most keys need: no component is special. It is short because all that
+        # is special is empty or long, has a NUL, or begins with a dot or a percent. On `str`,
+        # because `in` on `bytes` costs five times as much.
+        text = "/" + rel.decode("latin-1")
+        if (
+            len(rel) <= NAME_MAX
+            and "/." not in text
+            and "/%" not in text
+            and "//" not in text
+            and "\0" not in text
+        ):
+            return Location(tuple(names), is_marker)
+        shown: list[bytes] = []
+        for component in names:
+            shown += escape(component, at_root=not shown)
+        return Location(tuple(shown), is_marker)
+
+    def file_key(self, names: tuple[bytes, ...]) -> bytes:
+        """Return the key whose value the file at a path holds.
+
+        Raises:
+            InvalidRequestError: The path is the root, or has a name that no file can have.
+            NameTooLongError: A name has more than 255 bytes.
+            NameReservedError: The path stands for no key.
+        """
+        if not names:
+            raise InvalidRequestError("the root is a directory and has no key of its own")
+        *above, last = names
+        if last == MARKER_NAME:
+            return self._marker_key(tuple(above))
+        components = _components(tuple(above) if last == VALUE_NAME else names)
+        if not components:
+            raise NameReservedError(f"the root has no {VALUE_NAME!r}")
+        if not components[-1]:
+            # The key would end in a slash, and is the marker of the directory above.
+            raise NameReservedError(f"{names!r} can only be a directory")
+        return self.prefix + b"/".join(components)
+
+    def directory_prefix(self, names: tuple[bytes, ...]) -> bytes:
+        """Return what all keys below a directory begin with; it is also its marker key.
+
+        The root of the whole keyspace has the empty prefix, and no marker.
+
+        Raises:
+            InvalidRequestError: A name is one that no file can have.
+            NameTooLongError: A name has more than 255 bytes.
+            NameReservedError: No key can be below that path, or it is part of a long escape.
+        """
+        return self.prefix + b"".join(component + b"/" for component in _components(names))
+
+    def scan_prefix(self, names: tuple[bytes, ...]) -> bytes:
+        """Return the longest known beginning of all keys below a directory.
+
+        It is the `directory_prefix`, except in part of a long escape, where no `/` bounds it:
+        some keys that begin with it may be elsewhere, and `locate` tells them apart.
+
+        Raises:
+            CallerError: As `directory_prefix`, except for parts of a long escape.
+        """
+        whole = len(names)
+        while whole and is_part(names[whole - 1]):
+            whole -= 1
+        text = b"".join(name[len(_PART) :] for name in names[whole:])
+        # The cut may have gone through a %25 or a %00, which then tells nothing.
+        known = _TEXT.match(text)
+        assert known is not None  # it matches the empty text
+        return self.directory_prefix(names[:whole]) + _decode(known[0])
+
+    def _marker_key(self, names: tuple[bytes, ...]) -> bytes:
+        key = self.directory_prefix(names)
+        if not key:
+            raise NameReservedError("the root of the whole keyspace has no marker")
+        return key
+
+
+def _needs_escape(component: bytes, *, at_root: bool) -> bool:
+    if is_plain(component):
+        return False
+    if not component or len(component) > NAME_MAX or 0 in component:
+        return True
+    if component[0] == _DOT:
+        return component in (b".", b"..") or (at_root and component == CONTROL_NAME)
+    return component in (VALUE_NAME, MARKER_NAME) or _is_escape(component, at_root=at_root)
+
+
+def _is_escape(name: bytes, *, at_root: bool) -> bool:
+    """Tell whether a name is what `escape` gives for some component, or begins with."""
+    if not name.startswith(_LAST):
+        return is_part(name)
+    text = name[len(_LAST) :]
+    # Each round is at least two bytes shorter, so that this ends.
+    return _TEXT.fullmatch(text) is not None and _needs_escape(_decode(text), at_root=at_root)
+
+
+def _decode(text: bytes) -> bytes:
+    # In this order: every other % is followed by 25, so a %00 can only be a NUL.
+    return text.replace(b"%00", b"\0").replace(b"%25", b"%")
+
+
+def _components(names: tuple[bytes, ...]) -> list[bytes]:
+    """Return the components that a path of ordinary and escaped names stands for."""
+    components: list[bytes] = []
+    pieces: list[bytes] = []
+    for name in names:
+        _check_name(name)
+        pieces.append(name)
+        if not is_part(name):
+            components.append(_unescape(pieces, at_root=not components))
+            pieces.clear()
+    if pieces:
+        raise NameReservedError(f"{pieces[-1]!r} is only part of the name of a key")
+    return components
+
+
+def _check_name(name: bytes) -> None:
+    if len(name) > NAME_MAX:
+        raise NameTooLongError(f"the name {name[:20]!r}... has {len(name)} bytes")
+    if name in (b"", b".", b"..") or _SLASH in name or 0 in name:
+        raise InvalidRequestError(f"{name!r} is no file name")
+
+
+def _unescape(pieces: list[bytes], *, at_root: bool) -> bytes:
+    """Return the component that one whole name, or one whole split escape, stands for."""
+    last = pieces[-1]
+    if len(pieces) == 1 and not _needs_escape(last, at_root=at_root):
+        return last
+    text = b"".join(piece[len(_LAST) :] for piece in pieces)
+    if last.startswith(_LAST) and _TEXT.fullmatch(text):
+        component = _decode(text)
+        if escape(component, at_root=at_root) == tuple(pieces):
+            return component
+    raise NameReservedError(f"the name {last!r} is reserved or stands for no key")

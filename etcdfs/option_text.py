@@ -1,0 +1,418 @@
+"""How a person writes options: every text form, and the sentence that refuses a wrong one.
+
+What this room knows: endpoints, prefixes, sizes, modes and durations as text, and the option
+lists of mount(8). What it must not know: where the text comes from (command line, environment,
+fstab), and what the options are used for.
+
+Every option has a name, the long flag of the command line without its dashes; a `Texts` maps
+names to texts. `on` and `off` are the texts of an option that is only said or not.
+
+Concurrency: none; pure functions and frozen values.
+"""
+
+import ipaddress
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+from urllib.parse import SplitResult, urlsplit
+
+from etcdfs.errors import EndpointError, PrefixError, TlsUnsupportedError, UsageError
+from etcdfs.options import Endpoint, MountOptions
+
+Texts = Mapping[str, str]
+
+ON: Final = "on"
+OFF: Final = "off"
+
+PREFIX_MAX: Final = 4096
+"""Bytes of a prefix; it is repeated in every key of the mount, and PATH_MAX is as much."""
+
+_RESERVED: Final = b"/.etcdfs/"
+_ID_MAX: Final = 2**32 - 2  # -1 means "no id" to chown(2)
+_MODE_MAX: Final = 0o777  # a value from the network is never setuid
+_SIZE_MAX: Final = 2**63 - 1
+_SECONDS_MAX: Final = 365 * 24 * 3600.0
+
+_HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
+_SIZE: Final = re.compile(r"([0-9]{1,19})(?:([kmgt])(ib?|b)?|b)?", re.IGNORECASE)
+_MODE: Final = re.compile(r"(?:0o)?([0-7]{1,5})")
+_DURATION: Final = re.compile(r"(?:[0-9.]+(?:us|ms|s|m|h))+")
+_DURATION_PART: Final = re.compile(r"([0-9.]+)(us|ms|s|m|h)")
+_NUMBER: Final = re.compile(r"[0-9]{1,12}(\.[0-9]{0,12})?|\.[0-9]{1,12}")
+_UNIT_S: Final = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+_Value = TypeVar("_Value")
+
+
+# --- endpoints ------------------------------------------------------------------------------
+
+
+def parse_endpoints(text: str) -> tuple[Endpoint, ...]:
+    """Read endpoints separated by commas, in order; one said twice counts once.
+
+    Raises:
+        EndpointError: One of them cannot be understood.
+        TlsUnsupportedError: One of them is `https://`.
+    """
+    return tuple(dict.fromkeys(parse_endpoint(part.strip()) for part in text.split(",")))
+
+
+def parse_endpoint(text: str) -> Endpoint:
+    """Read `http://host:port` or `host:port`; an IPv6 address stands in brackets.
+
+    There is no default port, as with etcdctl: a forgotten one must not lead to another etcd.
+
+    Raises:
+        EndpointError: It cannot be understood.
+        TlsUnsupportedError: It is `https://`.
+    """
+    if not text:
+        raise EndpointError("an endpoint is empty; expected http://HOST:PORT or HOST:PORT")
+    if "@" in text:  # not repeated: what stands before it may be a password
+        raise EndpointError("an endpoint has a user name in it ('@'); expected http://HOST:PORT")
+    if not text.isprintable() or " " in text:
+        raise EndpointError(f"the endpoint {text!r} has a blank or control character in it")
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        scheme, rest = "http", text
+    _check_scheme(scheme, text)
+    try:
+        parts = urlsplit(f"//{rest}")
+    except ValueError:  # only brackets are looked at so early
+        raise EndpointError(f"the endpoint {text!r} has no valid IPv6 address") from None
+    _check_address_only(parts, text)
+    return Endpoint(_host(parts, text), _port(parts, text))
+
+
+def _check_scheme(scheme: str, text: str) -> None:
+    match scheme.lower():
+        case "http":
+            return
+        case "https":
+            raise TlsUnsupportedError(
+                f"the endpoint {text!r} asks for TLS, which this version of etcdfs cannot do; "
+                "it will not fall back to plain text"
+            )
+        case "unix" | "unixs":
+            raise EndpointError(
+                f"the endpoint {text!r} is a Unix socket; etcdfs connects by TCP (http://HOST:PORT)"
+            )
+        case _:
+            raise EndpointError(
+                f"the endpoint {text!r} has the unknown scheme {scheme!r}; expected http://HOST:PORT"
+            )
+
+
+def _check_address_only(parts: SplitResult, text: str) -> None:
+    if not parts.netloc:
+        raise EndpointError(
+            f"the endpoint {text!r} is a path; expected http://HOST:PORT or HOST:PORT"
+        )
+    if parts.path not in {"", "/"} or parts.query or parts.fragment:
+        raise EndpointError(
+            f"the endpoint {text!r} goes on after the port; expected http://HOST:PORT"
+        )
+
+
+def _port(parts: SplitResult, text: str) -> int:
+    try:
+        port = parts.port
+    except ValueError:
+        raise EndpointError(
+            f"the endpoint {text!r} has no valid port (a number from 1 to 65535)"
+        ) from None
+    if port is None:
+        address = parts.netloc.rstrip(":")
+        raise EndpointError(
+            f"the endpoint {text!r} has no port (etcd's is mostly 2379, as in {address}:2379)"
+        )
+    if port == 0:
+        raise EndpointError(f"the endpoint {text!r} has port 0, which nobody can listen on")
+    return port
+
+
+def _host(parts: SplitResult, text: str) -> str:
+    """Return a checked host name or address."""
+    host = parts.hostname or ""
+    if "[" in parts.netloc:
+        try:
+            ipaddress.IPv6Address(host)
+        except ValueError:
+            raise EndpointError(f"the endpoint {text!r} has no valid IPv6 address") from None
+    elif parts.netloc.count(":") > 1:
+        raise EndpointError(f"the endpoint {text!r} has an IPv6 address without its brackets")
+    elif not _HOST.fullmatch(host):
+        raise EndpointError(f"the endpoint {text!r} has no valid host name")
+    return host
+
+
+# --- the prefix -----------------------------------------------------------------------------
+
+
+def parse_prefix(prefix: bytes) -> bytes:
+    """Return the prefix so that it ends in one `/`; empty stays empty, the whole keyspace.
+
+    Raises:
+        PrefixError: It is not a place at which a tree can begin.
+    """
+    if not prefix:
+        return prefix
+    whole = prefix if prefix.endswith(b"/") else prefix + b"/"
+    shown = repr(prefix)[1:]
+    if b"\0" in whole:
+        raise PrefixError(f"the prefix {shown} has a NUL byte in it")
+    components = whole[:-1].split(b"/")
+    # A leading slash makes the first component empty; that is how most keys look.
+    if b"" in components[1:]:
+        raise PrefixError(f"the prefix {shown} has an empty component (two slashes in a row)")
+    if b"." in components or b".." in components:
+        raise PrefixError(
+            f"the prefix {shown} has a component '.' or '..', which etcd does not resolve"
+        )
+    if whole.startswith(_RESERVED):
+        raise PrefixError(f"the prefix {shown} is inside /.etcdfs/, which belongs to etcdfs itself")
+    if len(whole) > PREFIX_MAX:
+        raise PrefixError(f"the prefix has {len(whole)} bytes; {PREFIX_MAX} are allowed")
+    return whole
+
+
+# --- scalars --------------------------------------------------------------------------------
+
+
+def parse_size(text: str) -> int:
+    """Read bytes: `4096`, `64K`, `64M`, `1GiB` (powers of 1024), `1GB` (powers of 1000).
+
+    These are the suffixes of dd(1).
+
+    Raises:
+        UsageError: It is not a size.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not a size; expected bytes, or a number with K, M, G or T")
+    number, unit, ending = match.groups(default="")
+    base = 1000 if ending.lower() == "b" else 1024
+    size: int = int(number) * base ** ("kmgt".index(unit.lower()) + 1 if unit else 0)
+    if size > _SIZE_MAX:
+        raise UsageError(f"{text!r} is larger than any machine")
+    return size
+
+
+def parse_mode(text: str) -> int:
+    """Read permission bits in octal: `644`, `0644`, `0o644`.
+
+    Raises:
+        UsageError: It is not an octal number, or has more than the nine permission bits.
+    """
+    match = _MODE.fullmatch(text)
+    if match is None:
+        raise UsageError(f"{text!r} is not an octal mode; expected one like 0644")
+    mode = int(match[1], 8)
+    if mode > _MODE_MAX:
+        raise UsageError(f"{text!r} has more than the permission bits; 0777 is the most")
+    return mode
+
+
+def parse_seconds(text: str) -> float:
+    """Read a duration: seconds (`5`, `0.5`), or as etcdctl has it (`500ms`, `5s`, `1m30s`).
+
+    Raises:
+        UsageError: It is not a duration.
+    """
+    parts = _DURATION_PART.findall(text) if _DURATION.fullmatch(text) else [(text, "s")]
+    if not all(_NUMBER.fullmatch(number) for number, _ in parts):
+        raise UsageError(
+            f"{text!r} is not a duration; expected seconds, or one like 500ms or 1m30s"
+        )
+    seconds = math.fsum(float(number) * _UNIT_S[unit] for number, unit in parts)
+    if seconds > _SECONDS_MAX:
+        raise UsageError(f"{text!r} is more than a year")
+    return seconds
+
+
+def parse_flag(text: str) -> bool:
+    """Read `on` or `off` (also true/false, yes/no, 1/0), as environments have it.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    match text.lower():
+        case "on" | "true" | "yes" | "1":
+            return True
+        case "off" | "false" | "no" | "0":
+            return False
+        case _:
+            raise UsageError(f"{text!r} is neither on nor off")
+
+
+def _parse_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > _ID_MAX:
+        raise UsageError(f"{text!r} is not a numeric id")
+    return int(text)
+
+
+def _positive(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
+    def checked(text: str) -> _Value:
+        value = parse(text)
+        if not value:
+            raise UsageError("it must be more than 0")
+        return value
+
+    return checked
+
+
+# --- option lists, as in -o and fstab -------------------------------------------------------
+
+_FLAGS: Final = {
+    "ro": ("read-only", ON),
+    "rw": ("read-only", OFF),
+    "read-only": ("read-only", ON),
+    "allow-other": ("allow-other", ON),
+    "cache": ("cache", ON),
+    "no-cache": ("cache", OFF),
+    "nocache": ("cache", OFF),
+    "embedded": ("embedded", ON),
+}
+
+_KERNEL: Final = frozenset(
+    {"nosuid", "nodev", "exec", "noexec", "atime", "noatime", "sync", "async", "dirsync"}
+    | {"default_permissions"}
+)
+_KERNEL_VALUED: Final = frozenset({"fsname", "max_read"})
+
+_IGNORED: Final = frozenset(
+    # For mount(8), systemd and the boot; they mean nothing once mounting has begun.
+    {"defaults", "auto", "noauto", "fail", "nofail", "_netdev", "comment"}
+    | {"user", "nouser", "users", "owner", "group"}
+    # Access times are not kept, however often they would be.
+    | {"relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"}
+    | {"diratime", "nodiratime"}
+)
+
+_REFUSED: Final = {
+    "suid": "values from the network are never setuid",
+    "dev": "etcd holds no device nodes",
+    "allow_root": "use allow_other",
+    "auto_unmount": (
+        "after a crash an empty directory would look like deleted data; the next mount clears it"
+    ),
+    "remount": "unmount and mount again",
+    "bind": "it is for mount(8) itself",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionList:
+    """What an option list came to.
+
+    Attributes:
+        texts: The options that have a flag of their own, by its name.
+        fuse_options: What the kernel mount is given.
+    """
+
+    texts: Texts
+    fuse_options: tuple[str, ...]
+
+
+def parse_option_list(text: str) -> OptionList:
+    """Read options as mount(8) and fstab write them: `ro,prefix=/app,cache-size=64M`.
+
+    Every option of the command line may be given without its dashes, `_` for `-` too.
+    A value cannot have a comma in it: repeat `endpoints=` for several endpoints.
+
+    Raises:
+        UsageError: One of them is unknown or refused.
+    """
+    texts: dict[str, str] = {}
+    fuse_options: list[str] = []
+    for option in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = option.partition("=")
+        dashed = name.replace("_", "-")
+        if name in _REFUSED:
+            raise UsageError(f"-o {option} is refused: {_REFUSED[name]}")
+        if name in _KERNEL_VALUED if equals else name in _KERNEL:
+            fuse_options.append(option)
+        elif name in _IGNORED or name.startswith(("x-", "X-")):
+            continue
+        elif dashed in _FLAGS and not equals:
+            texts.update([_FLAGS[dashed]])
+        elif dashed in VALUED and equals:
+            both = dashed == "endpoints" and dashed in texts
+            texts[dashed] = f"{texts[dashed]},{value}" if both else value
+        else:
+            raise UsageError(f"-o {option} is refused: {_why_unknown(dashed, bool(equals))}")
+    return OptionList(texts=texts, fuse_options=tuple(dict.fromkeys(fuse_options)))
+
+
+def _why_unknown(name: str, has_value: bool) -> str:
+    if name in VALUED:
+        return f"it needs a value ({name}=...)"
+    if name in _FLAGS and has_value:
+        return "it takes no value"
+    return "there is no such option"
+
+
+# --- all together ---------------------------------------------------------------------------
+
+_PARSERS: Final[Mapping[str, tuple[str, Callable[[str], object]]]] = {
+    "endpoints": ("endpoints", parse_endpoints),
+    "prefix": ("prefix", lambda text: parse_prefix(text.encode(errors="surrogateescape"))),
+    "cache": ("cache", parse_flag),
+    "read-only": ("read_only", parse_flag),
+    "cache-size": ("cache_size", parse_size),
+    "uid": ("uid", _parse_id),
+    "gid": ("gid", _parse_id),
+    "file-mode": ("file_mode", parse_mode),
+    "dir-mode": ("dir_mode", parse_mode),
+    "umask": ("umask", parse_mode),
+    "allow-other": ("allow_other", parse_flag),
+    "timeout": ("timeout_s", _positive(parse_seconds)),
+    "kernel-timeout": ("kernel_timeout_s", parse_seconds),
+    "settle-timeout": ("settle_timeout_s", parse_seconds),
+    "max-file-size": ("max_file_size", _positive(parse_size)),
+    "embedded": ("embedded", parse_flag),
+    "data-dir": ("data_dir", str),
+}
+"""By the option's name: the field of `MountOptions`, and how its text is read."""
+
+NAMES: Final = frozenset(_PARSERS)
+"""Every option that a mount can be told by text."""
+
+LOGGING: Final = frozenset({"log-level", "log-file"})
+"""Options of the daemon's log; not part of `MountOptions`."""
+
+VALUED: Final = (NAMES | LOGGING) - {name for name, _ in _FLAGS.values()}
+"""Every option that takes a value."""
+
+_OWN_SENTENCE: Final = (EndpointError, PrefixError, TlsUnsupportedError)
+"""Errors whose message names what it is about."""
+
+
+def read_options(mountpoint: str, texts: Texts, fuse_options: tuple[str, ...] = ()) -> MountOptions:
+    """Put a mount's options together; what `texts` does not say keeps its default.
+
+    The options of the log are passed over.
+
+    Raises:
+        CommandError: One of the texts cannot be understood, or two contradict one another.
+    """
+    fields: dict[str, Any] = {}
+    for name in NAMES & texts.keys():
+        text = texts[name]
+        field, parse = _PARSERS[name]
+        try:
+            fields[field] = parse(text)
+        except _OWN_SENTENCE:
+            raise
+        except UsageError as exc:
+            raise UsageError(f"--{name}: {exc}") from None
+    options = MountOptions(mountpoint=mountpoint, fuse_options=fuse_options, **fields)
+    if options.embedded and options.endpoints:
+        raise UsageError("--embedded starts an etcd of its own; --endpoints cannot go with it")
+    if not options.embedded and not options.endpoints:
+        raise UsageError("no endpoints: say --endpoints HOST:PORT, or --embedded")
+    if options.data_dir is not None and not options.embedded:
+        raise UsageError("--data-dir is where --embedded keeps its data; it needs --embedded")
+    return options

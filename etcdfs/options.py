@@ -1,0 +1,100 @@
+"""What a mount can be told, as frozen values, and their JSON form.
+
+What this room knows: the meaning, default and unit of every option. What it must not know: how
+a person writes them (that is `option_text`), and where that text comes from.
+
+The JSON form hands the options to the daemon's process; it is exact, and private to one
+version of etcdfs.
+
+Concurrency: none; pure functions and frozen values.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+DEFAULT_CACHE_SIZE = 256 * 1024 * 1024
+DEFAULT_TIMEOUT_S = 5.0
+DEFAULT_KERNEL_TIMEOUT_S = 60.0
+DEFAULT_SETTLE_TIMEOUT_S = 2.0
+DEFAULT_MAX_FILE_SIZE = 1536 * 1024  # etcd's --max-request-bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One etcd client address."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MountOptions:
+    """Everything `etcdfs mount` can be told.
+
+    Attributes:
+        mountpoint: Absolute path of the directory to mount over.
+        endpoints: The etcd members, in order of preference; empty only with `embedded`.
+        prefix: The key prefix shown as the root: ends in one `/`, or is empty (raw keyspace).
+        cache: Mirror the keyspace and watch it; otherwise ask etcd at every operation.
+        read_only: Refuse every change with EROFS.
+        cache_size: Bytes of values kept in memory.
+        uid: Owner of every file.
+        gid: Group of every file.
+        file_mode: Permission bits of files, before `umask`.
+        dir_mode: Permission bits of directories, before `umask`.
+        umask: Bits taken away from both modes.
+        allow_other: Let other users in (permissions are then checked by the kernel).
+        timeout_s: Bound of every request to etcd.
+        kernel_timeout_s: How long the kernel may keep an entry or attributes unasked.
+        settle_timeout_s: How long a write waits for the watch to bring it home.
+        max_file_size: Largest value in bytes; more is EFBIG.
+        embedded: Start a private etcd.
+        data_dir: Where the private etcd keeps its data; None: the XDG default.
+        fuse_options: Further options for the kernel mount.
+    """
+
+    mountpoint: str
+    endpoints: tuple[Endpoint, ...] = ()
+    prefix: bytes = b"/"
+    cache: bool = False
+    read_only: bool = False
+    cache_size: int = DEFAULT_CACHE_SIZE
+    uid: int = 0
+    gid: int = 0
+    file_mode: int = 0o644
+    dir_mode: int = 0o755
+    umask: int = 0
+    allow_other: bool = False
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    kernel_timeout_s: float = DEFAULT_KERNEL_TIMEOUT_S
+    settle_timeout_s: float = DEFAULT_SETTLE_TIMEOUT_S
+    max_file_size: int = DEFAULT_MAX_FILE_SIZE
+    embedded: bool = False
+    data_dir: str | None = None
+    fuse_options: tuple[str, ...] = ()
+
+
+def encode_options(options: MountOptions) -> dict[str, Any]:
+    """Return the options as JSON can hold them."""
+    encoded = asdict(options)
+    encoded["prefix"] = options.prefix.decode("latin-1")  # one character for every byte
+    return encoded
+
+
+def decode_options(encoded: Mapping[str, Any]) -> MountOptions:
+    """Return the options that `encode_options` was given.
+
+    Raises:
+        TypeError: The value comes from another version of etcdfs.
+        KeyError: The same.
+    """
+    fields = dict(encoded)
+    fields["prefix"] = fields["prefix"].encode("latin-1")
+    fields["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in fields["endpoints"])
+    fields["fuse_options"] = tuple(fields["fuse_options"])
+    return MountOptions(**fields)

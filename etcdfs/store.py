@@ -1,0 +1,286 @@
+"""The port to etcd: what the filesystem asks of a store, in etcd's own terms.
+
+What this room knows: revisions, keys, transactions and watches as etcd v3 defines them
+(https://etcd.io/docs/v3.5/learning/api/). What it must not know: gRPC, sockets, time.
+
+Keys and values are `bytes`, revisions are etcd's cluster-wide 64-bit counter. A range is
+`[start, end)`; `end=None` means the single key `start`, `end=END_OF_KEYS` means everything from
+`start` on.
+
+Concurrency: declarations only. The one real implementation is the etcd door; the fake one of
+the tests passes the same contract.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Literal, NewType, Protocol
+
+Revision = NewType("Revision", int)
+
+END_OF_KEYS = b"\0"
+"""As a range's end: all keys from its start on (etcd API, RangeRequest.range_end)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValue:
+    """One key at one revision (etcd's mvccpb.KeyValue)."""
+
+    key: bytes
+    value: bytes
+    create_revision: Revision
+    mod_revision: Revision
+    version: int
+    lease: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """The deletion of a key."""
+
+    key: bytes
+    mod_revision: Revision
+
+
+Event = KeyValue | Tombstone
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Part of a range, in key order.
+
+    Attributes:
+        entries: The keys; their values are empty when only keys were asked for.
+        revision: The revision of the store at which the range was read.
+        more: Whether the limit cut it short.
+    """
+
+    entries: tuple[KeyValue, ...]
+    revision: Revision
+    more: bool
+
+
+# --- transactions ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Get:
+    """Read a range inside a transaction."""
+
+    key: bytes
+    end: bytes | None = None
+    limit: int = 0
+    keys_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Put:
+    """Set a key; keeps its lease when `keep_lease` (the key must exist then)."""
+
+    key: bytes
+    value: bytes
+    lease: int = 0
+    keep_lease: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Delete a key or a range."""
+
+    key: bytes
+    end: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """A condition on a key, or on every key of a range (an empty range compares as 0)."""
+
+    key: bytes
+    field: Literal["create_revision", "mod_revision", "version"]
+    operator: Literal["==", "!=", "<", ">"]
+    number: int
+    end: bytes | None = None
+
+
+def absent(key: bytes, end: bytes | None = None) -> Compare:
+    """Return the condition that `key` (or every key of the range) does not exist."""
+    return Compare(key, "create_revision", "==", 0, end)
+
+
+def exists(key: bytes) -> Compare:
+    """Return the condition that `key` exists."""
+    return Compare(key, "create_revision", ">", 0)
+
+
+def unchanged(key: bytes, mod_revision: int) -> Compare:
+    """Return the condition that `key` was last written at `mod_revision` (0: is absent)."""
+    return Compare(key, "mod_revision", "==", mod_revision)
+
+
+@dataclass(frozen=True, slots=True)
+class Transaction:
+    """Carry out `then` if all of `when` hold, else `otherwise`; atomic, one revision.
+
+    A transaction may stand inside another; all conditions, inner ones too, are judged on the
+    state before the whole transaction (etcd: server/etcdserver/apply.go, compareToPath).
+    """
+
+    when: tuple[Compare, ...] = ()
+    then: tuple["Operation", ...] = ()
+    otherwise: tuple["Operation", ...] = ()
+
+
+Operation = Get | Put | Delete | Transaction
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """What a transaction did.
+
+    Attributes:
+        succeeded: Whether `then` ran (else `otherwise`).
+        revision: The store's revision after it.
+        results: One per operation that ran: a `Page` for `Get`, the number of deleted keys
+            for `Delete`, None for `Put`, a `Committed` for an inner transaction.
+    """
+
+    succeeded: bool
+    revision: Revision
+    results: tuple["Page | Committed | int | None", ...]
+
+
+# --- watching -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WatchOpened:
+    """The watch stands. `revision` is the store's revision at that moment."""
+
+    revision: Revision
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvents:
+    """All events of one or more whole revisions, oldest first; never part of a revision."""
+
+    events: tuple[Event, ...]
+    revision: Revision
+
+
+@dataclass(frozen=True, slots=True)
+class WatchProgress:
+    """Everything up to `revision` has been delivered (etcd's progress notice)."""
+
+    revision: Revision
+
+
+WatchMessage = WatchOpened | WatchEvents | WatchProgress
+
+
+class Watch(Protocol):
+    """A standing recursive watch."""
+
+    async def receive(self) -> WatchMessage:
+        """Wait for the next message.
+
+        Raises:
+            CompactedError: The start revision is gone from history; list again.
+            StorePermissionError: The watch was refused.
+            WatchLostError: Any other end of the stream; resume.
+        """
+        ...
+
+    async def request_progress(self) -> None:
+        """Ask etcd to say how far this watch is; the answer comes as `WatchProgress`."""
+        ...
+
+
+# --- the port -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """What the member in use says of itself. Sizes in bytes."""
+
+    version: str
+    database_size: int
+    revision: Revision
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatistics:
+    """How often the store was asked, since the start."""
+
+    ranges: int
+    transactions: int
+    watches: int
+
+
+class Store(Protocol):
+    """A linearizable key-value store with history and watches: etcd v3.
+
+    Every call is bounded by the store's own timeout. Reads raise `StoreUnavailableError` or
+    `StoreTimeoutError` when etcd cannot be asked; they are safe to repeat. All raise
+    `StorePermissionError` when roles forbid it.
+    """
+
+    async def range(
+        self,
+        start: bytes,
+        end: bytes | None = None,
+        *,
+        limit: int = 0,
+        revision: int = 0,
+        keys_only: bool = False,
+    ) -> Page:
+        """Read a range, linearizable; at `revision` if that is not 0.
+
+        Raises:
+            CompactedError: `revision` is no longer in history.
+            FutureRevisionError: `revision` is not yet in history.
+        """
+        ...
+
+    async def commit(self, transaction: Transaction) -> Committed:
+        """Carry out a transaction, at most once.
+
+        Raises:
+            OutcomeUnknownError: No answer came, and the request may have reached etcd.
+            StoreUnavailableError: The request did not reach etcd.
+            StoreFullError: The quota is used up.
+            StoreValueTooLargeError: The request is too large.
+            TooManyOperationsError: The transaction has too many operations.
+        """
+        ...
+
+    def watch(
+        self, start: bytes, end: bytes, from_revision: int
+    ) -> AbstractAsyncContextManager[Watch]:
+        """Watch a range from `from_revision` on (that revision's own events included).
+
+        The first message is `WatchOpened`. Leaving the context ends the watch.
+        """
+        ...
+
+    async def status(self) -> StoreStatus:
+        """Ask the member in use for its version and size."""
+        ...
+
+    def statistics(self) -> StoreStatistics:
+        """Count the requests so far."""
+        ...
+
+
+def range_end(prefix: bytes) -> bytes:
+    """Return the end of the range of all keys that begin with `prefix`.
+
+    The empty prefix, and one of 0xff bytes only, reach to the end of the keyspace.
+    """
+    stem = prefix.rstrip(b"\xff")
+    if not stem:
+        return END_OF_KEYS
+    return stem[:-1] + bytes((stem[-1] + 1,))
+
+
+Clock = Callable[[], int]
+"""Nanoseconds since the epoch; injected, so that the core has no clock of its own."""

@@ -1,0 +1,323 @@
+"""The key-path mapping is total, injective, and leaves ordinary names alone."""
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from etcdfs.errors import InvalidRequestError, NameReservedError, NameTooLongError
+from etcdfs.keys import (
+    MARKER_NAME,
+    NAME_MAX,
+    VALUE_NAME,
+    Keyspace,
+    Location,
+    escape,
+    is_part,
+    is_plain,
+)
+from etcdfs.store import END_OF_KEYS
+
+APP = Keyspace(b"/app/")
+RAW = Keyspace(b"")
+
+# --- strategies: bytes that are as awkward as keys can be -----------------------------------
+
+_TOKENS = (b"%", b"=", b"+", b"%=", b"%+", b"%25", b"%00", b"%2", b"\0", b".", b"..")
+_WORDS = (b"value", b"marker", b"%value", b"%marker", b".etcdfs", b"a", b"foo", b"\xff", b"\n")
+_LENGTHS = (1, 2, 251, 252, 253, 254, 255, 256, 257, 505, 506, 507, 508, 509, 760)
+
+
+def _runs() -> st.SearchStrategy[bytes]:
+    units = st.sampled_from((b"a", b"%", b"\0", b"\xff"))
+    return st.builds(lambda unit, n: unit * n, units, st.sampled_from(_LENGTHS))
+
+
+def _chunks() -> st.SearchStrategy[bytes]:
+    free = st.binary(max_size=4).map(lambda data: data.replace(b"/", b""))
+    return st.one_of(st.sampled_from(_TOKENS + _WORDS), _runs(), free)
+
+
+def _fill(head: bytes, length: int) -> bytes:
+    return head + b"x" * (length - len(head))
+
+
+def components() -> st.SearchStrategy[bytes]:
+    """Components, and every name that one escape after another makes of them."""
+    raw = st.lists(_chunks(), max_size=4).map(b"".join)
+    filled = st.builds(_fill, st.sampled_from(_TOKENS), st.sampled_from(_LENGTHS))
+
+    def deeper(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+        return st.tuples(inner, st.booleans()).flatmap(
+            lambda pair: st.sampled_from(escape(pair[0], at_root=pair[1]))
+        )
+
+    return st.recursive(st.one_of(raw, filled), deeper, max_leaves=3)
+
+
+def rels() -> st.SearchStrategy[bytes]:
+    return st.lists(components(), min_size=1, max_size=4).map(b"/".join)
+
+
+keyspaces = st.sampled_from((APP, RAW, Keyspace(b"/")))
+
+
+@st.composite
+def located_keys(draw: st.DrawFn) -> tuple[Keyspace, bytes]:
+    keyspace = draw(keyspaces)
+    key = keyspace.prefix + draw(rels())
+    assume(key)
+    return keyspace, key
+
+
+def paths() -> st.SearchStrategy[tuple[bytes, ...]]:
+    """Paths that the kernel may ask for: legal file names, escapes and near misses."""
+    split = st.tuples(components(), st.booleans()).map(lambda p: escape(p[0], at_root=p[1]))
+    single = components().filter(_is_legal).map(lambda name: (name,))
+    return st.lists(st.one_of(split, single), max_size=4).map(
+        lambda groups: tuple(name for group in groups for name in group)
+    )
+
+
+def _is_legal(name: bytes) -> bool:
+    illegal = (b"", b".", b"..")
+    return name not in illegal and len(name) <= NAME_MAX and not {0, ord("/")} & set(name)
+
+
+def _key_of(keyspace: Keyspace, location: Location) -> bytes:
+    if location.is_marker:
+        return keyspace.directory_prefix(location.names)
+    return keyspace.file_key(location.names)
+
+
+# --- the proof ------------------------------------------------------------------------------
+
+
+@given(located_keys())
+@example((RAW, b"/"))
+@example((RAW, b"\0"))
+@example((APP, b"/app/"))
+@example((APP, b"/app//"))
+@example((APP, b"/app/.etcdfs/x"))
+@example((APP, b"/app/%=.etcdfs/x"))
+@example((APP, b"/app/%=%25=.etcdfs"))
+@example((APP, b"/app/a/" + b"x" * 253 + b"%"))
+def test_every_key_has_a_path_of_legal_names_and_comes_back(case: tuple[Keyspace, bytes]) -> None:
+    # locate is total, and having a left inverse it is injective.
+    keyspace, key = case
+    location = keyspace.locate(key)
+    assert all(_is_legal(name) for name in location.names)
+    assert _key_of(keyspace, location) == key
+    assert key in keyspace
+
+
+@given(located_keys(), rels())
+def test_two_keys_have_two_paths(case: tuple[Keyspace, bytes], other: bytes) -> None:
+    keyspace, key = case
+    twin = keyspace.prefix + other
+    assume(twin)
+    assert (keyspace.locate(key) == keyspace.locate(twin)) == (key == twin)
+
+
+@given(located_keys())
+def test_no_path_ends_in_a_reserved_name_or_in_part_of_one(case: tuple[Keyspace, bytes]) -> None:
+    keyspace, key = case
+    names = keyspace.locate(key).names
+    assert VALUE_NAME not in names
+    assert MARKER_NAME not in names
+    assert not names or not is_part(names[-1])
+    assert names[:1] != (b".etcdfs",)
+
+
+@given(keyspaces, paths())
+@example(APP, (b"a", b"%="))
+@example(APP, (b"%=%2E",))
+@example(APP, (b"%=%", b"x"))
+@example(RAW, (b"%=", b"a"))
+@example(RAW, (b"%=",))
+def test_every_path_that_can_be_created_has_one_key(
+    keyspace: Keyspace, names: tuple[bytes, ...]
+) -> None:
+    try:
+        key = keyspace.file_key(names)
+    except (NameReservedError, InvalidRequestError):
+        return
+    location = keyspace.locate(key)
+    if names[-1] == VALUE_NAME:
+        assert location == (names[:-1], False)
+    elif names[-1] == MARKER_NAME:
+        assert location == (names[:-1], True)
+    else:
+        assert location == (names, False)
+
+
+@given(keyspaces, paths())
+def test_every_directory_has_one_prefix(keyspace: Keyspace, names: tuple[bytes, ...]) -> None:
+    try:
+        marker = keyspace.directory_prefix(names)
+    except NameReservedError:
+        return
+    if marker:
+        assert keyspace.locate(marker) == (names, True)
+    assert keyspace.locate(marker + b"x") == ((*names, b"x"), False)
+
+
+@given(located_keys(), st.integers(min_value=0, max_value=8))
+def test_what_is_below_a_directory_begins_with_its_scan_prefix(
+    case: tuple[Keyspace, bytes], depth: int
+) -> None:
+    keyspace, key = case
+    names = keyspace.locate(key).names
+    assert key.startswith(keyspace.scan_prefix(names[: min(depth, max(len(names) - 1, 0))]))
+
+
+def test_the_scan_prefix_of_part_of_an_escape_stops_at_a_cut_percent() -> None:
+    component = b"x" * 252 + b"%" * 100
+    first, *_ = escape(component)
+    assert first.endswith(b"%")
+    assert APP.scan_prefix((b"d", first)) == b"/app/d/" + b"x" * 252
+    assert APP.scan_prefix((b"d",)) == APP.directory_prefix((b"d",)) == b"/app/d/"
+
+
+@given(components(), st.booleans())
+def test_a_plain_component_is_its_own_name(component: bytes, at_root: bool) -> None:
+    if is_plain(component):
+        assert escape(component, at_root=at_root) == (component,)
+
+
+@given(components())
+def test_a_name_is_escaped_only_if_it_must_be(component: bytes) -> None:
+    # What is escaped is no file name, is reserved, or would be read as the escape of another.
+    names = escape(component)
+    if names != (component,) and _is_legal(component):
+        assert (
+            component in (VALUE_NAME, MARKER_NAME)
+            or is_part(component)
+            or (component.startswith(b"%=") and APP.file_key((b"d", component, b"f")) != b"")
+        )
+
+
+# --- by hand --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"foo", b"foo-bar", b"foo.conf", b"foo2", b".bashrc", b"...", b".etcdfs2", b"100%", b"%",
+        b"%home%user%file", b"%=abc", b"%=%2E", b"%=%", b"%+", b"%+short", b"%values", b"%2F",
+        b"\xff\xfe", b"a b\n", b"x" * 255, b"%+" + b"x" * 252, b"%=%25value2",
+    ],
+)  # fmt: skip
+def test_ordinary_names_are_unchanged(name: bytes) -> None:
+    for names in ((name,), (b"d", name), (name, b"f")):
+        key = b"/app/" + b"/".join(names)
+        assert APP.locate(key) == (names, False)
+        assert APP.file_key(names) == key
+        assert APP.directory_prefix(names) == key + b"/"
+
+
+@pytest.mark.parametrize(
+    ("component", "names"),
+    [
+        (b"", (b"%=",)),
+        (b".", (b"%=.",)),
+        (b"..", (b"%=..",)),
+        (b"a\0b", (b"%=a%00b",)),
+        (b"a\0%b", (b"%=a%00%25b",)),
+        (b"%value", (b"%=%25value",)),
+        (b"%marker", (b"%=%25marker",)),
+        (b"%=", (b"%=%25=",)),
+        (b"%=.", (b"%=%25=.",)),
+        (b"%=%25=.", (b"%=%25=%2525=.",)),
+        (b"%=%00", (b"%=%25=%2500",)),
+        (b"%+" + b"x" * 253, (b"%+%25+" + b"x" * 249, b"%=xxxx")),
+        (b"x" * 256, (b"%+" + b"x" * 253, b"%=xxx")),
+        (b"x" * 506, (b"%+" + b"x" * 253, b"%=" + b"x" * 253)),
+        (b"x" * 507, (b"%+" + b"x" * 253, b"%+" + b"x" * 253, b"%=x")),
+        (b"\0" + b"x" * 250, (b"%=%00" + b"x" * 250,)),
+        (b"\0" + b"x" * 251, (b"%+%00" + b"x" * 250, b"%=x")),
+    ],
+)
+def test_the_escape_of(component: bytes, names: tuple[bytes, ...]) -> None:
+    assert escape(component) == names
+    assert APP.locate(b"/app/d/" + component + b"/f").names == (b"d", *names, b"f")
+    assert APP.file_key((b"d", *names, b"f")) == b"/app/d/" + component + b"/f"
+
+
+def test_the_control_name_is_reserved_at_the_root_only() -> None:
+    assert APP.locate(b"/app/.etcdfs/x").names == (b"%=.etcdfs", b"x")
+    assert APP.locate(b"/app/d/.etcdfs").names == (b"d", b".etcdfs")
+    assert APP.locate(b"/app/%=.etcdfs").names == (b"%=%25=.etcdfs",)
+    assert APP.locate(b"/app/d/%=.etcdfs").names == (b"d", b"%=.etcdfs")
+    for names in ((b".etcdfs",), (b".etcdfs", b"x")):
+        with pytest.raises(NameReservedError):
+            APP.file_key(names)
+        with pytest.raises(NameReservedError):
+            APP.directory_prefix(names)
+
+
+def test_value_and_marker_reach_the_keys_that_have_no_path_of_their_own() -> None:
+    assert APP.file_key((b"a", b"%value")) == APP.file_key((b"a",)) == b"/app/a"
+    assert APP.file_key((b"a", b"%marker")) == APP.directory_prefix((b"a",)) == b"/app/a/"
+    assert APP.file_key((b"%marker",)) == APP.directory_prefix(()) == b"/app/"
+    assert APP.locate(b"/app/") == ((), True)
+    assert RAW.directory_prefix(()) == b""
+
+
+@pytest.mark.parametrize(
+    ("keyspace", "names"),
+    [
+        (APP, (b"%value",)),  # /app is outside of the prefix
+        (RAW, (b"%marker",)),  # etcd has no empty key
+        (APP, (b"a", b"%=")),  # a/ is the marker of a
+        (APP, (b"a", b"%=", b"%value")),
+        (APP, (b"a", b"%value", b"x")),
+        (APP, (b"a", b"%marker", b"x")),
+        (APP, (b"%+" + b"x" * 253,)),
+        (APP, (b"%+" + b"x" * 253, b"x")),
+        (APP, (b"%+" + b"x" * 253, b"%value")),
+        (APP, (b"%+" + b"x" * 253, b"%marker")),
+        (APP, (b"%+" + b"x" * 253, b"%=")),  # as long as one name can say
+        (APP, (b"%+" + b"x" * 253, b"%=x")),  # 254 bytes need no escape
+        (APP, (b"%+" + b"x" * 253, b"%=xxx%")),  # no encoding ends like that
+    ],
+)
+def test_paths_that_stand_for_no_key(keyspace: Keyspace, names: tuple[bytes, ...]) -> None:
+    with pytest.raises(NameReservedError):
+        keyspace.file_key(names)
+
+
+@pytest.mark.parametrize("names", [(), (b"",), (b".",), (b"a", b".."), (b"a/b",), (b"a\0",)])
+def test_paths_that_no_kernel_sends(names: tuple[bytes, ...]) -> None:
+    with pytest.raises(InvalidRequestError):
+        APP.file_key(names)
+
+
+def test_a_long_name_is_refused() -> None:
+    with pytest.raises(NameTooLongError):
+        APP.file_key((b"d", b"x" * 256))
+
+
+def test_neighbours_are_not_inside_each_other() -> None:
+    names = (b"foo", b"foo-bar", b"foo.conf", b"foo2")
+    for name in names:
+        assert APP.locate(b"/app/" + name).names == (name,)
+    assert APP.locate(b"/app/foo/x").names == (b"foo", b"x")
+    below = APP.directory_prefix((b"foo",))
+    assert [name for name in names if (b"/app/" + name).startswith(below)] == []
+
+
+@pytest.mark.parametrize("key", [b"", b"/", b"/app", b"/application", b"/app0", b"other"])
+def test_the_prefix_ends_at_a_slash(key: bytes) -> None:
+    assert key not in APP
+    assert not APP.start <= key < APP.end
+    with pytest.raises(ValueError, match="not under"):
+        APP.locate(key)
+
+
+def test_the_range_of_a_keyspace() -> None:
+    assert (APP.start, APP.end) == (b"/app/", b"/app0")
+    assert (RAW.start, RAW.end) == (b"\0", END_OF_KEYS)
+    with pytest.raises(ValueError, match="slash"):
+        Keyspace(b"/app")
+    with pytest.raises(ValueError, match="not under"):
+        RAW.locate(b"")
