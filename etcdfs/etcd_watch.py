@@ -1,0 +1,157 @@
+"""One watch on one stream, with every way it can end told as an error.
+
+What this room knows: etcd's watch stream (created, fragments, progress notices, cancellation).
+What it must not know: how to resume; that is the replica's business. It is part of the etcd
+door.
+
+aetcd's own watcher drops revisions, progress notices and the server's cancellations, and takes
+the end of the stream for silence; here only its generated stub is used.
+
+Concurrency: one task receives, any task may ask for progress. A response is read from the
+stream when somebody waits for it, never ahead: gRPC's flow control then holds etcd back, and
+memory holds one response (one revision, when that came in fragments). A receiver may be
+cancelled and come back; nothing is lost.
+"""
+
+import asyncio
+from typing import Any, final
+
+import grpc
+import trio
+
+from etcdfs import etcd_wire as wire
+from etcdfs.errors import StoreError, WatchLostError
+from etcdfs.etcd_bridge import Background, Bridge, CancelledElsewhereError
+from etcdfs.store import Event, WatchEvents, WatchMessage, WatchOpened, WatchProgress
+
+Stream = Any
+"""grpc.aio's bidirectional call: it has no types."""
+
+_STREAM_GONE = (CancelledElsewhereError, asyncio.InvalidStateError)
+"""What grpc.aio raises on a stream that was closed on this side."""
+
+
+@final
+class EtcdWatch:
+    """A standing watch (the port's `Watch`). Owned by whoever opened it, who must close it.
+
+    Args:
+        bridge: Where the stream lives.
+        call: The stream, nothing written to it yet.
+        create_request: The first message to write.
+        endpoint: Named in errors.
+        timeout_s: Bound of what etcd should answer at once.
+    """
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        call: Stream,
+        create_request: wire.Message,
+        *,
+        endpoint: object,
+        timeout_s: float,
+    ) -> None:
+        # dependencies
+        self._bridge = bridge
+        self._call = call
+        # constants
+        self._from_revision: int = create_request.create_request.start_revision
+        self._endpoint = endpoint
+        self._timeout_s = timeout_s
+        # mutable state
+        self._opened = False
+        self._parts: list[Event] = []
+        self._error: StoreError | None = None
+        self._question: Background[None] | None = None
+        self._next: Background[wire.Message] | None = bridge.start(self._open(create_request))
+
+    async def receive(self) -> WatchMessage:
+        """Wait for the next message; see the port. An error is final, and raised each time."""
+        if self._error is not None:
+            raise self._error
+        try:
+            while True:
+                message = self._understand(await self._response())
+                if message is not None:
+                    return message
+        except StoreError as exc:
+            self._error = exc
+            raise
+
+    async def request_progress(self) -> None:
+        """Ask etcd how far this watch is; a question still on its way is not repeated.
+
+        Raises:
+            WatchLostError: The stream is gone, or takes no more requests.
+        """
+        if self._question is None or self._question.done:
+            self._question = self._bridge.start(self._call.write(wire.watch_progress_request()))
+        try:
+            with trio.fail_after(self._timeout_s):
+                await self._question.wait()
+        except trio.TooSlowError as exc:
+            raise self._lost("the watch takes no more requests") from exc
+        except (*_STREAM_GONE, grpc.RpcError) as exc:
+            raise self._lost("the watch has ended") from exc
+
+    async def close(self) -> None:
+        """End the stream. Only local work, so bounded however etcd is."""
+        self._call.cancel()
+        for background in (self._next, self._question):
+            if background is not None:
+                await background.cancel()
+
+    async def _open(self, create_request: wire.Message) -> wire.Message:
+        """Write the request and read the first response (an asyncio coroutine)."""
+        await self._call.write(create_request)
+        return await self._call.read()
+
+    async def _response(self) -> wire.Message:
+        """Return the next raw response; what a cancelled receiver waited for comes first."""
+        if self._next is None:
+            self._next = self._bridge.start(self._call.read())
+        bound = trio.CancelScope() if self._opened else trio.move_on_after(self._timeout_s)
+        try:
+            with bound:
+                response = await self._next.wait()
+                self._next = None
+                return response
+        except grpc.RpcError as exc:
+            raise wire.stream_error(exc, self._endpoint) from exc
+        except _STREAM_GONE as exc:
+            raise self._lost("the watch was closed") from exc
+        raise self._lost("the watch was not opened in time")
+
+    def _understand(self, response: wire.Message) -> WatchMessage | None:
+        """Return what a response says; None when it is part of a larger one."""
+        if response is grpc.aio.EOF:
+            raise self._lost("etcd ended the watch without a word")
+        # Before `created`: a refused watch comes as both at once, with watch id -1.
+        if response.canceled:
+            raise wire.watch_cancelled(response, self._endpoint)
+        if response.created:
+            self._opened = True
+            return WatchOpened(response.header.revision)
+        if response.events or self._parts:
+            return self._collect(response)
+        return WatchProgress(response.header.revision)
+
+    def _collect(self, response: wire.Message) -> WatchEvents | None:
+        """Join fragments; return the batch when it is whole."""
+        self._parts.extend(wire.events(response.events))
+        if response.fragment:
+            return None
+        events = tuple(self._parts)
+        self._parts.clear()
+        # etcd issue 20221: a watch on a future revision may be told of older ones.
+        if events[0].mod_revision < self._from_revision:
+            events = tuple(e for e in events if e.mod_revision >= self._from_revision)
+        if not events:
+            return None
+        # Not the header's revision: while etcd replays history in batches of 1000 revisions,
+        # that is already the store's newest.
+        return WatchEvents(events, events[-1].mod_revision)
+
+    def _lost(self, what: str) -> WatchLostError:
+        return WatchLostError(f"{self._endpoint}: {what}")

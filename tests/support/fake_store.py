@@ -1,0 +1,410 @@
+"""An etcd in memory: the port `Store`, verified by the contract that real etcd passes too.
+
+What this room knows: etcd's rules (MVCC history, compaction, transactions, watches), and knobs
+to make it fail, wait or break at a chosen moment. What it must not know: real time, sockets.
+
+Concurrency: trio primitives only, so it works under the autojump clock. The `*_now` methods
+are a foreign writer: they change the store between two checkpoints of whoever is tested.
+"""
+
+import bisect
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal, final
+
+import trio
+
+from etcdfs.errors import (
+    CompactedError,
+    FutureRevisionError,
+    StoreError,
+    WatchLostError,
+)
+from etcdfs.store import (
+    END_OF_KEYS,
+    Committed,
+    Delete,
+    Event,
+    KeyValue,
+    Page,
+    Put,
+    Revision,
+    StoreStatistics,
+    StoreStatus,
+    Transaction,
+    WatchEvents,
+    WatchMessage,
+    WatchOpened,
+    WatchProgress,
+)
+from tests.support.fake_transaction import carry_out, check_key, page, within
+
+_WATCH_BATCH_REVISIONS = 1000
+
+Request = Literal["range", "commit", "status", "watch"]
+Gate = Literal["range", "commit", "answer", "status", "watch"]
+
+
+@dataclass(frozen=True, slots=True)
+class RangeCall:
+    """A range that was asked for."""
+
+    start: bytes
+    end: bytes | None
+    limit: int
+    revision: int
+    keys_only: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    error: Exception
+    applied: bool
+
+
+@final
+class FakeStore:
+    """etcd in memory. Owned by one test.
+
+    Attributes:
+        range_calls: Every range so far, for tests of what is asked.
+        commit_calls: Every transaction so far.
+        leases: The leases that exist; a `Put` with any other is refused.
+    """
+
+    def __init__(self, *, revision: int = 1) -> None:
+        # constants
+        self._first = revision + 1
+        # mutable state
+        self.range_calls: list[RangeCall] = []
+        self.commit_calls: list[Transaction] = []
+        self.leases: set[int] = set()
+        self._live: dict[bytes, KeyValue] = {}
+        self._keys: list[bytes] = []  # every key that ever was, sorted
+        self._versions: dict[bytes, list[Event]] = {}
+        self._history: list[tuple[Event, ...]] = []  # by revision, from self._first on
+        self._compacted = 0
+        self._watchers: set[FakeWatch] = set()
+        self._watches = 0
+        self._failures: dict[Request, deque[_Failure]] = {}
+        self._gates: dict[Gate, trio.Event] = {}
+
+    # --- the port ---------------------------------------------------------------------------
+
+    async def range(
+        self,
+        start: bytes,
+        end: bytes | None = None,
+        *,
+        limit: int = 0,
+        revision: int = 0,
+        keys_only: bool = False,
+    ) -> Page:
+        """Read a range; see the port."""
+        self.range_calls.append(RangeCall(start, end, limit, revision, keys_only))
+        await self._pass("range")
+        self._maybe_fail("range")
+        return self.range_now(start, end, limit=limit, revision=revision, keys_only=keys_only)
+
+    async def commit(self, transaction: Transaction) -> Committed:
+        """Carry out a transaction; see the port."""
+        self.commit_calls.append(transaction)
+        await self._pass("commit")
+        failure = self._failure("commit")
+        if failure is not None and not failure.applied:
+            raise failure.error
+        committed = self.commit_now(transaction)
+        await self._pass("answer")
+        if failure is not None:
+            raise failure.error
+        return committed
+
+    @asynccontextmanager
+    async def watch(
+        self, start: bytes, end: bytes, from_revision: int
+    ) -> AsyncIterator["FakeWatch"]:
+        """Watch a range; see the port."""
+        self._watches += 1
+        await trio.lowlevel.checkpoint()
+        watch = FakeWatch(self, start, end, from_revision)
+        failure = self._failure("watch")
+        if failure is not None:
+            watch.fail(failure.error)
+        watch.pull()
+        self._watchers.add(watch)
+        try:
+            yield watch
+        finally:
+            self._watchers.discard(watch)
+
+    async def status(self) -> StoreStatus:
+        """Return a member's status."""
+        await self._pass("status")
+        self._maybe_fail("status")
+        size = sum(len(kv.key) + len(kv.value) for kv in self._live.values())
+        return StoreStatus(version="3.5.99", database_size=size, revision=self.revision)
+
+    def statistics(self) -> StoreStatistics:
+        """Count the requests so far."""
+        return StoreStatistics(
+            ranges=len(self.range_calls),
+            transactions=len(self.commit_calls),
+            watches=self._watches,
+        )
+
+    # --- the foreign writer -----------------------------------------------------------------
+
+    @property
+    def revision(self) -> Revision:
+        """The store's revision."""
+        return Revision(self._first + len(self._history) - 1)
+
+    @property
+    def compacted(self) -> int:
+        """The oldest revision that can be read; 0 before the first compaction."""
+        return self._compacted
+
+    @property
+    def watch_count(self) -> int:
+        """How many watches stand."""
+        return len(self._watchers)
+
+    def put_now(self, key: bytes, value: bytes) -> Revision:
+        """Set a key behind everybody's back; return the revision."""
+        return self.commit_now(Transaction(then=(Put(key, value),))).revision
+
+    def delete_now(self, key: bytes, end: bytes | None = None) -> Revision:
+        """Delete a key or a range behind everybody's back; return the revision."""
+        return self.commit_now(Transaction(then=(Delete(key, end),))).revision
+
+    def commit_now(self, transaction: Transaction) -> Committed:
+        """Carry out a transaction at once."""
+        committed, events = carry_out(self, transaction)
+        if events:
+            self._append(events)
+        return committed
+
+    def range_now(
+        self,
+        start: bytes,
+        end: bytes | None = None,
+        *,
+        limit: int = 0,
+        revision: int = 0,
+        keys_only: bool = False,
+    ) -> Page:
+        """Read a range at once; raises as `range` does."""
+        check_key(start, end)
+        if revision > self.revision:
+            raise FutureRevisionError("etcdserver: mvcc: required revision is a future revision")
+        if 0 < revision < self._compacted:
+            raise CompactedError("etcdserver: mvcc: required revision has been compacted")
+        found = [
+            kv
+            for key in self.keys_between(start, end)
+            if (kv := self._at(key, revision or self.revision)) is not None
+        ]
+        return page(found, self.revision, limit, keys_only)
+
+    def compact_now(self, revision: int) -> None:
+        """Forget what was superseded before `revision`.
+
+        Raises:
+            CompactedError: That was done already.
+            FutureRevisionError: There is no such revision yet.
+        """
+        if revision <= self._compacted:
+            raise CompactedError("etcdserver: mvcc: required revision has been compacted")
+        if revision > self.revision:
+            raise FutureRevisionError("etcdserver: mvcc: required revision is a future revision")
+        self._compacted = revision
+
+    # --- knobs ------------------------------------------------------------------------------
+
+    def fail_next(
+        self, request: Request, error: Exception, *, applied: bool = False, times: int = 1
+    ) -> None:
+        """Make the next requests of a kind fail.
+
+        Args:
+            request: Which kind; for "watch", the next watch fails when it is received from.
+            error: What they raise.
+            applied: Whether a commit is carried out nevertheless (an answer that got lost).
+            times: How many of them.
+        """
+        failures = self._failures.setdefault(request, deque())
+        failures.extend([_Failure(error, applied)] * times)
+
+    def break_watches(self, error: StoreError | None = None) -> None:
+        """End every watch that stands, undelivered events and all."""
+        for watch in self._watchers:
+            watch.fail(error or WatchLostError("broken by the test"))
+
+    def hold(self, gate: Gate) -> None:
+        """Let requests of a kind wait until `release`.
+
+        "commit" holds them before they are carried out, "answer" holds commits after that,
+        "watch" holds back what watches deliver.
+        """
+        self._gates.setdefault(gate, trio.Event())
+
+    def release(self, gate: Gate) -> None:
+        """Let go what `hold` holds; nothing when nothing is held."""
+        if gate in self._gates:
+            self._gates.pop(gate).set()
+        self._pull_watches()
+
+    def hold_watches(self) -> None:
+        """Deliver nothing to watches until `release_watches`."""
+        self.hold("watch")
+
+    def release_watches(self) -> None:
+        """Deliver to watches again, beginning with what was held back."""
+        self.release("watch")
+
+    # --- for FakeWatch and transactions -------------------------------------------------------------
+
+    @property
+    def watches_held(self) -> bool:
+        """Whether watches deliver nothing at the moment."""
+        return "watch" in self._gates
+
+    def current(self, key: bytes) -> KeyValue | None:
+        """Return a key as it is now."""
+        return self._live.get(key)
+
+    def keys_between(self, start: bytes, end: bytes | None) -> Sequence[bytes]:
+        """Return every key of a range that ever was, in order."""
+        if end is None:
+            return (start,) if start in self._versions else ()
+        first = bisect.bisect_left(self._keys, start)
+        last = len(self._keys) if end == END_OF_KEYS else bisect.bisect_left(self._keys, end)
+        return self._keys[first:last]
+
+    def events_of(self, revision: int) -> tuple[Event, ...]:
+        """Return the events of a revision."""
+        return self._history[revision - self._first] if revision >= self._first else ()
+
+    def _at(self, key: bytes, revision: int) -> KeyValue | None:
+        if revision == self.revision:
+            return self._live.get(key)
+        versions = self._versions[key]
+        index = bisect.bisect_right(versions, revision, key=_mod_revision)
+        found = versions[index - 1] if index else None
+        return found if isinstance(found, KeyValue) else None
+
+    def _append(self, events: tuple[Event, ...]) -> None:
+        self._history.append(events)
+        for event in events:
+            if event.key not in self._versions:
+                self._versions[event.key] = []
+                bisect.insort(self._keys, event.key)
+            self._versions[event.key].append(event)
+            if isinstance(event, KeyValue):
+                self._live[event.key] = event
+            else:
+                self._live.pop(event.key, None)
+        self._pull_watches()
+
+    def _pull_watches(self) -> None:
+        for watch in self._watchers:
+            watch.pull()
+
+    async def _pass(self, gate: Gate) -> None:
+        await trio.lowlevel.checkpoint()
+        while (event := self._gates.get(gate)) is not None:
+            await event.wait()
+
+    def _failure(self, request: Request) -> _Failure | None:
+        failures = self._failures.get(request)
+        return failures.popleft() if failures else None
+
+    def _maybe_fail(self, request: Request) -> None:
+        failure = self._failure(request)
+        if failure is not None:
+            raise failure.error
+
+
+@final
+class FakeWatch:
+    """A standing watch on a `FakeStore`.
+
+    As with etcd, what happens is put on its way at once, whether or not somebody receives;
+    only while the store holds watches does it stay in history, where compaction may get it.
+    """
+
+    def __init__(self, store: FakeStore, start: bytes, end: bytes, from_revision: int) -> None:
+        # dependencies
+        self._store = store
+        # constants
+        self._start = start
+        self._end = end
+        # mutable state
+        self._next = from_revision or store.revision + 1
+        self._opened = False
+        self._questions = 0
+        self._on_its_way: deque[WatchMessage] = deque()
+        self._error: Exception | None = None
+        self._changed = trio.Event()
+
+    async def receive(self) -> WatchMessage:
+        """Wait for the next message; see the port."""
+        await trio.lowlevel.checkpoint()
+        while not self._on_its_way:
+            if self._error is not None:
+                raise self._error
+            self._changed = trio.Event()
+            await self._changed.wait()
+        return self._on_its_way.popleft()
+
+    async def request_progress(self) -> None:
+        """Ask how far this watch is."""
+        await trio.lowlevel.checkpoint()
+        if self._error is not None:
+            raise self._error
+        self._questions += 1
+        self.pull()
+
+    def pull(self) -> None:
+        """Send what there is to say."""
+        if self._store.watches_held or self._error is not None:
+            return
+        if not self._opened:
+            self._opened = True
+            self._on_its_way.append(WatchOpened(self._store.revision))
+        self._pull_events()
+        if self._error is None:
+            progress = WatchProgress(self._store.revision)
+            self._on_its_way.extend([progress] * self._questions)
+            self._questions = 0
+        self._changed.set()
+
+    def fail(self, error: Exception) -> None:
+        """End it; what is on its way is lost."""
+        self._on_its_way.clear()
+        self._error = error
+        self._changed.set()
+
+    def _pull_events(self) -> None:
+        """Send the events of whole revisions, skipping what is out of range."""
+        store = self._store
+        if self._next < store.compacted:
+            self._error = CompactedError("history is gone", store.compacted)
+            return
+        while self._next <= store.revision:
+            last = min(self._next + _WATCH_BATCH_REVISIONS - 1, store.revision)
+            events = tuple(e for r in range(self._next, last + 1) for e in self._events_of(r))
+            self._next = last + 1
+            if events:
+                self._on_its_way.append(WatchEvents(events, events[-1].mod_revision))
+
+    def _events_of(self, revision: int) -> Iterator[Event]:
+        for event in self._store.events_of(revision):
+            if within(event.key, self._start, self._end):
+                yield event
+
+
+def _mod_revision(event: Event) -> int:
+    return event.mod_revision
