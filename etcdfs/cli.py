@@ -1,0 +1,484 @@
+"""The command line: what a person types, and the one line they read when it goes wrong.
+
+What this room knows: commands, flags and environment variables, and who wins when they differ.
+What it must not know: what an option's text means (`option_text`), and the daemon, which it
+starts as another process so that `etcdfs --help` loads neither grpc nor pyfuse3.
+
+Concurrency: none.
+"""
+
+import importlib.metadata
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Final, NoReturn
+
+import typer
+
+from etcdfs.daemon import run_in_foreground, start_in_background
+from etcdfs.errors import AuthUnsupportedError, CommandError, TlsUnsupportedError, UsageError
+from etcdfs.handshake import Failed, Handover, LogSettings, Ready
+from etcdfs.logs import LEVELS
+from etcdfs.mountpoint import prepare, resolve, unmount
+from etcdfs.option_text import (
+    LOGGING,
+    NAMES,
+    OFF,
+    ON,
+    OptionList,
+    parse_option_list,
+    parse_seconds,
+    read_options,
+)
+
+DEFAULT_ENDPOINTS: Final = "127.0.0.1:2379"  # etcdctl's own default
+
+_UNSUPPORTED: Final[Mapping[str, tuple[type[CommandError], str]]] = {
+    "ETCDCTL_CACERT": (TlsUnsupportedError, "TLS"),
+    "ETCDCTL_CERT": (TlsUnsupportedError, "TLS"),
+    "ETCDCTL_KEY": (TlsUnsupportedError, "TLS"),
+    "ETCDCTL_USER": (AuthUnsupportedError, "users"),
+    "ETCDCTL_PASSWORD": (AuthUnsupportedError, "users"),
+    "ETCDCTL_DISCOVERY_SRV": (UsageError, "discovery by DNS"),
+}
+"""What a shell set up for etcdctl may ask for and this version cannot do."""
+
+app = typer.Typer(
+    name="etcdfs",
+    pretty_exceptions_enable=False,  # our own mistakes show a plain traceback
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+# --- options, in the order and the panels of --help -----------------------------------------
+
+_MOUNT = "Mount"
+_ETCD = "etcd"
+_CACHE = "Cache"
+_PERMISSIONS = "Permissions"
+_LOGGING = "Logging"
+_ADVANCED = "Advanced"
+
+Mountpoint = Annotated[
+    Path,
+    typer.Argument(metavar="MOUNTPOINT", help="The empty directory to mount over."),
+]
+MountedAt = Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="Where etcdfs is mounted.")]
+Prefix = Annotated[
+    str,
+    typer.Option(
+        metavar="P",
+        envvar="ETCDFS_PREFIX",
+        rich_help_panel=_MOUNT,
+        show_default="/",
+        help='Show the keys below this prefix; "" shows the whole keyspace raw.',
+    ),
+]
+ReadOnly = Annotated[
+    bool,
+    typer.Option(
+        "--read-only",
+        "-r",
+        envvar="ETCDFS_READ_ONLY",
+        rich_help_panel=_MOUNT,
+        help="Refuse every change.",
+    ),
+]
+Foreground = Annotated[
+    bool,
+    typer.Option(
+        "--foreground",
+        "-f",
+        rich_help_panel=_MOUNT,
+        help="Stay, for systemd and containers; log to stderr.",
+    ),
+]
+OptionLists = Annotated[
+    list[str],
+    typer.Option(
+        "-o",
+        metavar="OPT,...",
+        rich_help_panel=_MOUNT,
+        show_default=False,
+        help="Options as in fstab: ro, allow_other, noexec, or any flag without its dashes.",
+    ),
+]
+Endpoints = Annotated[
+    list[str],
+    typer.Option(
+        metavar="URL,...",
+        envvar=["ETCDFS_ENDPOINTS", "ETCDCTL_ENDPOINTS"],
+        rich_help_panel=_ETCD,
+        show_default=DEFAULT_ENDPOINTS,
+        help="etcd's client addresses, http://HOST:PORT or HOST:PORT.",
+    ),
+]
+Timeout = Annotated[
+    str,
+    typer.Option(
+        metavar="S",
+        envvar=["ETCDFS_TIMEOUT", "ETCDCTL_COMMAND_TIMEOUT"],
+        rich_help_panel=_ETCD,
+        show_default="5",
+        help="Bound of every request to etcd, in seconds.",
+    ),
+]
+Embedded = Annotated[
+    bool,
+    typer.Option(
+        "--embedded",
+        envvar="ETCDFS_EMBEDDED",
+        rich_help_panel=_ETCD,
+        help="Start a private etcd on loopback, stop it after unmount, and print its URL.",
+    ),
+]
+DataDir = Annotated[
+    str,
+    typer.Option(
+        metavar="DIR",
+        envvar="ETCDFS_DATA_DIR",
+        rich_help_panel=_ETCD,
+        show_default="$XDG_DATA_HOME/etcdfs/embedded",
+        help="Where --embedded keeps its data between runs.",
+    ),
+]
+Cache = Annotated[
+    bool,
+    typer.Option(
+        "--cache/--no-cache",
+        envvar="ETCDFS_CACHE",
+        rich_help_panel=_CACHE,
+        help="Keep a copy of all keys in memory, coherent by a watch; or ask etcd every time.",
+    ),
+]
+CacheSize = Annotated[
+    str,
+    typer.Option(
+        metavar="BYTES",
+        envvar="ETCDFS_CACHE_SIZE",
+        rich_help_panel=_CACHE,
+        show_default="256M",
+        help="Keep up to so much of the values in memory (64M, 1GiB).",
+    ),
+]
+Uid = Annotated[
+    str,
+    typer.Option(
+        metavar="N",
+        envvar="ETCDFS_UID",
+        rich_help_panel=_PERMISSIONS,
+        show_default="yours",
+        help="Owner of every file.",
+    ),
+]
+Gid = Annotated[
+    str,
+    typer.Option(
+        metavar="N",
+        envvar="ETCDFS_GID",
+        rich_help_panel=_PERMISSIONS,
+        show_default="yours",
+        help="Group of every file.",
+    ),
+]
+FileMode = Annotated[
+    str,
+    typer.Option(
+        metavar="OCTAL",
+        envvar="ETCDFS_FILE_MODE",
+        rich_help_panel=_PERMISSIONS,
+        show_default="0644",
+        help="Permissions of files.",
+    ),
+]
+DirMode = Annotated[
+    str,
+    typer.Option(
+        metavar="OCTAL",
+        envvar="ETCDFS_DIR_MODE",
+        rich_help_panel=_PERMISSIONS,
+        show_default="0755",
+        help="Permissions of directories.",
+    ),
+]
+Umask = Annotated[
+    str,
+    typer.Option(
+        metavar="OCTAL",
+        envvar="ETCDFS_UMASK",
+        rich_help_panel=_PERMISSIONS,
+        show_default="0",
+        help="Permissions taken away from both.",
+    ),
+]
+AllowOther = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other",
+        envvar="ETCDFS_ALLOW_OTHER",
+        rich_help_panel=_PERMISSIONS,
+        help="Let other users in; needs user_allow_other in /etc/fuse.conf unless root.",
+    ),
+]
+LogLevel = Annotated[
+    str,
+    typer.Option(
+        metavar="|".join(LEVELS),
+        autocompletion=lambda: list(LEVELS),
+        envvar="ETCDFS_LOG_LEVEL",
+        rich_help_panel=_LOGGING,
+        help="What is worth a line.",
+    ),
+]
+LogFile = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        envvar="ETCDFS_LOG_FILE",
+        rich_help_panel=_LOGGING,
+        show_default="syslog; stderr with --foreground",
+        help="Append the log to this file.",
+    ),
+]
+MaxFileSize = Annotated[
+    str,
+    typer.Option(
+        metavar="BYTES",
+        envvar="ETCDFS_MAX_FILE_SIZE",
+        rich_help_panel=_ADVANCED,
+        show_default="1536K",
+        help="Largest file; as etcd's --max-request-bytes.",
+    ),
+]
+KernelTimeout = Annotated[
+    str,
+    typer.Option(
+        metavar="S",
+        envvar="ETCDFS_KERNEL_TIMEOUT",
+        rich_help_panel=_ADVANCED,
+        show_default="60",
+        help="How long the kernel may go without asking again, should a notice be lost.",
+    ),
+]
+SettleTimeout = Annotated[
+    str,
+    typer.Option(
+        metavar="S",
+        envvar="ETCDFS_SETTLE_TIMEOUT",
+        rich_help_panel=_ADVANCED,
+        show_default="2",
+        help="How long a write waits for the watch to bring it back.",
+    ),
+]
+UnmountTimeout = Annotated[
+    str,
+    typer.Option(
+        "--timeout", metavar="S", show_default="30", help="How long to wait for the daemon's end."
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"etcdfs {_version()}")
+        raise typer.Exit
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("etcdfs")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+]
+
+
+# --- commands -------------------------------------------------------------------------------
+
+
+@app.callback(
+    epilog="[bold]etcdfs MOUNTPOINT ENDPOINT[/bold] is short for "
+    "[bold]etcdfs mount MOUNTPOINT --endpoints ENDPOINT[/bold]."
+)
+def etcdfs(version: Version = False) -> None:
+    """Mount etcd v3 as a directory tree: every file is a key."""
+
+
+@app.command()
+def mount(
+    ctx: typer.Context,
+    mountpoint: Mountpoint,
+    prefix: Prefix = "",
+    read_only: ReadOnly = False,
+    foreground: Foreground = False,
+    option_lists: OptionLists = [],  # noqa: B006 -- typer never hands it out
+    endpoints: Endpoints = [],  # noqa: B006 -- the same
+    timeout: Timeout = "",
+    embedded: Embedded = False,
+    data_dir: DataDir = "",
+    cache: Cache = False,
+    cache_size: CacheSize = "",
+    uid: Uid = "",
+    gid: Gid = "",
+    file_mode: FileMode = "",
+    dir_mode: DirMode = "",
+    umask: Umask = "",
+    allow_other: AllowOther = False,
+    log_level: LogLevel = "info",
+    log_file: LogFile = "",
+    max_file_size: MaxFileSize = "",
+    kernel_timeout: KernelTimeout = "",
+    settle_timeout: SettleTimeout = "",
+) -> None:
+    """Mount etcd. Returns once the mount is usable; the daemon goes on in the background."""
+    listed = parse_option_list(",".join(option_lists))
+    handover = _handover(mountpoint, _texts(ctx, listed), listed.fuse_options)
+    prepare(handover.options.mountpoint)
+    if foreground:
+        run_in_foreground(handover)
+    match start_in_background(handover):
+        case Ready(client_url=str(url)):
+            typer.echo(url)
+        case Failed(message=message, exit_code=exit_code):
+            _fail(message, exit_code)
+        case Ready():
+            return
+
+
+@app.command()
+def umount(mountpoint: MountedAt, timeout: UnmountTimeout = "30") -> None:
+    """Take a mount away. Returns once its daemon has ended."""
+    unmount(resolve(str(mountpoint)), parse_seconds(timeout))
+
+
+# --- putting texts together -----------------------------------------------------------------
+
+
+def _texts(ctx: typer.Context, listed: OptionList) -> dict[str, str]:
+    """Return what was said: a flag wins over -o, and -o over the environment."""
+    flags: dict[str, str] = {}
+    environment: dict[str, str] = {}
+    for name in NAMES | LOGGING:
+        parameter = name.replace("-", "_")
+        source = ctx.get_parameter_source(parameter)
+        if source is not None and source.name in {"COMMANDLINE", "ENVIRONMENT"}:
+            said = flags if source.name == "COMMANDLINE" else environment
+            said[name] = _as_text(ctx.params[parameter])
+    return _settle_etcd(environment, {**listed.texts, **flags})
+
+
+def _as_text(value: bool | str | list[str]) -> str:
+    match value:
+        case bool():
+            return ON if value else OFF
+        case str():
+            return value
+        case list():
+            return ",".join(value)
+
+
+def _settle_etcd(environment: dict[str, str], said: dict[str, str]) -> dict[str, str]:
+    """Return all texts, with an etcd to talk to.
+
+    With --embedded whatever the shell has for etcdctl is about another etcd.
+
+    Raises:
+        CommandError: The environment asks for what this version cannot do.
+    """
+    if {**environment, **said}.get("embedded", OFF) == ON:
+        environment.pop("endpoints", None)
+        return {**environment, **said}
+    for variable, (error, what) in _UNSUPPORTED.items():
+        if os.environ.get(variable):
+            raise error(
+                f"{variable} is set, and this version of etcdfs cannot do {what}; "
+                "unset it to connect without"
+            )
+    return {"endpoints": DEFAULT_ENDPOINTS, **environment, **said}
+
+
+def _handover(mountpoint: Path, texts: dict[str, str], fuse_options: tuple[str, ...]) -> Handover:
+    """Return what the daemon is told, with every path absolute: its directory is `/`."""
+    place = resolve(str(mountpoint))
+    for name in ("data-dir", "log-file"):
+        if name in texts:
+            texts[name] = _outside(place, name, texts[name])
+    owner = {"uid": str(os.getuid()), "gid": str(os.getgid())}
+    options = read_options(place, {**owner, **texts}, fuse_options)
+    level = texts.get("log-level", "info")
+    if level not in LEVELS:
+        raise UsageError(f"--log-level: {level!r} is none of {', '.join(LEVELS)}")
+    return Handover(options=options, log=LogSettings(level=level, file=_log_file(texts)))
+
+
+def _outside(mountpoint: str, name: str, text: str) -> str:
+    """Return an absolute path that is not below the mountpoint.
+
+    Raises:
+        UsageError: It is: the daemon would wait for itself.
+    """
+    if not text:
+        raise UsageError(f"--{name} is empty")
+    path = Path(text).absolute()
+    if path.is_relative_to(mountpoint):
+        raise UsageError(f"--{name} {text} is inside the mountpoint")
+    return str(path)
+
+
+def _log_file(texts: Mapping[str, str]) -> str | None:
+    file = texts.get("log-file")
+    if file is not None:
+        try:
+            Path(file).open("ab").close()
+        except OSError as exc:
+            raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
+    return file
+
+
+# --- the way in and out ---------------------------------------------------------------------
+
+
+def original_form(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with `MOUNTPOINT ENDPOINT ...` spelt out as `mount ...`.
+
+    A first argument that is no directory, before a second that is no endpoint, is left to
+    fail as the mistyped command it probably is.
+    """
+    match arguments:
+        case [mountpoint, endpoint, *rest] if (
+            mountpoint not in {"mount", "umount"}
+            and not mountpoint.startswith("-")
+            and not endpoint.startswith("-")
+            and ("/" in mountpoint or ":" in endpoint)
+        ):
+            return ["mount", mountpoint, "--endpoints", endpoint, *rest]
+        case _:
+            return list(arguments)
+
+
+def main() -> NoReturn:
+    """Run the command line of this process, and exit with a documented status."""
+    logging.basicConfig(format="etcdfs: %(message)s", level=logging.WARNING)
+    arguments = original_form(sys.argv[1:]) or ["--help"]
+    try:
+        sys.exit(app(arguments, prog_name="etcdfs", standalone_mode=False))
+    except CommandError as exc:
+        _fail(str(exc), exc.exit_code)
+    except typer.TyperException as exc:
+        _fail(exc.format_message(), exc.exit_code)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    """Say what went wrong in one line, whatever the message was made of."""
+    sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    main()

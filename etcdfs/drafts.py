@@ -1,0 +1,132 @@
+"""A file being written: its bytes before they are published, and what kind of change they are.
+
+What this room knows: how writes and truncations change a value, and which of the three kinds of
+change (DESIGN.md 4.1) they add up to. What it must not know: etcd, inodes, time.
+
+The kind decides what happens when another client wrote the key meanwhile:
+
+* `WHOLE`: every old byte was replaced; the last writer wins;
+* `APPEND`: bytes were added at the old end only; they are added to whatever is newest;
+* `PARTIAL`: anything else; the write is refused if the key changed.
+
+Concurrency: synchronous; one owner.
+"""
+
+from enum import Enum
+from typing import final
+
+
+class Kind(Enum):
+    """What the writes so far amount to."""
+
+    NONE = "none"
+    APPEND = "append"
+    WHOLE = "whole"
+    PARTIAL = "partial"
+
+
+@final
+class Draft:
+    """The unpublished bytes of one file, shared by all its writers in this mount.
+
+    Attributes:
+        base: The published value the draft starts from.
+        kind: What the changes since `base` amount to.
+        mtime_ns: When it was last changed.
+        tries: What was sent to etcd without an answer, to be recognised later.
+        is_torn: Whether a write did not fit: what is here is half of what was meant, and must
+            not be published. A truncation says that the writer has taken note.
+    """
+
+    __slots__ = ("_buffer", "_overwritten", "base", "is_torn", "kind", "mtime_ns", "tries")
+
+    def __init__(self, base: bytes, *, whole: bool = False) -> None:
+        """Start from `base`; `whole` when nothing of it is to stay (a new or emptied file)."""
+        self.base = base
+        self.kind = Kind.WHOLE if whole else Kind.NONE
+        self.mtime_ns = 0
+        self.tries: list[bytes] = []
+        self.is_torn = False
+        self._buffer = bytearray() if whole else bytearray(base)
+        # INVARIANT: all old bytes before this offset have been replaced
+        self._overwritten = 0
+
+    def __len__(self) -> int:
+        return len(self._buffer)
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether there is anything to publish."""
+        return self.kind is not Kind.NONE
+
+    @property
+    def value(self) -> bytes:
+        """All of it."""
+        return bytes(self._buffer)
+
+    @property
+    def tail(self) -> bytes:
+        """What was added past the old end."""
+        return bytes(self._buffer[len(self.base) :])
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes from `offset` on."""
+        return bytes(self._buffer[offset : offset + size])
+
+    def end_of_write(self, offset: int, size: int, *, append: bool) -> int:
+        """Return the length the value would have after `write`."""
+        start = len(self._buffer) if append else offset
+        return max(len(self._buffer), start + size)
+
+    def write(self, offset: int, data: bytes, *, append: bool, now_ns: int) -> None:
+        """Put `data` at `offset` (at the end with `append`); a gap is filled with NUL."""
+        if not data:
+            return
+        if append:
+            offset = len(self._buffer)
+        self._classify(offset, len(data))
+        if offset > len(self._buffer):
+            self._buffer.extend(bytes(offset - len(self._buffer)))
+        self._buffer[offset : offset + len(data)] = data
+        self.mtime_ns = now_ns
+
+    def truncate(self, size: int, now_ns: int) -> None:
+        """Cut to `size`, or extend to it with NUL."""
+        self.is_torn = False
+        if size == 0:
+            self.kind = Kind.WHOLE
+        elif size != len(self._buffer) and self.kind is not Kind.WHOLE:
+            self.kind = Kind.PARTIAL
+        if size < len(self._buffer):
+            del self._buffer[size:]
+        else:
+            self._buffer.extend(bytes(size - len(self._buffer)))
+        self.mtime_ns = now_ns
+
+    def published(self, value: bytes) -> None:
+        """Note that `value`, all of this draft, is what the key holds now."""
+        self.base = value
+        self.kind = Kind.NONE
+        self.tries.clear()
+        self._overwritten = 0
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between any two calls."""
+        assert 0 <= self._overwritten <= max(len(self.base), len(self._buffer))
+        if self.kind is Kind.NONE:
+            assert bytes(self._buffer) == self.base
+        if self.kind is Kind.APPEND:
+            assert self._buffer.startswith(self.base)
+
+    def _classify(self, offset: int, size: int) -> None:
+        if self.kind is Kind.WHOLE:
+            return
+        if offset == len(self._buffer) and offset >= len(self.base):
+            if self.kind is Kind.NONE:
+                self.kind = Kind.APPEND
+            return
+        self.kind = Kind.PARTIAL
+        if offset <= self._overwritten:
+            self._overwritten = max(self._overwritten, offset + size)
+        if self._overwritten >= len(self.base):
+            self.kind = Kind.WHOLE

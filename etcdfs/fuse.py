@@ -1,0 +1,366 @@
+"""pyfuse3's requests, handed to the filesystem and back.
+
+What this room knows: pyfuse3's types and what the kernel makes of them. What it must not know:
+etcd, keys, what any call means. It is a thin wrapper on purpose.
+
+The one border: every handler wears `@handler`, which turns `EtcdfsError` into its errno and
+anything else into EIO and a logged traceback, so that no fault of ours takes the mount down
+(pyfuse3 ends its main loop on any other exception).
+
+Concurrency: pyfuse3 runs each request as a trio task. Answers are built and sent without an
+`await` in between.
+"""
+
+import errno
+import functools
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
+from types import TracebackType
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, final
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    SetattrFields,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from etcdfs.attributes import BLOCK_SIZE, Attributes
+from etcdfs.errors import EtcdfsError, FuseRefusedError
+from etcdfs.filesystem import Change, Filesystem
+from etcdfs.openfiles import OpenFiles
+
+log = logging.getLogger(__name__)
+
+SECTOR_SIZE: Final = 512  # the unit of st_blocks (stat(2))
+
+MAX_TASKS: Final = 1024
+"""Requests handled at once. A writer that waits for etcd holds one; pyfuse3's default of 99
+would let a hundred of them stop cached stats as well (FACTS.md 7, worker limit)."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def handler(
+    function: Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]:
+    """Count a request and let nothing but `FUSEError` out."""
+    name = function.__name__
+
+    @functools.wraps(function)
+    async def wrapped(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.requests[name] += 1
+        try:
+            return await function(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except EtcdfsError as exc:
+            log.log(exc.level, "%s: %s", name, exc)
+            raise FUSEError(exc.errno) from exc
+        except Exception as exc:
+            log.exception("%s failed; this is a bug of etcdfs", name)
+            raise FUSEError(errno.EIO) from exc
+
+    return wrapped
+
+
+@final
+class Operations(pyfuse3.Operations):
+    """What pyfuse3 calls."""
+
+    def __init__(self, filesystem: Filesystem, files: OpenFiles, *, keep_cache: bool) -> None:
+        """Serve `filesystem`; `keep_cache` lets pages outlive the last close of a file."""
+        super().__init__()
+        # --- dependencies
+        self._filesystem = filesystem
+        self._files = files
+        # --- constants
+        self._keep_cache = keep_cache
+        # --- mutable state
+        self.requests: Counter[str] = Counter()
+
+    # --- names ------------------------------------------------------------------------------
+
+    @handler
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        attributes = await self._filesystem.lookup(parent_inode, name)
+        if attributes is not None:
+            return _pack(attributes)
+        # An answer with inode 0 is a missing name the kernel may remember (libfuse,
+        # fuse_lowlevel.h, fuse_entry_param.ino).
+        missing = EntryAttributes()
+        missing.entry_timeout = self._filesystem.kernel_timeout_s
+        return missing
+
+    def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:  # type: ignore[override]
+        self.requests["forget"] += 1
+        try:
+            self._filesystem.forget(inode_list)
+        except Exception:
+            log.exception("forget failed; this is a bug of etcdfs")
+
+    @handler
+    async def mknod(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        mode: ModeT,
+        rdev: int,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        return _pack(await self._filesystem.mknod(parent_inode, name, mode))
+
+    @handler
+    async def mkdir(
+        self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
+    ) -> EntryAttributes:
+        return _pack(await self._filesystem.mkdir(parent_inode, name))
+
+    @handler
+    async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self._filesystem.unlink(parent_inode, name)
+
+    @handler
+    async def rmdir(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
+        await self._filesystem.rmdir(parent_inode, name)
+
+    @handler
+    async def rename(
+        self,
+        parent_inode_old: InodeT,
+        name_old: FileNameT,
+        parent_inode_new: InodeT,
+        name_new: FileNameT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> None:
+        await self._filesystem.rename(parent_inode_old, name_old, parent_inode_new, name_new, flags)
+
+    @handler
+    async def symlink(
+        self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)  # symlink(2): the filesystem does not support it
+
+    @handler
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        raise FUSEError(errno.EINVAL)  # readlink(2): not a symbolic link
+
+    @handler
+    async def link(
+        self,
+        inode: InodeT,
+        new_parent_inode: InodeT,
+        new_name: FileNameT,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        raise FUSEError(errno.EPERM)  # link(2): the filesystem does not support it
+
+    # --- attributes -------------------------------------------------------------------------
+
+    @handler
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        return _pack(await self._filesystem.getattr(inode))
+
+    @handler
+    async def setattr(
+        self,
+        inode: InodeT,
+        attr: EntryAttributes,
+        fields: SetattrFields,
+        fh: FileHandleT | None,
+        ctx: RequestContext,
+    ) -> EntryAttributes:
+        change = Change(
+            size=attr.st_size if fields.update_size else None,
+            mode=attr.st_mode if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+        )
+        return _pack(await self._filesystem.setattr(inode, change))
+
+    @handler
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        space = await self._filesystem.statfs()
+        packed = StatvfsData()
+        packed.f_bsize = packed.f_frsize = BLOCK_SIZE
+        packed.f_blocks = space.blocks
+        packed.f_bfree = packed.f_bavail = space.blocks_free
+        packed.f_files = space.files
+        packed.f_ffree = packed.f_favail = space.files_free
+        packed.f_namemax = space.name_max
+        return packed
+
+    @handler
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        value = await self._filesystem.getxattr(inode, name)
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value
+
+    @handler
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        return ()
+
+    @handler
+    async def setxattr(
+        self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
+    ) -> None:
+        raise FUSEError(errno.ENOTSUP)
+
+    @handler
+    async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
+        raise FUSEError(errno.ENOTSUP)
+
+    # --- files ------------------------------------------------------------------------------
+
+    @handler
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        handle = await self._filesystem.open(inode, flags)
+        return FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
+
+    @handler
+    async def create(
+        self,
+        parent_inode: InodeT,
+        name: FileNameT,
+        mode: ModeT,
+        flags: FlagT,
+        ctx: RequestContext,
+    ) -> tuple[FileInfo, EntryAttributes]:
+        handle, attributes = await self._filesystem.create(parent_inode, name, flags)
+        info = FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
+        return info, _pack(attributes)
+
+    @handler
+    async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        return self._files.read(fh, off, size)
+
+    @handler
+    async def write(self, fh: FileHandleT, off: int, buf: bytes) -> int:
+        return await self._files.write(fh, off, buf)
+
+    @handler
+    async def flush(self, fh: FileHandleT) -> None:
+        await self._files.flush(fh)
+
+    @handler
+    async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
+        await self._files.flush(fh)
+
+    @handler
+    async def release(self, fh: FileHandleT) -> None:
+        await self._files.release(fh)
+
+    # --- directories ------------------------------------------------------------------------
+
+    @handler
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        return FileHandleT(await self._filesystem.opendir(inode))
+
+    @handler
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        filesystem = self._filesystem
+        listing = await filesystem.readdir(fh, max(0, start_id - _DOTS))
+        for position, (name, node) in enumerate(filesystem.dots(fh)):
+            if position >= start_id:
+                # The kernel takes no lookup for these two (fs/fuse/readdir.c,
+                # fuse_direntplus_link).
+                packed = _pack(filesystem.attributes(node))
+                if not pyfuse3.readdir_reply(token, FileNameT(name), packed, position + 1):
+                    return
+        for listed in listing:
+            attributes = filesystem.attributes(listed.node)
+            position = listed.position + _DOTS
+            if not pyfuse3.readdir_reply(
+                token, FileNameT(listed.name), _pack(attributes), position
+            ):
+                return
+            filesystem.remember_listed(listed, attributes)
+
+    @handler
+    async def releasedir(self, fh: FileHandleT) -> None:
+        await self._filesystem.releasedir(fh)
+
+    @handler
+    async def fsyncdir(self, fh: FileHandleT, datasync: bool) -> None:
+        """Nothing to do: changes of names are in etcd when their call returns."""
+
+
+@final
+class FuseMount:
+    """The kernel mount itself: a context that mounts, serves and takes down."""
+
+    def __init__(self, operations: Operations, mountpoint: str, options: set[str]) -> None:
+        """Prepare to mount `operations` over the directory `mountpoint`."""
+        self._operations = operations
+        self._mountpoint = mountpoint
+        self._options = options
+
+    def __enter__(self) -> Self:
+        """Mount.
+
+        Raises:
+            FuseRefusedError: The kernel or fusermount3 said no.
+        """
+        try:
+            pyfuse3.init(self._operations, self._mountpoint, self._options)
+        except RuntimeError as exc:
+            msg = f"the kernel refused to mount on {self._mountpoint}: {exc}"
+            raise FuseRefusedError(msg) from exc
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Unmount, lazily if it is in use; but not after a crash, see `etcdfs.mount`."""
+        crashed = isinstance(error, Exception)
+        pyfuse3.close(unmount=not crashed)
+
+    async def run(self) -> None:
+        """Serve requests until unmounted or stopped."""
+        await pyfuse3.main(max_tasks=MAX_TASKS)
+
+    def stop(self) -> None:
+        """Make `run` return once the requests under way are answered."""
+        pyfuse3.terminate()
+
+
+_DOTS: Final = 2  # "." and ".." come first in every listing
+
+
+def _pack(attributes: Attributes) -> EntryAttributes:
+    packed = EntryAttributes()
+    packed.st_ino = InodeT(attributes.inode)
+    packed.st_mode = ModeT(attributes.mode)
+    packed.st_nlink = attributes.nlink
+    packed.st_uid = attributes.uid
+    packed.st_gid = attributes.gid
+    packed.st_size = attributes.size
+    packed.st_blksize = BLOCK_SIZE
+    packed.st_blocks = -(-attributes.size // SECTOR_SIZE)
+    packed.st_atime_ns = attributes.atime_ns
+    packed.st_mtime_ns = attributes.mtime_ns
+    packed.st_ctime_ns = attributes.ctime_ns
+    packed.entry_timeout = attributes.timeout_s
+    packed.attr_timeout = attributes.timeout_s
+    return packed

@@ -1,0 +1,123 @@
+"""Telling the kernel to let go of what it has cached.
+
+What this room knows: pyfuse3's notifications, and that they block. What it must not know: why
+something is to be forgotten.
+
+`invalidate_entry` waits for the directory's lock, which any LOOKUP, CREATE or READDIR in flight
+holds; called on the trio thread it would wait for a handler that only the trio thread can finish
+(FACTS.md 1.1, 7). So one thread of our own makes the calls, in order. Files are never invalidated
+in place: each remote version has an inode of its own.
+
+Concurrency: `submit` is called on the trio thread and never blocks; its `done` is called there,
+too. The thread touches nothing but its queue.
+"""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import final
+
+import pyfuse3
+import trio
+
+from etcdfs.tree import Cached, Entry, Listing
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelStatistics:
+    """What the kernel was told."""
+
+    submitted: int
+    finished: int
+    invalidated: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    cached: tuple[Cached, ...]
+    done: Callable[[], None] | None
+
+
+@final
+class KernelCache:
+    """The kernel's caches of this mount, as seen from the daemon."""
+
+    def __init__(self) -> None:
+        # --- mutable state
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._thread: threading.Thread | None = None
+        self._submitted = 0
+        self._finished = 0
+        self._invalidated = 0
+
+    def start(self) -> None:
+        """Start the thread; from the trio thread, once the file system is mounted."""
+        self._token = trio.lowlevel.current_trio_token()
+        # A daemon thread: it may sit in the kernel waiting for a lock when we have to go.
+        self._thread = threading.Thread(target=self._run, name="kernel-cache", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the thread end after what is queued; does not wait for it."""
+        if self._thread is not None:
+            self._jobs.put(None)
+            self._thread = None
+
+    def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
+        """Have the kernel forget `cached`; call `done` on the trio thread afterwards.
+
+        Before `start` nothing is mounted and the kernel has nothing to forget.
+        """
+        if self._thread is None or not cached:
+            if done is not None:
+                done()
+            return
+        self._submitted += 1
+        self._jobs.put(_Job(tuple(cached), done))
+
+    def statistics(self) -> KernelStatistics:
+        """Count jobs and invalidations."""
+        return KernelStatistics(
+            submitted=self._submitted, finished=self._finished, invalidated=self._invalidated
+        )
+
+    def _run(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            for cached in job.cached:
+                try:
+                    _invalidate(cached)
+                except Exception:  # the thread must live; the kernel's timeout bounds what is lost
+                    log.exception("could not invalidate %s", cached)
+                self._invalidated += 1
+            self._finished += 1
+            if job.done is not None and self._token is not None:
+                with suppress(trio.RunFinishedError):
+                    self._token.run_sync_soon(job.done)
+
+
+def _invalidate(cached: Cached) -> None:
+    match cached:
+        case Entry(directory, name):
+            _invalidate_entry(directory, name)
+        case Listing(inode, within):
+            try:
+                # Attributes only: directories have no cached pages (pyfuse3 cannot ask for
+                # FOPEN_CACHE_DIR), and this form never waits for a lock.
+                pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+            except FileNotFoundError:
+                # Not an inode yet: a LOOKUP answered with the old attributes may still be on
+                # its way into the caches. This waits for it (FACTS.md 8).
+                if within is not None:
+                    _invalidate_entry(within.directory, within.name)
+
+
+def _invalidate_entry(directory: int, name: bytes) -> None:
+    # ENOENT: the kernel has already let go of it.
+    with suppress(FileNotFoundError):
+        pyfuse3.invalidate_entry(pyfuse3.InodeT(directory), pyfuse3.FileNameT(name))

@@ -1,0 +1,89 @@
+"""Where the daemon's log goes, and what a line of it looks like.
+
+What this room knows: the three places a log can go to. What it must not know: who logs what.
+
+* `--log-file FILE`: appended to; reopened when logrotate moves it away.
+* in the foreground: stderr, where systemd and container engines expect it.
+* in the background: syslog (the journal under systemd), if there is one; else nowhere.
+
+Concurrency: handlers are called on any thread, under their own locks. None of them waits for
+another process: a daemon that waits for its own log can hang every user of the mount.
+"""
+
+import contextlib
+import logging
+import logging.handlers
+import os
+import socket
+from typing import Final, final
+
+from etcdfs.handshake import LogSettings
+
+LEVELS: Final = ("debug", "info", "warning", "error")
+
+_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_SYSLOG_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"  # syslog adds the time
+_SYSLOG_SOCKET: Final = "/dev/log"
+_FACILITY_DAEMON: Final = 3 << 3  # syslog(3)
+
+
+def setup_logging(settings: LogSettings, *, foreground: bool) -> None:
+    """Send everything that is logged from `settings.level` on to its place.
+
+    Raises:
+        OSError: The log file cannot be opened.
+    """
+    root = logging.getLogger()
+    root.setLevel(settings.level.upper())
+    root.addHandler(_handler(settings, foreground=foreground))
+
+
+def _handler(settings: LogSettings, *, foreground: bool) -> logging.Handler:
+    handler: logging.Handler
+    if settings.file is not None:
+        handler = logging.handlers.WatchedFileHandler(settings.file, errors="backslashreplace")
+    elif foreground:
+        handler = logging.StreamHandler()
+    else:
+        handler = SyslogHandler(_SYSLOG_SOCKET)
+        handler.setFormatter(logging.Formatter(_SYSLOG_FORMAT))
+        return handler
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    return handler
+
+
+@final
+class SyslogHandler(logging.Handler):
+    """Sends each record to syslog as one datagram, or drops it; never waits.
+
+    `logging.handlers.SysLogHandler` would do but for its blocking socket: a stalled syslog
+    would stall the mount.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record; a missing or stalled syslog loses it."""
+        text = (
+            f"<{_FACILITY_DAEMON | _severity(record)}>etcdfs[{os.getpid()}]: {self.format(record)}"
+        )
+        with contextlib.suppress(OSError):
+            self._socket.sendto(text.encode(errors="backslashreplace"), self._path)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+        super().close()
+
+
+def _severity(record: logging.LogRecord) -> int:
+    """Return the severity that syslog(3) has for a level."""
+    if record.levelno >= logging.ERROR:
+        return 3
+    if record.levelno >= logging.WARNING:
+        return 4
+    return 6 if record.levelno >= logging.INFO else 7

@@ -1,0 +1,418 @@
+"""The view with a mirror: the tree holds every key and follows the watch (`--cache`).
+
+What this room knows: how to carry out the steps of the replica's state machine, and in which
+order the tree and the kernel change. What it must not know: system calls, gRPC, pyfuse3.
+
+Each batch of the watch becomes visible by *switching* (DESIGN.md 4.2): the kernel lets go of
+what will be untrue while lookups still answer the old state with no lifetime; then the tree
+changes in one step. So nobody sees part of a revision, and nothing older after something newer.
+
+A call of this mount that changes a name holds its directory's lock in the kernel until it
+returns, and it returns when the batch with its change is published (`settle`). If that batch, or
+one before it, must invalidate another name in the same directory, the kernel would wait for the
+call and the call for the batch; then the batch is published first and the kernel let go after.
+
+Concurrency: trio thread; one task applies batches, in order.
+"""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass
+from typing import Any, Final, Protocol, assert_never, final
+
+import trio
+
+from etcdfs.contents import Contents
+from etcdfs.errors import CompactedError, FutureRevisionError, StoreError
+from etcdfs.replica import Replica, State
+from etcdfs.steps import (
+    Apply,
+    BackOff,
+    CloseWatch,
+    Doubted,
+    Message,
+    OpenWatch,
+    PageArrived,
+    Read,
+    ReadFailed,
+    Restore,
+    RevisionAhead,
+    RevisionCompacted,
+    Stage,
+    Step,
+    WatchLost,
+)
+from etcdfs.store import Event, KeyValue, Revision, Store, Tombstone, Watch
+from etcdfs.switch import Switch
+from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree, facts_of
+from etcdfs.values import value_of
+
+log = logging.getLogger(__name__)
+
+SWITCH_ROUNDS: Final = 8
+"""Rounds of letting go before a batch is published. The second round finds what a change of
+this mount added meanwhile; more are not expected, and a batch must not wait for ever."""
+
+BACKOFF_FIRST_S: Final = 0.05
+BACKOFF_CAP_S: Final = 5.0
+
+
+class KernelCache(Protocol):
+    """The kernel's caches, as the mirror needs them."""
+
+    def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
+        """Have the kernel forget; never blocks; call `done` on the trio thread afterwards."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorStatistics:
+    """How far the mirror is and what it went through.
+
+    Attributes:
+        revision: The revision that readers see.
+        listed_keys: Keys in the last listing.
+        connected: Whether a watch stands.
+        batches: Batches published.
+        events: Events in them.
+        early: Batches published before the kernel had let go, for a call that held its lock.
+        ahead: Own changes applied before the watch brought them.
+    """
+
+    revision: int
+    listed_keys: int
+    connected: bool
+    batches: int
+    events: int
+    early: int
+    ahead: int
+
+
+@final
+class Mirror:
+    """Keeps a complete tree in step with etcd."""
+
+    def __init__(
+        self,
+        store: Store,
+        contents: Contents,
+        tree: Tree,
+        kernel: KernelCache,
+        *,
+        settle_timeout_s: float,
+    ) -> None:
+        # --- dependencies
+        self._store = store
+        self._contents = contents
+        self._kernel = kernel
+        self.switch = Switch(tree)
+        # --- constants
+        self._settle_timeout_s = settle_timeout_s
+        # --- mutable state
+        self.revision = 0
+        self.replica: Replica | None = None
+        self._is_restored = False
+        self._connected = False
+        self._staged: dict[bytes, KeyValue] = {}
+        self._staged_keys = self._staged_bytes = 0
+        self._advanced = trio.Event()
+        self._stir = trio.Event()
+        self._held: Counter[int] = Counter()  # directories whose lock a waiting call holds
+        self._batches = self._events = self._early = self._ahead = 0
+
+    # --- the view ---------------------------------------------------------------------------
+
+    async def entry(self, directory: Directory, name: bytes) -> None:
+        """See `View.entry`: the tree is true already."""
+
+    async def listing(self, directory: Directory) -> None:
+        """See `View.listing`: the tree is true already."""
+
+    async def refresh(self, node: Node) -> None:
+        """See `View.refresh`: the tree is true already."""
+
+    async def value(self, file: File) -> bytes:
+        """See `View.value`."""
+        return await value_of(self._store, self._contents, self.switch.tree, file)
+
+    async def settle(
+        self, revision: int, events: Sequence[Event], locked: Sequence[Entry] = ()
+    ) -> None:
+        """See `View.settle`: wait for the watch, so that revisions are seen in order."""
+        held = {entry.directory for entry in locked}
+        self._held.update(held)
+        self._stir.set()
+        try:
+            with trio.move_on_after(self._settle_timeout_s):
+                await self.reached(revision)
+                return
+        finally:
+            self._held.subtract(held)
+        self._ahead += 1
+        log.warning(
+            "the watch is over %.1f s late: revision %d is shown before it brings it",
+            self._settle_timeout_s,
+            revision,
+        )
+        self._keep_values(events)
+        self.switch.apply_ahead(events, remember=True)
+
+    async def reached(self, revision: int) -> None:
+        """See `View.reached`; the caller bounds it."""
+        while self.revision < revision:
+            await self._advanced.wait()
+
+    def let_go(self, stale: Collection[Cached]) -> None:
+        """See `View.let_go`."""
+        self._kernel.submit(stale)
+
+    def statistics(self) -> MirrorStatistics:
+        """Say how far the mirror is."""
+        return MirrorStatistics(
+            revision=self.revision,
+            listed_keys=self._staged_keys,
+            connected=self._connected,
+            batches=self._batches,
+            events=self._events,
+            early=self._early,
+            ahead=self._ahead,
+        )
+
+    # --- following --------------------------------------------------------------------------
+
+    async def run(
+        self,
+        progress: Callable[[int, int], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """List, watch, and follow until cancelled. Started once the first listing is in.
+
+        Args:
+            progress: Told how many keys and bytes of values the first listing has so far.
+            task_status: trio's.
+
+        Raises:
+            StoreError: The first listing failed. Later failures are retried for ever.
+        """
+        keyspace = self.switch.tree.keyspace
+        replica = self.replica = Replica(keyspace.start, keyspace.end)
+        async with AsyncExitStack() as stack:
+            watching = _Watching(stack)
+            steps = replica.start()
+            while True:
+                message: Message | None = None
+                for step in steps:
+                    message = await self._carry_out(step, watching, progress)
+                if self._is_restored:
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                steps = replica.receive(message or await watching.receive())
+                self._connected = replica.state is State.WATCHING
+
+    async def _carry_out(
+        self, step: Step, watching: "_Watching", progress: Callable[[int, int], None]
+    ) -> Message | None:
+        match step:
+            case Read():
+                return await self._read(step)
+            case Stage(entries, first):
+                self._stage(entries, first=first)
+                progress(self._staged_keys, self._staged_bytes)
+            case Restore(revision):
+                return await self._try_to_apply(self._restore(revision))
+            case Apply(events, revision):
+                return await self._try_to_apply(self._apply(events, revision))
+            case OpenWatch(from_revision):
+                keyspace = self.switch.tree.keyspace
+                watch = self._store.watch(keyspace.start, keyspace.end, from_revision)
+                return await watching.open(watch)
+            case CloseWatch():
+                await watching.close()
+            case BackOff():
+                await self._back_off(step)
+            case _ as never:
+                assert_never(never)
+        return None
+
+    async def _read(self, read: Read) -> Message:
+        try:
+            page = await self._store.range(
+                read.start, read.end, limit=read.limit, revision=read.revision
+            )
+        except CompactedError as exc:
+            return RevisionCompacted(exc.compact_revision)
+        except FutureRevisionError:
+            return RevisionAhead()
+        except StoreError as exc:
+            if not self._is_restored:
+                raise
+            return ReadFailed(str(exc))
+        return PageArrived(page)
+
+    async def _back_off(self, step: BackOff) -> None:
+        log.warning(
+            "%s; %s (attempt %d)",
+            step.reason,
+            "listing everything again" if step.relist else "trying again",
+            step.attempt + 1,
+        )
+        longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2**step.attempt)
+        # Jittered, so that the mounts of a cluster do not come back all at once.
+        await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
+
+    async def _try_to_apply(self, applying: Coroutine[Any, Any, None]) -> Message | None:
+        try:
+            await applying
+        except Exception:
+            log.exception("a batch could not be applied; this is a bug of etcdfs")
+            return Doubted("a batch could not be applied")
+        return None
+
+    # --- listing ----------------------------------------------------------------------------
+
+    def _stage(self, entries: tuple[KeyValue, ...], *, first: bool) -> None:
+        """Put a page aside; the very first listing goes straight into the tree.
+
+        Nobody sees the tree then, and a keyspace need not fit into memory twice.
+        """
+        if first:
+            self._staged.clear()
+            self._staged_keys = self._staged_bytes = 0
+            if not self._is_restored:
+                self.switch.tree.clear()
+        self._staged_keys += len(entries)
+        self._staged_bytes += sum(len(entry.value) for entry in entries)
+        if self._is_restored:
+            self._staged.update((entry.key, entry) for entry in entries)
+            return
+        self.switch.tree.restore(entries)
+        for entry in entries:
+            if not self._contents.put_if_room(entry.key, entry.mod_revision, entry.value):
+                break
+
+    async def _restore(self, revision: Revision) -> None:
+        if not self._is_restored:
+            self._is_restored = True
+            self.revision = revision
+            log.info("synced %d keys at revision %d", self._staged_keys, revision)
+            return
+        events = self._difference(revision)
+        self._staged.clear()
+        log.info("listed again at revision %d: %d keys differ", revision, len(events))
+        # By force: in another history a newer state may have older revisions.
+        await self._apply(events, revision, force=True)
+
+    def _difference(self, revision: Revision) -> list[Event]:
+        """Return the events that make the tree what was staged."""
+        tree = self.switch.tree
+        staged = dict(self._staged)
+        events: list[Event] = []
+        for key, facts in tree.facts():
+            entry = staged.pop(key, None)
+            if entry is None:
+                events.append(Tombstone(key, revision))
+            elif facts != facts_of(entry) or self._contents.get(key, entry.mod_revision) not in (
+                None,
+                entry.value,
+            ):
+                events.append(entry)
+        events.extend(staged.values())
+        return events
+
+    # --- applying ---------------------------------------------------------------------------
+
+    async def _apply(self, events: Sequence[Event], revision: int, *, force: bool = False) -> None:
+        """Make a batch visible, all at once, after the kernel has let go of what it changes."""
+        self._keep_values(events)
+        tree = self.switch.tree
+        asked: set[Cached] = set()
+        plan = self.switch.plan(events, force=force)
+        for _ in range(SWITCH_ROUNDS):
+            stale = self.switch.invalidations(plan) - asked
+            if not stale:
+                break
+            tree.switching |= self.switch.untold(plan)
+            asked |= stale
+            # checkpoint: anything may have happened to the tree; it is planned again
+            await self._wait_for_kernel(stale)
+            plan = self.switch.plan(events, force=force)
+        late = self.switch.invalidations(plan) - asked
+        self.switch.publish(plan)
+        tree.switching.clear()
+        self._kernel.submit(late)
+        self._batches += 1
+        self._events += len(events)
+        self.revision = revision
+        self.switch.reached(revision)
+        self._advanced.set()
+        self._advanced = trio.Event()
+
+    async def _wait_for_kernel(self, stale: set[Cached]) -> None:
+        finished = False
+
+        def finish() -> None:
+            nonlocal finished
+            finished = True
+            self._stir.set()
+
+        self._kernel.submit(stale, finish)
+        while not finished:
+            if self._is_held(stale):
+                self._early += 1
+                return
+            self._stir = trio.Event()
+            await self._stir.wait()
+
+    def _is_held(self, stale: set[Cached]) -> bool:
+        """Say whether a call that waits for us holds a lock that the kernel needs for this."""
+        return any(self._held[_lock_of(cached)] > 0 for cached in stale)
+
+    def _keep_values(self, events: Sequence[Event]) -> None:
+        for event in events:
+            if isinstance(event, KeyValue):
+                self._contents.put(event.key, event.mod_revision, event.value)
+
+
+def _lock_of(cached: Cached) -> int:
+    """Return the directory whose lock the kernel needs to let go of it; 0 for none."""
+    entry = cached if isinstance(cached, Entry) else cached.within
+    return 0 if entry is None else entry.directory
+
+
+@final
+class _Watching:
+    """The one watch that stands, if any; owned by `Mirror.run`."""
+
+    def __init__(self, stack: AsyncExitStack) -> None:
+        self._stack = stack
+        self._watch: Watch | None = None
+
+    async def open(self, watch: AbstractAsyncContextManager[Watch]) -> Message:
+        """Open a watch and return its first message."""
+        try:
+            self._watch = await self._stack.enter_async_context(watch)
+        except CompactedError as exc:
+            return RevisionCompacted(exc.compact_revision)
+        except StoreError as exc:
+            return WatchLost(str(exc))
+        return await self.receive()
+
+    async def receive(self) -> Message:
+        """Return the next message, the end of the watch being one."""
+        if self._watch is None:
+            return WatchLost("there is no watch")
+        try:
+            return await self._watch.receive()
+        except CompactedError as exc:
+            return RevisionCompacted(exc.compact_revision)
+        except StoreError as exc:
+            return WatchLost(str(exc))
+
+    async def close(self) -> None:
+        """Leave the watch, if there is one."""
+        self._watch = None
+        await self._stack.aclose()

@@ -1,0 +1,310 @@
+"""The composition root: puts the rooms together, mounts, serves, and takes all down again.
+
+What this room knows: who depends on whom, and in which order things start and end. What it must
+not know: anything that one of the rooms knows.
+
+Run as `python -m etcdfs.mount MOUNTPOINT --options-fd N [--status-fd M]` by the command line.
+
+Order at the start: etcd (embedded or not), the first listing, the kernel mount, the report that
+all is ready. At the end (unmounted from outside, SIGTERM or SIGINT): what was written is
+published, the mount is taken away, then etcd. After a crash nothing is unmounted: an rsync that
+finds an empty directory deletes its mirror (FACTS.md 7, auto_unmount).
+
+Concurrency: one trio loop; the kernel door has a thread of its own.
+"""
+
+import argparse
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, final
+
+import trio
+
+from etcdfs.attributes import Defaults
+from etcdfs.contents import Contents
+from etcdfs.direct import Direct
+from etcdfs.embedded import default_data_dir, open_embedded
+from etcdfs.errors import (
+    CommandError,
+    EtcdRefusedError,
+    EtcdUnreachableError,
+    StoreError,
+    StorePermissionError,
+)
+from etcdfs.etcd import open_store
+from etcdfs.filesystem import Filesystem
+from etcdfs.fuse import FuseMount, Operations
+from etcdfs.handshake import Failed, Progress, Ready, Reporter, open_reporter, read_options
+from etcdfs.kernel import KernelCache
+from etcdfs.keys import Keyspace
+from etcdfs.logs import setup_logging
+from etcdfs.mirror import Mirror
+from etcdfs.mountpoint import SUBTYPE, check_fuse, prepare
+from etcdfs.openfiles import OpenFiles
+from etcdfs.options import Endpoint, MountOptions
+from etcdfs.publisher import Publisher
+from etcdfs.store import Store
+from etcdfs.tree import Tree
+from etcdfs.view import View
+
+log = logging.getLogger(__name__)
+
+FLUSH_TIMEOUTS: Final = 2
+"""Times `--timeout` that drafts may take to be published when the mount is taken down."""
+
+
+@final
+class Rooms:
+    """Everything between etcd and the kernel, for one mount."""
+
+    def __init__(self, options: MountOptions, store: Store) -> None:
+        """Put the rooms together; nothing runs yet."""
+        self.options = options
+        self.store = store
+        self.tree = Tree(Keyspace(options.prefix), time.time_ns, complete=options.cache)
+        self.contents = Contents(options.cache_size)
+        self.kernel = KernelCache()
+        self.mirror: Mirror | None = None
+        self.view: View
+        if options.cache:
+            self.view = self.mirror = Mirror(
+                store,
+                self.contents,
+                self.tree,
+                self.kernel,
+                settle_timeout_s=options.settle_timeout_s,
+            )
+        else:
+            self.view = Direct(store, self.contents, self.tree)
+        self.publisher = Publisher(
+            store, self.view, self.contents, max_file_size=options.max_file_size
+        )
+        self.files = OpenFiles(
+            self.view, self.contents, self.publisher, read_only=options.read_only
+        )
+        self.filesystem = Filesystem(
+            store,
+            self.view,
+            self.files,
+            Defaults(
+                uid=options.uid,
+                gid=options.gid,
+                file_mode=options.file_mode,
+                dir_mode=options.dir_mode,
+                umask=options.umask,
+            ),
+            kernel_timeout_s=options.kernel_timeout_s if options.cache else 0.0,
+            timeout_s=options.timeout_s,
+            read_only=options.read_only,
+            statistics=self.statistics,
+        )
+        self.operations = Operations(self.filesystem, self.files, keep_cache=options.cache)
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Return all counters, by room; what `user.etcdfs.statistics` and SIGUSR1 show."""
+        counters: dict[str, Any] = {
+            "requests": dict(self.operations.requests),
+            "store": asdict(self.store.statistics()),
+            "tree": asdict(self.tree.statistics()),
+            "contents": asdict(self.contents.statistics()),
+            "kernel": asdict(self.kernel.statistics()),
+            "publisher": asdict(self.publisher.statistics()),
+            "open_files": len(self.files),
+        }
+        if self.mirror is not None:
+            counters["mirror"] = asdict(self.mirror.statistics())
+            if self.mirror.replica is not None:
+                counters["replica"] = asdict(self.mirror.replica.statistics())
+        return counters
+
+    async def flush(self) -> None:
+        """Publish what is still unpublished; what cannot be is logged."""
+        with trio.move_on_after(FLUSH_TIMEOUTS * self.options.timeout_s) as scope:
+            for file, error in await self.files.flush_all():
+                log.error("inode %d could not be published: %s", file.inode, error)
+        if scope.cancelled_caught:
+            log.error("not everything that was written could be published in time")
+
+
+async def serve(options: MountOptions, reporter: Reporter) -> None:
+    """Mount, serve until unmounted or told to end, and clean up.
+
+    Raises:
+        CommandError: It could not be mounted; nothing was left behind.
+    """
+    async with trio.open_nursery() as nursery:
+        ending = _Ending(nursery.cancel_scope)
+        await nursery.start(ending.run)
+        async with AsyncExitStack() as stack:
+            rooms, client_url = await _open_rooms(stack, options)
+            tasks = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(tasks.cancel_scope.cancel)
+            if rooms.mirror is not None:
+                await _sync(tasks, rooms.mirror, reporter)
+            mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
+            with mount:
+                rooms.kernel.start()
+                stack.callback(rooms.kernel.stop)
+                tasks.start_soon(_announce, rooms, reporter, client_url)
+                ending.begin(rooms, mount)
+                await mount.run()
+                await rooms.flush()
+            log.info("unmounted %s", options.mountpoint)
+        nursery.cancel_scope.cancel()
+
+
+async def _open_rooms(stack: AsyncExitStack, options: MountOptions) -> tuple[Rooms, str | None]:
+    endpoints: tuple[Endpoint, ...] = options.endpoints
+    client_url = None
+    if options.embedded:
+        directory = default_data_dir() if options.data_dir is None else Path(options.data_dir)
+        embedded = await stack.enter_async_context(open_embedded(directory, options.timeout_s))
+        endpoints, client_url = (embedded,), f"http://{embedded}"
+    with _store_errors():
+        store = await stack.enter_async_context(open_store(endpoints, timeout_s=options.timeout_s))
+    return Rooms(options, store), client_url
+
+
+async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None:
+    def progress(keys: int, size: int) -> None:
+        reporter.report(Progress(keys=keys, bytes=size))
+
+    # The collector would walk a hundred thousand new objects again and again while they are
+    # made, and finds nothing: the tree has no garbage in it yet.
+    gc.disable()
+    try:
+        with _store_errors():
+            await tasks.start(mirror.run, progress)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+async def _announce(rooms: Rooms, reporter: Reporter, client_url: str | None) -> None:
+    """Say that the mount is usable, once a call through the kernel has shown it."""
+    mountpoint = rooms.options.mountpoint
+    with trio.fail_after(rooms.options.timeout_s):
+        await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+    log.info("mounted %s", mountpoint)
+    mirror = rooms.mirror
+    reporter.report(
+        Ready(
+            revision=0 if mirror is None else mirror.revision,
+            keys=0 if mirror is None else mirror.statistics().listed_keys,
+            client_url=client_url,
+        )
+    )
+
+
+@final
+class _Ending:
+    """Hears signals: SIGTERM and SIGINT end the mount in order, SIGUSR1 logs the counters."""
+
+    def __init__(self, starting: trio.CancelScope) -> None:
+        self._starting = starting
+        self._serving: tuple[Rooms, FuseMount] | None = None
+
+    def begin(self, rooms: Rooms, mount: FuseMount) -> None:
+        """From now on there is a mount to be taken down."""
+        self._serving = (rooms, mount)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Wait for signals, for ever."""
+        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        with trio.open_signal_receiver(*wanted) as signals:
+            task_status.started()
+            async for number in signals:
+                if number == signal.SIGUSR1:
+                    if self._serving is not None:
+                        log.info("statistics: %s", json.dumps(self._serving[0].statistics()))
+                elif self._serving is None:
+                    self._starting.cancel()
+                else:
+                    log.info("%s: taking down the mount", signal.Signals(number).name)
+                    rooms, mount = self._serving
+                    await rooms.flush()
+                    mount.stop()
+
+
+def _kernel_options(options: MountOptions) -> set[str]:
+    """Return what the kernel mount is asked for."""
+    wanted = {"default_permissions", f"subtype={SUBTYPE}", f"fsname={_source(options)}"}
+    if options.read_only:
+        wanted.add("ro")
+    if options.allow_other:
+        wanted.add("allow_other")
+    return wanted | set(options.fuse_options)
+
+
+def _source(options: MountOptions) -> str:
+    """Return what mount(8) shows as the source: the first member and the prefix."""
+    member = str(options.endpoints[0]) if options.endpoints else "embedded"
+    source = f"{member}{options.prefix.decode('ascii', 'replace')}"
+    plain = source.isascii() and source.isprintable() and not set(source) & set(", \\")
+    return source if plain else member
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """Turn what etcd says at the start into what a person is told."""
+    try:
+        yield
+    except StorePermissionError as exc:
+        raise EtcdRefusedError(str(exc)) from exc
+    except StoreError as exc:
+        raise EtcdUnreachableError(str(exc)) from exc
+
+
+def main() -> int:
+    """Run the daemon; return its exit code."""
+    parser = argparse.ArgumentParser(prog="etcdfs.mount", description=__doc__)
+    parser.add_argument("mountpoint", help="for the list of processes; see --options-fd")
+    parser.add_argument("--options-fd", type=int, required=True)
+    parser.add_argument("--status-fd", type=int)
+    arguments = parser.parse_args()
+    handover = read_options(arguments.options_fd)
+    reporter = open_reporter(arguments.status_fd)
+    try:
+        setup_logging(handover.log, foreground=arguments.status_fd is None)
+        check_fuse()
+        prepare(handover.options.mountpoint)
+        trio.run(serve, handover.options, reporter)
+    except BaseExceptionGroup as group:
+        failure = _command_error(group)
+        if failure is None:
+            raise
+        return _fail(reporter, failure)
+    except CommandError as exc:
+        return _fail(reporter, exc)
+    return 0
+
+
+def _command_error(group: BaseExceptionGroup[BaseException]) -> CommandError | None:
+    """Return the one error meant for a person, if the group holds nothing else."""
+    wanted, others = group.split(CommandError)
+    if wanted is None or others is not None:
+        return None
+    found: BaseException = wanted
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, CommandError)
+    return found
+
+
+def _fail(reporter: Reporter, error: CommandError) -> int:
+    log.debug("not mounted", exc_info=error)
+    reporter.report(Failed(message=str(error), exit_code=error.exit_code))
+    return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

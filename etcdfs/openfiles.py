@@ -1,0 +1,271 @@
+"""Open files: handles, reading, writing, and when a draft is published.
+
+What this room knows: the life of a handle from open to release, and the draft that all writers of
+a file share. What it must not know: names and directories, how a draft reaches etcd.
+
+Concurrency: trio thread. `read` never awaits, so that no READ is in flight across an `await`
+while the kernel holds the page lock (FACTS.md 7).
+"""
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import NewType, final
+
+from etcdfs.contents import Contents
+from etcdfs.drafts import Draft
+from etcdfs.errors import (
+    BadHandleError,
+    EtcdfsError,
+    FileTooLargeError,
+    ReadOnlyError,
+    StaleError,
+)
+from etcdfs.publisher import Publisher
+from etcdfs.tree import File, Node
+from etcdfs.view import View
+
+Handle = NewType("Handle", int)
+
+
+@dataclass(frozen=True, slots=True)
+class OpenFile:
+    """One open file description."""
+
+    file: File
+    readable: bool
+    writable: bool
+    append: bool
+
+
+@final
+class OpenFiles:
+    """All open files of the mount, by handle."""
+
+    def __init__(
+        self, view: View, contents: Contents, publisher: Publisher, *, read_only: bool
+    ) -> None:
+        # --- dependencies
+        self._view = view
+        self._contents = contents
+        self._publisher = publisher
+        # --- constants
+        self._read_only = read_only
+        # --- mutable state
+        self._open: dict[Handle, OpenFile] = {}
+        self._next = 1
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    # --- opening ----------------------------------------------------------------------------
+
+    async def open(self, file: File, flags: int) -> Handle:
+        """Open a file that the kernel holds.
+
+        Raises:
+            StaleError: The inode is an old version that nobody has open; look the path up again.
+            ReadOnlyError: It is opened for writing on a read-only mount.
+            StoreError: Its value is not here and cannot be fetched.
+        """
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        if writable and self._read_only:
+            msg = f"inode {file.inode}: the mount is read-only"
+            raise ReadOnlyError(msg)
+        if file.directory is None and file.handles == 0:
+            msg = f"inode {file.inode} is an old version"
+            raise StaleError(msg)
+        file.handles += 1  # keeps it while we wait
+        try:
+            await self._load(file)
+        except BaseException:
+            self._unpin(file)
+            raise
+        if writable and flags & os.O_TRUNC:
+            self._draft(file).truncate(0, self._now(file))
+        return self._add(file, flags)
+
+    def open_new(self, file: File, flags: int) -> Handle:
+        """Open a file that was just made here; its content is whatever is written."""
+        file.handles += 1
+        if file.facts is None:
+            draft = Draft(b"", whole=True)
+            draft.mtime_ns = file.mtime_ns
+            file.draft = draft
+        else:
+            file.value = b""
+        return self._add(file, flags)
+
+    async def _load(self, file: File) -> None:
+        # Even a file that is about to be emptied: whether anything changes is decided against it.
+        if file.value is None and file.draft is None and file.facts is not None:
+            # checkpoint: another open may have pinned it, or a writer made a draft
+            value = await self._view.value(file)
+            if file.value is None:
+                file.value = value
+
+    def _add(self, file: File, flags: int) -> Handle:
+        handle = Handle(self._next)
+        self._next += 1
+        access = flags & os.O_ACCMODE
+        self._open[handle] = OpenFile(
+            file,
+            access != os.O_WRONLY,
+            access != os.O_RDONLY,
+            bool(flags & os.O_APPEND),
+        )
+        return handle
+
+    # --- using ------------------------------------------------------------------------------
+
+    def read(self, handle: int, offset: int, size: int) -> bytes:
+        """Return up to `size` bytes at `offset`; fewer only at the end of the file."""
+        file = self._opened(handle).file
+        if isinstance(file.draft, Draft):
+            return file.draft.read(offset, size)
+        if file.value is None:
+            msg = f"inode {file.inode} has no value loaded"
+            raise BadHandleError(msg)
+        return file.value[offset : offset + size]
+
+    async def write(self, handle: int, offset: int, data: bytes) -> int:
+        """Write into the draft; nothing reaches etcd before flush or fsync.
+
+        Raises:
+            FileTooLargeError: The value would not fit into etcd; this write did nothing, and
+                what was written before is not published: half a value is none.
+        """
+        opened = self._opened(handle)
+        if not opened.writable:
+            msg = f"inode {opened.file.inode} is not open for writing"
+            raise BadHandleError(msg)
+        file = opened.file
+        async with self._publisher.lock(file):
+            draft = self._draft(file)
+            end = draft.end_of_write(offset, len(data), append=opened.append)
+            if end > len(draft):
+                try:
+                    self._publisher.check_size(file, end)
+                except FileTooLargeError:
+                    draft.is_torn = True
+                    raise
+            draft.write(offset, data, append=opened.append, now_ns=self._now(file))
+        return len(data)
+
+    async def truncate(self, file: File, size: int) -> None:
+        """Cut or extend a file; published at once unless a writer has it open."""
+        if self._read_only:
+            msg = f"inode {file.inode}: the mount is read-only"
+            raise ReadOnlyError(msg)
+        if file.directory is None and file.handles == 0:
+            msg = f"inode {file.inode} is an old version"
+            raise StaleError(msg)
+        file.handles += 1
+        try:
+            await self._load(file)
+            async with self._publisher.lock(file):
+                self._publisher.check_size(file, size)
+                draft = self._draft(file)
+                if size != len(draft):
+                    draft.truncate(size, self._now(file))
+            if not self._has_writer(file):
+                await self._publish_alone(file)
+        finally:
+            self._unpin(file)
+
+    async def _publish_alone(self, file: File) -> None:
+        try:
+            await self.publish(file)
+        except EtcdfsError:
+            file.draft = None  # nobody is left who could try again
+            raise
+
+    async def flush(self, handle: int) -> None:
+        """Publish what was written, if anything was (close(2), fsync(2)).
+
+        Raises:
+            EtcdfsError: As `Publisher.publish`.
+        """
+        opened = self._opened(handle)
+        if not opened.writable or opened.file.draft is None:
+            return  # a reader's close publishes nobody else's writes
+        await self._publisher.publish(opened.file)
+        self._drop_clean_draft(opened.file)
+
+    async def release(self, handle: int) -> None:
+        """Close for good; what a memory map wrote after the last flush is published now.
+
+        Raises:
+            EtcdfsError: As `Publisher.publish`; nobody is told by the kernel.
+        """
+        opened = self._opened(handle)
+        try:
+            if opened.writable and opened.file.handles == 1:
+                await self.flush(handle)
+        finally:
+            del self._open[Handle(handle)]
+            self._unpin(opened.file)
+
+    async def publish(self, file: File) -> None:
+        """Publish a file's draft although nobody flushes it (before a rename)."""
+        await self._publisher.publish(file)
+        self._drop_clean_draft(file)
+
+    @asynccontextmanager
+    async def settled(self, file: File) -> AsyncIterator[None]:
+        """Hold a file still: none of its drafts is on its way to etcd meanwhile."""
+        async with self._publisher.lock(file):
+            yield
+        if not file.handles:
+            self._publisher.release(file)
+
+    def set_mtime(self, node: Node, mtime_ns: int) -> None:
+        """Set the mtime as utimens(2) does; of unpublished writes, too."""
+        node.mtime_ns = mtime_ns
+        if isinstance(node, File) and isinstance(node.draft, Draft):
+            node.draft.mtime_ns = mtime_ns
+
+    async def flush_all(self) -> list[tuple[File, EtcdfsError]]:
+        """Publish every draft, as at unmount; return the failures."""
+        failures: list[tuple[File, EtcdfsError]] = []
+        for file in {opened.file for opened in self._open.values() if opened.writable}:
+            try:
+                await self.publish(file)
+            except EtcdfsError as exc:
+                failures.append((file, exc))
+        return failures
+
+    # --- helpers ----------------------------------------------------------------------------
+
+    def _opened(self, handle: int) -> OpenFile:
+        opened = self._open.get(Handle(handle))
+        if opened is None:
+            msg = f"handle {handle} is not open"
+            raise BadHandleError(msg)
+        return opened
+
+    def _draft(self, file: File) -> Draft:
+        if not isinstance(file.draft, Draft):
+            file.draft = Draft(file.value or b"", whole=file.facts is None)
+        return file.draft
+
+    def _drop_clean_draft(self, file: File) -> None:
+        if isinstance(file.draft, Draft) and not file.draft.is_dirty:
+            file.value = file.draft.base
+            file.draft = None
+
+    def _has_writer(self, file: File) -> bool:
+        return any(o.file is file and o.writable for o in self._open.values())
+
+    def _now(self, file: File) -> int:
+        return max(self._view.switch.tree.clock(), file.mtime_ns + 1)
+
+    def _unpin(self, file: File) -> None:
+        file.handles -= 1
+        if file.handles:
+            return
+        self._publisher.release(file)
+        file.value = None
+        file.draft = None
+        self._view.switch.tree.prune(file)

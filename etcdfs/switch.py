@@ -1,0 +1,341 @@
+"""Turning a batch of etcd's events into one step of the tree.
+
+What this room knows: how events change names, and which of the kernel's cached answers that
+makes untrue. What it must not know: how the kernel is told, where events come from.
+
+`plan` works out, without touching the tree, what every name becomes once the batch is applied.
+The plan is exact: a name whose node stays the same is not in it, so the kernel is told of nothing
+that did not change. `publish` carries a plan out. Between the two the caller tells the kernel
+(DESIGN.md 4.2, *switching*); since anything may happen to the tree meanwhile, it plans again
+right before it publishes, with no `await` in between.
+
+Changes that this mount made itself are recognised by their *intent*: a key, the value put there
+and the file that carries it. An event that says the same keeps the file's inode.
+
+Concurrency: synchronous; used on the trio thread only.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import final
+
+from etcdfs.keys import MARKER_NAME, VALUE_NAME
+from etcdfs.store import Event, KeyValue, Revision, Tombstone
+from etcdfs.tree import Cached, Directory, Entry, Facts, File, Node, Tree, facts_of
+
+
+@dataclass(slots=True, kw_only=True)
+class Intent:
+    """A change that this mount is making right now.
+
+    Attributes:
+        file: The file that is to stand for the key afterwards; None for a deletion or a marker.
+        value: What is being put; None for a deletion.
+        replaces: Whether what stood under the key is gone afterwards, as after a rename.
+    """
+
+    file: File | None = None
+    value: bytes | None = None
+    replaces: bool = False
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a batch does to the tree.
+
+    Attributes:
+        entries: For each directory, what each changed name becomes (None: nothing).
+        facts: Files that keep their inode and get new facts.
+        markers: Directories whose marker key changes.
+        deleted: Files whose key is deleted, not only superseded.
+    """
+
+    entries: dict[Directory, dict[bytes, Node | None]] = field(default_factory=dict)
+    facts: dict[File, Facts] = field(default_factory=dict)
+    markers: dict[Directory, Facts | None] = field(default_factory=dict)
+    deleted: set[Node] = field(default_factory=set)
+
+    def changes(self) -> Iterator[tuple[Directory, bytes, Node | None, Node | None]]:
+        """Yield (directory, name, before, after) of each name that really changes."""
+        for directory, names in self.entries.items():
+            for name, after in names.items():
+                before = directory.children.get(name)
+                if before is not after:
+                    yield directory, name, before, after
+
+
+@final
+class Switch:
+    """Plans and publishes batches on one tree, and keeps the intents of this mount."""
+
+    def __init__(self, tree: Tree) -> None:
+        # --- dependencies
+        self.tree = tree
+        # --- mutable state
+        self.intents: dict[bytes, Intent] = {}
+        # Names whose directory the kernel holds locked for a call of this mount: it puts them
+        # right by itself when the call returns, and waits for nobody until then.
+        self.locked: dict[Entry, int] = {}
+        # Changes of this mount that were applied before the watch brought them, by key.
+        self._ahead: dict[bytes, int] = {}
+
+    def plan(self, events: Iterable[Event], *, force: bool = False) -> Plan:
+        """Work out what `events` (oldest first) make of the tree; changes nothing.
+
+        An event older than what the tree has is ignored, unless by `force`: a new listing is
+        right even if it shows older revisions (another history).
+        """
+        planner = _Planner(self.tree, self.intents, force=force)
+        last = {event.key: event for event in events}
+        for event in last.values():
+            if force or event.mod_revision > self._ahead.get(event.key, 0):
+                planner.add(event)
+        return planner.finish()
+
+    def untold(self, plan: Plan) -> set[Cached]:
+        """Return what must not be answered with a lifetime while the switch is under way."""
+        touched: set[Cached] = set()
+        for directory, name, _, _ in plan.changes():
+            touched.add(Entry(directory.inode, name))
+            touched.add(self.tree.listing_of(directory))
+        return touched
+
+    def invalidations(self, plan: Plan) -> set[Cached]:
+        """Return which of the kernel's cached answers the plan makes untrue."""
+        stale: set[Cached] = set()
+        for directory, name, _, _ in plan.changes():
+            entry = Entry(directory.inode, name)
+            if entry in self.locked:
+                continue
+            if self.tree.is_told(directory, name):
+                stale.add(entry)
+            if directory.told:
+                stale.add(self.tree.listing_of(directory))
+        return stale
+
+    def publish(self, plan: Plan) -> None:
+        """Make the plan true. No `await` may lie between `plan` and this."""
+        tree = self.tree
+        changes = list(plan.changes())
+        # Files leave before directories: a file's key is made from the path it still has.
+        for kind in (File, Directory):
+            for directory, name, before, _ in changes:
+                if isinstance(before, kind):
+                    tree.detach(directory, name, gone=before in plan.deleted)
+        for directory, name, _, after in changes:
+            if after is not None:
+                tree.attach(directory, name, after)
+        for directory, marker in plan.markers.items():
+            directory.marker = marker
+        for file, facts in plan.facts.items():
+            file.facts = facts
+
+    def apply_ahead(self, events: Iterable[Event], *, remember: bool) -> None:
+        """Apply this mount's own change before the watch has brought it.
+
+        With `remember`, older events of these keys that still come are then ignored, until
+        `reached` says that the watch has passed them.
+        """
+        own = list(events)
+        self.publish(self.plan(own))
+        if remember:
+            for event in own:
+                self._ahead[event.key] = max(event.mod_revision, self._ahead.get(event.key, 0))
+
+    def withdraw(self, directory: Directory, name: bytes, *, gone: bool) -> set[Cached]:
+        """Take away a file that never reached etcd, and the directory if only that kept it.
+
+        Returns:
+            What the kernel must let go of, the file's own entry not included.
+        """
+        self.tree.detach(directory, name, gone=gone)
+        planner = _Planner(self.tree, self.intents, force=False)
+        planner.doubt(directory)
+        plan = planner.finish()
+        stale = self.invalidations(plan)
+        self.publish(plan)
+        return stale
+
+    def reached(self, revision: int) -> None:
+        """Forget what was applied ahead of the watch and is behind it now."""
+        if self._ahead:
+            self._ahead = {k: r for k, r in self._ahead.items() if r > revision}
+
+
+class _Planner:
+    """The tree with a sheet of paper laid over it: reads fall through, writes stay on it."""
+
+    def __init__(self, tree: Tree, intents: dict[bytes, Intent], *, force: bool) -> None:
+        self._tree = tree
+        self._intents = intents
+        self._force = force
+        self._plan = Plan()
+        self._doubtful: set[Directory] = set()
+        self._where: dict[Directory, tuple[Directory, bytes]] = {}
+
+    def add(self, event: Event) -> None:
+        location = self._tree.keyspace.locate(event.key)
+        if location.is_marker:
+            self._marker(event, location.names)
+        elif isinstance(event, KeyValue):
+            self._put(event, location.names)
+        else:
+            self._delete(event, location.names)
+
+    def doubt(self, directory: Directory) -> None:
+        """Have `finish` look whether a directory is still there."""
+        self._doubtful.add(directory)
+
+    def finish(self) -> Plan:
+        """Decide which directories are left with nothing; each takes its parent into doubt."""
+        if self._tree.complete:
+            while self._doubtful:
+                self._vanish_if_empty(self._doubtful.pop())
+        return self._plan
+
+    # --- events -----------------------------------------------------------------------------
+
+    def _put(self, event: KeyValue, names: tuple[bytes, ...]) -> None:
+        directory = self._ensure(names[:-1])
+        name = names[-1]
+        child = self._child(directory, name)
+        if isinstance(child, Directory):
+            directory, name = child, VALUE_NAME
+            child = self._child(directory, name)
+        old = child if isinstance(child, File) else None
+        if old is not None and self._is_behind(event, (old.facts or _NOT_IN_ETCD).mod_revision):
+            return
+        facts = facts_of(event)
+        intent = self._intents.get(event.key)
+        if intent is not None and intent.file is not None and intent.value == event.value:
+            file = intent.file
+            self._plan.facts[file] = facts
+            if old is not None and intent.replaces:
+                self._plan.deleted.add(old)
+        else:
+            file = self._tree.new_version(old, facts)
+        self._set(directory, name, file)
+
+    def _delete(self, event: Tombstone, names: tuple[bytes, ...]) -> None:
+        directory = self._find(names[:-1])
+        if directory is None:
+            return
+        name = names[-1]
+        child = self._child(directory, name)
+        if isinstance(child, Directory):
+            directory, name = child, VALUE_NAME
+            child = self._child(directory, name)
+        if not isinstance(child, File) or child.facts is None:
+            return  # nothing there, or made here and not yet published: not what was deleted
+        if self._is_behind(event, child.facts.mod_revision):
+            return
+        intent = self._intents.get(event.key)
+        if intent is None or intent.file is not child:
+            self._plan.deleted.add(child)
+        self._set(directory, name, None)
+        self._doubtful.add(directory)
+
+    def _marker(self, event: Event, names: tuple[bytes, ...]) -> None:
+        if isinstance(event, Tombstone):
+            found = self._find(names)
+            if found is None or self._is_behind(event, self._marker_revision(found)):
+                return
+            self._plan.markers[found] = None
+            self._drop_marker_file(found)
+            self._doubtful.add(found)
+            return
+        directory = self._ensure(names)
+        if self._is_behind(event, self._marker_revision(directory)):
+            return
+        facts = self._plan.markers[directory] = facts_of(event)
+        if not event.value:
+            self._drop_marker_file(directory)
+            return
+        old = self._child(directory, MARKER_NAME)
+        intent = self._intents.get(event.key)
+        if intent is not None and intent.file is not None and intent.value == event.value:
+            self._plan.facts[intent.file] = facts
+            self._set(directory, MARKER_NAME, intent.file)
+        else:
+            before = old if isinstance(old, File) else None
+            self._set(directory, MARKER_NAME, self._tree.new_version(before, facts))
+
+    def _drop_marker_file(self, directory: Directory) -> None:
+        shown = self._child(directory, MARKER_NAME)
+        if isinstance(shown, File) and shown.facts is not None:
+            self._plan.deleted.add(shown)
+            self._set(directory, MARKER_NAME, None)
+
+    # --- directories that come and go -------------------------------------------------------
+
+    def _ensure(self, names: tuple[bytes, ...]) -> Directory:
+        directory = self._tree.root
+        for name in names:
+            child = self._child(directory, name)
+            if not isinstance(child, Directory):
+                made = self._tree.new_directory()
+                self._where[made] = (directory, name)
+                if child is not None:  # `a` is a key and `a/b` becomes one
+                    self._set(made, VALUE_NAME, child)
+                self._set(directory, name, made)
+                child = made
+            directory = child
+        return directory
+
+    def _find(self, names: tuple[bytes, ...]) -> Directory | None:
+        directory = self._tree.root
+        for name in names:
+            child = self._child(directory, name)
+            if not isinstance(child, Directory):
+                return None
+            directory = child
+        return directory
+
+    def _vanish_if_empty(self, directory: Directory) -> None:
+        place = self._place(directory)
+        if place is None or self._plan.markers.get(directory, directory.marker) is not None:
+            return
+        if not self._is_empty_but_for_value(directory):
+            return
+        parent, name = place
+        value = self._child(directory, VALUE_NAME)
+        if value is not None:  # only the value of `a` is left: `a` is a file again
+            self._set(directory, VALUE_NAME, None)
+        self._set(parent, name, value)
+        self._doubtful.add(parent)
+
+    def _place(self, directory: Directory) -> tuple[Directory, bytes] | None:
+        if directory in self._where:
+            parent, name = self._where[directory]
+        elif directory.directory is not None:
+            parent, name = directory.directory, directory.name
+        else:
+            return None
+        return (parent, name) if self._child(parent, name) is directory else None
+
+    def _is_empty_but_for_value(self, directory: Directory) -> bool:
+        sheet = self._plan.entries.get(directory, {})
+        if any(node is not None and name != VALUE_NAME for name, node in sheet.items()):
+            return False
+        return not any(n not in sheet and n != VALUE_NAME for n in directory.children)
+
+    # --- the sheet --------------------------------------------------------------------------
+
+    def _child(self, directory: Directory, name: bytes) -> Node | None:
+        sheet = self._plan.entries.get(directory)
+        if sheet is not None and name in sheet:
+            return sheet[name]
+        return directory.children.get(name)
+
+    def _set(self, directory: Directory, name: bytes, node: Node | None) -> None:
+        self._plan.entries.setdefault(directory, {})[name] = node
+
+    def _is_behind(self, event: Event, known: int) -> bool:
+        return event.mod_revision <= known and not self._force
+
+    def _marker_revision(self, directory: Directory) -> int:
+        marker = self._plan.markers.get(directory, directory.marker)
+        return 0 if marker is None else marker.mod_revision
+
+
+_NOT_IN_ETCD = Facts(Revision(0), Revision(0), 0, 0, 0)

@@ -1,0 +1,482 @@
+"""The tree of inodes: which names there are, what the kernel knows of them, what each one is.
+
+What this room knows: directories, files, inode numbers, lookup counts, cached names. What it must
+not know: etcd requests, FUSE, time (the clock is handed in).
+
+A *node* is a `Directory` or a `File`. One `File` object (one inode number) is one version of a
+key as far as other clients are concerned: when somebody else writes the key, the name gets a new
+`File`, and whoever holds the old one open keeps it (DESIGN.md 4.2). Changes made through this
+mount keep the inode, as on any file system.
+
+A file is in one of three states:
+
+* *attached*: `directory` is set; it is what a lookup of its name finds;
+* *superseded*: `directory` is None and `lost_key` is the key it was; another version stands there;
+* *gone*: both are None; deleted, and nothing may resurrect it.
+
+Concurrency: one owner, the trio thread; every method is synchronous and leaves the invariants
+(`check_invariants`) true.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, NewType, final
+
+from etcdfs.errors import NotADirectoryFileError, StaleError
+from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_plain
+from etcdfs.store import Clock, KeyValue, Revision
+
+Inode = NewType("Inode", int)
+
+ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
+MAX_NEGATIVES: Final = 65_536
+"""Missing names remembered as told to the kernel; past it, further ones are not cached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What etcd says of a key, without its value. `size` in bytes."""
+
+    create_revision: Revision
+    mod_revision: Revision
+    version: int
+    lease: int
+    size: int
+
+
+def facts_of(entry: KeyValue) -> Facts:
+    """Return the facts of a key that was read with its value."""
+    return Facts(
+        entry.create_revision, entry.mod_revision, entry.version, entry.lease, len(entry.value)
+    )
+
+
+@dataclass(slots=True)
+class Overrides:
+    """Attributes set through this mount; None where the default holds."""
+
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+
+
+@final
+class File:
+    """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services."""
+
+    __slots__ = (
+        "atime_ns",
+        "ctime_ns",
+        "directory",
+        "draft",
+        "facts",
+        "handles",
+        "inode",
+        "lookups",
+        "lost_key",
+        "mtime_ns",
+        "name",
+        "overrides",
+        "told",
+        "value",
+    )
+
+    def __init__(self, inode: Inode, facts: Facts | None, now_ns: int) -> None:
+        self.inode = inode
+        self.facts = facts  # None: created here, not yet in etcd
+        self.directory: Directory | None = None
+        self.name = b""
+        self.lost_key: bytes | None = None
+        self.mtime_ns = now_ns
+        self.ctime_ns = now_ns
+        self.overrides: Overrides | None = None
+        self.lookups = 0
+        self.told = False  # the kernel may have the name cached
+        self.handles = 0
+        self.value: bytes | None = None  # pinned while there are handles
+        self.draft: object | None = None
+
+
+@final
+class Directory:
+    """A prefix of keys. `marker` is what etcd says of its marker key, None without one."""
+
+    __slots__ = (
+        "children",
+        "ctime_ns",
+        "directory",
+        "inode",
+        "lookups",
+        "marker",
+        "mtime_ns",
+        "name",
+        "overrides",
+        "subdirectories",
+        "told",
+    )
+
+    def __init__(self, inode: Inode, now_ns: int) -> None:
+        self.inode = inode
+        self.directory: Directory | None = None
+        self.name = b""
+        self.children: dict[bytes, Node] = {}
+        self.marker: Facts | None = None
+        self.mtime_ns = now_ns
+        self.ctime_ns = now_ns
+        self.overrides: Overrides | None = None
+        self.subdirectories = 0
+        self.lookups = 0
+        self.told = False
+
+
+Node = File | Directory
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name in a directory, as the kernel may have it cached."""
+
+    directory: Inode
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """A directory's own attributes; `within` is its entry, None for the root."""
+
+    inode: Inode
+    within: Entry | None
+
+
+Cached = Entry | Listing
+"""What the kernel must be told to let go of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeStatistics:
+    """Sizes of the tree's tables."""
+
+    inodes_known: int
+    negatives: int
+
+
+@final
+class Tree:
+    """All nodes, by name and by inode number."""
+
+    def __init__(self, keyspace: Keyspace, clock: Clock, *, complete: bool) -> None:
+        """Make an empty tree.
+
+        Args:
+            keyspace: Which keys are shown, and how.
+            clock: Nanoseconds since the epoch.
+            complete: Whether the tree will hold every key (a mirror), so that the kernel may
+                cache what it says and an empty directory without a marker is known to be gone.
+        """
+        # --- dependencies
+        self.keyspace = keyspace
+        self.clock = clock
+        # --- constants
+        self.complete = complete
+        # --- mutable state
+        self.root = Directory(ROOT_INODE, clock())
+        self.root.lookups = 1
+        self.root.told = True
+        self._next_inode = ROOT_INODE + 1
+        # INVARIANT: holds exactly the nodes whose lookup count is not 0
+        self._known: dict[Inode, Node] = {ROOT_INODE: self.root}
+        self._negatives: dict[Entry, int] = {}
+        self.switching: set[Cached] = set()
+
+    # --- finding ----------------------------------------------------------------------------
+
+    def node(self, inode: int) -> Node:
+        """Return the node of an inode number that the kernel holds.
+
+        Raises:
+            StaleError: There is none (any more).
+        """
+        node = self._known.get(Inode(inode))
+        if node is None:
+            msg = f"inode {inode} is not known"
+            raise StaleError(msg)
+        return node
+
+    def directory(self, inode: int) -> Directory:
+        """Return a directory by inode number.
+
+        Raises:
+            NotADirectoryFileError: It is a file.
+            StaleError: There is none.
+        """
+        node = self.node(inode)
+        if isinstance(node, File):
+            msg = f"inode {inode} is a file"
+            raise NotADirectoryFileError(msg)
+        return node
+
+    def is_attached(self, node: Node) -> bool:
+        """Return whether a path from the root leads to this very node."""
+        while node is not self.root:
+            parent = node.directory
+            if parent is None or parent.children.get(node.name) is not node:
+                return False
+            node = parent
+        return True
+
+    def names(self, node: Node, *more: bytes) -> tuple[bytes, ...]:
+        """Return the path of an attached node as names, and `more` below it."""
+        names = list(reversed(more))
+        while node.directory is not None:
+            names.append(node.name)
+            node = node.directory
+        names.reverse()
+        return tuple(names)
+
+    def key_of(self, file: File) -> bytes | None:
+        """Return the key a file stands for, None if it is gone."""
+        if file.directory is None:
+            return file.lost_key
+        return self.keyspace.file_key(self.names(file))
+
+    def prefix_of(self, directory: Directory) -> bytes:
+        """Return the key prefix of everything in a directory (also its marker key).
+
+        Raises:
+            NameReservedError: It is part of an escaped long name and has none.
+        """
+        return self.keyspace.directory_prefix(self.names(directory))
+
+    # --- what the kernel knows --------------------------------------------------------------
+
+    def remember(self, node: Node) -> None:
+        """Count one lookup: an answer that hands the inode to the kernel."""
+        node.lookups += 1
+        self._known[node.inode] = node
+
+    def forget(self, inode: int, count: int) -> None:
+        """Give back lookups; a node at 0 is unknown to the kernel (FUSE_FORGET)."""
+        node = self._known.get(Inode(inode))
+        if node is None or node is self.root:
+            return
+        node.lookups = max(0, node.lookups - count)
+        if node.lookups == 0:
+            node.told = False
+            del self._known[node.inode]
+            if not self.complete:
+                self.prune(node)
+
+    def prune(self, node: Node) -> None:
+        """Drop a node nobody refers to from a tree that is not complete."""
+        while not self.complete and node.lookups == 0 and node.directory is not None:
+            if node.children if isinstance(node, Directory) else _is_busy(node):
+                return
+            parent = node.directory
+            self.detach(parent, node.name, gone=False)
+            node = parent
+
+    def may_cache(self, what: Cached) -> bool:
+        """Return whether an answer about `what` may be cached by the kernel."""
+        return self.complete and what not in self.switching
+
+    def tell_negative(self, directory: Directory, name: bytes, lifetime_ns: int) -> bool:
+        """Note that the kernel is told a name is missing; False: it must not cache that."""
+        entry = Entry(directory.inode, name)
+        if not self.may_cache(entry):
+            return False
+        now = self.clock()
+        if len(self._negatives) >= MAX_NEGATIVES:
+            self._negatives = {e: end for e, end in self._negatives.items() if end > now}
+            if len(self._negatives) >= MAX_NEGATIVES:
+                return False
+        self._negatives[entry] = now + lifetime_ns
+        return True
+
+    def is_told(self, directory: Directory, name: bytes) -> bool:
+        """Return whether the kernel may hold a cached answer about this name."""
+        if directory.lookups == 0:
+            return False
+        child = directory.children.get(name)
+        return (child is not None and child.told) or (
+            Entry(directory.inode, name) in self._negatives
+        )
+
+    def listing_of(self, directory: Directory) -> Listing:
+        """Return how to tell the kernel of a directory's changed attributes."""
+        parent = directory.directory
+        within = None if parent is None else Entry(parent.inode, directory.name)
+        return Listing(directory.inode, within)
+
+    # --- changing ---------------------------------------------------------------------------
+
+    def new_file(self, facts: Facts | None, now_ns: int | None = None) -> File:
+        """Make a file with a new inode number, attached nowhere yet."""
+        return File(self._number(), facts, self.clock() if now_ns is None else now_ns)
+
+    def new_version(self, old: File | None, facts: Facts) -> File:
+        """Make the file for a version that another client wrote over `old`.
+
+        Its mtime is later than the old one's even if the clock went back; mode and owner stay
+        as long as it is the same incarnation of the key.
+        """
+        file = self.new_file(facts)
+        if old is not None:
+            if file.mtime_ns <= old.mtime_ns:
+                file.mtime_ns = file.ctime_ns = old.mtime_ns + 1
+            same = old.facts is not None and old.facts.create_revision == facts.create_revision
+            file.overrides = old.overrides if same else None
+        return file
+
+    def new_directory(self) -> Directory:
+        """Make a directory with a new inode number, attached nowhere yet."""
+        return Directory(self._number(), self.clock())
+
+    def attach(self, directory: Directory, name: bytes, node: Node) -> None:
+        """Put a node under a name; what stood there must have been detached."""
+        node.directory = directory
+        node.name = name
+        directory.children[name] = node
+        if isinstance(node, Directory):
+            directory.subdirectories += 1
+        else:
+            node.lost_key = None
+        self._negatives.pop(Entry(directory.inode, name), None)
+        self._touch(directory)
+
+    def detach(self, directory: Directory, name: bytes, *, gone: bool) -> Node | None:
+        """Take a name away; `gone` says that its key is deleted, not merely replaced."""
+        node = directory.children.get(name)
+        if node is None:
+            return None
+        if isinstance(node, File):
+            node.lost_key = None if gone else self.key_of(node)
+        else:
+            directory.subdirectories -= 1
+        del directory.children[name]
+        node.directory = None
+        self._touch(directory)
+        return node
+
+    def clear(self) -> None:
+        """Drop everything, while the kernel knows nothing of it."""
+        assert len(self._known) == 1, "the kernel knows inodes of this tree"
+        self.root.children.clear()
+        self.root.subdirectories = 0
+        self.root.marker = None
+
+    def restore(self, entries: Iterable[KeyValue]) -> None:
+        """Add a page of a listing in key order to a new tree; nobody is told."""
+        load = _Loader(self)
+        for entry in entries:
+            load.add(entry)
+
+    def facts(self) -> Iterator[tuple[bytes, Facts]]:
+        """Iterate over all keys of the tree, markers included, and what is known of each."""
+        for directory in self.directories():
+            names = self.names(directory)
+            if directory.marker is not None:
+                yield self.keyspace.directory_prefix(names), directory.marker
+            for name, child in directory.children.items():
+                if name == MARKER_NAME or isinstance(child, Directory):
+                    continue
+                if child.facts is not None:
+                    yield self.keyspace.file_key((*names, name)), child.facts
+
+    def directories(self) -> Iterator[Directory]:
+        """Iterate over all attached directories, the root first."""
+        pending = [self.root]
+        while pending:
+            directory = pending.pop()
+            yield directory
+            pending.extend(c for c in directory.children.values() if isinstance(c, Directory))
+
+    def statistics(self) -> TreeStatistics:
+        """Return the sizes of the tables."""
+        return TreeStatistics(inodes_known=len(self._known), negatives=len(self._negatives))
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between any two calls."""
+        for inode, node in self._known.items():
+            assert node.inode == inode
+            assert node.lookups > 0
+        for directory in self.directories():
+            subdirectories = 0
+            for name, child in directory.children.items():
+                assert child.directory is directory
+                assert child.name == name
+                assert (child.inode in self._known) == (child.lookups > 0)
+                assert Entry(directory.inode, name) not in self._negatives
+                subdirectories += isinstance(child, Directory)
+            assert subdirectories == directory.subdirectories
+            if self.complete and directory is not self.root:
+                assert directory.marker or directory.children, "an empty directory has a marker"
+
+    def _number(self) -> Inode:
+        # Never reused in a mount's life: the kernel marks an inode bad when its number comes
+        # back with another type (fs/fuse/inode.c, fuse_iget).
+        number = Inode(self._next_inode)
+        self._next_inode += 1
+        return number
+
+    def _touch(self, directory: Directory) -> None:
+        now = max(self.clock(), directory.mtime_ns + 1)
+        directory.mtime_ns = directory.ctime_ns = now
+
+
+def _is_busy(file: File) -> bool:
+    return file.handles > 0 or file.facts is None
+
+
+class _Loader:
+    """Builds the tree from sorted keys; neighbours share their directory."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._stem: bytes | None = None
+        self._directory = tree.root
+        self._now = tree.clock()
+
+    def add(self, entry: KeyValue) -> None:
+        cut = entry.key.rfind(b"/") + 1
+        stem = entry.key[:cut]
+        if stem != self._stem or not is_plain(entry.key[cut:]):
+            self._stem = None
+            names, is_marker = self._tree.keyspace.locate(entry.key)
+            if is_marker:
+                self._mark(self._walk(names), entry)
+                return
+            self._directory = self._walk(names[:-1])
+            if not is_plain(entry.key[cut:]):
+                self._place(self._directory, names[-1], facts_of(entry))
+                return
+            self._stem = stem
+        self._place(self._directory, entry.key[cut:], facts_of(entry))
+
+    def _mark(self, directory: Directory, entry: KeyValue) -> None:
+        directory.marker = facts_of(entry)
+        if entry.value:
+            self._place(directory, MARKER_NAME, directory.marker)
+
+    def _place(self, directory: Directory, name: bytes, facts: Facts) -> None:
+        child = directory.children.get(name)
+        if isinstance(child, Directory):
+            directory, name = child, VALUE_NAME
+        file = File(self._tree._number(), facts, self._now)  # noqa: SLF001 - same room
+        file.directory = directory
+        file.name = name
+        directory.children[name] = file
+
+    def _walk(self, names: tuple[bytes, ...]) -> Directory:
+        directory = self._tree.root
+        for name in names:
+            child = directory.children.get(name)
+            if not isinstance(child, Directory):
+                made = self._tree.new_directory()
+                if child is not None:  # `a` came before `a/b`: its value moves inside
+                    self._tree.detach(directory, name, gone=False)
+                    self._tree.attach(made, VALUE_NAME, child)
+                self._tree.attach(directory, name, made)
+                child = made
+            directory = child
+        return directory
