@@ -1,0 +1,320 @@
+"""The command line, with the daemon's start replaced by a note of what it would be handed."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+import etcdfs.cli
+from etcdfs.cli import main, original_form
+from etcdfs.errors import MountpointMissingError
+from etcdfs.handshake import Failed, Handover, LogSettings, Ready
+from etcdfs.option_text import LOGGING, NAMES
+from etcdfs.options import Endpoint, MountOptions
+
+LOCAL = (Endpoint("127.0.0.1", 2379),)
+
+
+class Shell:
+    """Runs command lines in this process; `handover` is what the daemon would be told."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], place: Path
+    ) -> None:
+        self._monkeypatch = monkeypatch
+        self._capfd = capfd
+        self.place = place
+        self.word: Ready | Failed = Ready(revision=1, keys=1)
+        self.handovers: list[Handover] = []
+        self.foreground = False
+        for name in (name for name in os.environ if name.startswith(("ETCDCTL_", "ETCDFS_"))):
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(etcdfs.cli, "prepare", lambda _: None)
+        monkeypatch.setattr(etcdfs.cli, "start_in_background", self._start)
+        monkeypatch.setattr(etcdfs.cli, "run_in_foreground", self._become)
+
+    def _start(self, handover: Handover) -> Ready | Failed:
+        self.handovers.append(handover)
+        return self.word
+
+    def _become(self, handover: Handover) -> NoReturn:
+        self.foreground = True
+        self.handovers.append(handover)
+        sys.exit(0)
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """Run one command line; return its status and what it printed."""
+        self._monkeypatch.setattr(sys, "argv", ["etcdfs", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        code = ended.value.code
+        assert code is None or isinstance(code, int)
+        return (code or 0, *self._capfd.readouterr())
+
+    def mount(self, *arguments: str) -> MountOptions:
+        """Run `etcdfs mount` and return the options that the daemon would get."""
+        assert self.run("mount", str(self.place), *arguments) == (0, "", "")
+        return self.handovers[-1].options
+
+    def refuses(self, *arguments: str) -> tuple[int, str]:
+        """Run a command line that fails; return its status and its one line."""
+        code, output, errors = self.run(*arguments)
+        assert output == ""
+        assert code != 0
+        line = re.fullmatch(r"etcdfs: (.+)\n", errors)
+        assert line is not None, errors
+        return code, line[1]
+
+
+@pytest.fixture
+def shell(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Shell:
+    return Shell(monkeypatch, capfd, tmp_path)
+
+
+# --- mount ----------------------------------------------------------------------------------
+
+
+def test_mount_alone_has_the_defaults(shell: Shell) -> None:
+    assert shell.mount() == MountOptions(
+        mountpoint=str(shell.place), endpoints=LOCAL, uid=os.getuid(), gid=os.getgid()
+    )
+    assert shell.handovers[-1].log == LogSettings()
+    assert not shell.foreground
+
+
+def test_mount_takes_every_option(shell: Shell) -> None:
+    options = shell.mount(
+        *("--endpoints", "http://a:1,b:2", "--endpoints", "c:3", "--prefix", "/app"),
+        *("--cache", "--read-only", "--cache-size", "1M", "--uid", "7", "--gid", "8"),
+        *("--file-mode", "600", "--dir-mode", "700", "--umask", "077", "--allow-other"),
+        *("--timeout", "1", "--kernel-timeout", "3", "--settle-timeout", "4"),
+        *("--max-file-size", "2M", "-o", "noexec,nosuid", "-o", "fsname=x"),
+        *("--log-level", "debug", "--log-file", f"{shell.place}-log"),
+    )
+    assert options == MountOptions(
+        mountpoint=str(shell.place),
+        endpoints=(Endpoint("a", 1), Endpoint("b", 2), Endpoint("c", 3)),
+        prefix=b"/app/",
+        cache=True,
+        read_only=True,
+        cache_size=1024**2,
+        uid=7,
+        gid=8,
+        file_mode=0o600,
+        dir_mode=0o700,
+        umask=0o077,
+        allow_other=True,
+        timeout_s=1.0,
+        kernel_timeout_s=3.0,
+        settle_timeout_s=4.0,
+        max_file_size=2 * 1024**2,
+        fuse_options=("noexec", "nosuid", "fsname=x"),
+    )
+    assert shell.handovers[-1].log == LogSettings(level="debug", file=f"{shell.place}-log")
+
+
+def test_every_option_has_a_flag_and_a_panel(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, output, _ = shell.run("mount", "--help")
+    assert code == 0
+    for name in NAMES | LOGGING:
+        assert f"--{name} " in output
+        assert f"ETCDFS_{name.upper().replace('-', '_')}" in output
+    for panel in ("Mount", "etcd", "Cache", "Permissions", "Logging", "Advanced"):
+        assert f"─ {panel} ─" in output
+
+
+def test_embedded_needs_no_endpoints(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the shell has for etcdctl is about another etcd.
+    monkeypatch.setenv("ETCDCTL_ENDPOINTS", "https://prod:2379")
+    monkeypatch.setenv("ETCDCTL_USER", "root:secret")
+    monkeypatch.chdir(shell.place.parent)
+    options = shell.mount("--embedded", "--data-dir", "data")
+    assert (options.embedded, options.endpoints) == (True, ())
+    assert options.data_dir == str(shell.place.parent / "data")
+
+
+def test_embedded_refuses_endpoints(shell: Shell) -> None:
+    place = str(shell.place)
+    assert shell.refuses("mount", place, "--embedded", "--endpoints", "a:1")[0] == 2
+
+
+def test_embedded_prints_its_url(shell: Shell) -> None:
+    shell.word = Ready(revision=1, keys=1, client_url="http://127.0.0.1:1")
+    assert shell.run("mount", str(shell.place)) == (0, "http://127.0.0.1:1\n", "")
+
+
+def test_foreground_becomes_the_daemon(shell: Shell) -> None:
+    assert shell.run("mount", str(shell.place), "--foreground") == (0, "", "")
+    assert shell.foreground
+
+
+def test_the_daemons_failure_is_ours(shell: Shell) -> None:
+    shell.word = Failed(message="no etcd\nanswered", exit_code=20)
+    assert shell.refuses("mount", str(shell.place)) == (20, "no etcd answered")
+
+
+# --- the original form ----------------------------------------------------------------------
+
+
+def test_original_form(shell: Shell) -> None:
+    assert shell.run(str(shell.place), "http://a:1", "--cache") == (0, "", "")
+    options = shell.handovers[-1].options
+    assert (options.endpoints, options.cache) == ((Endpoint("a", 1),), True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["mount", "a:1"],
+        ["umount", "/mnt/a:b"],
+        ["--version"],
+        ["/mnt"],
+        ["/mnt", "--cache"],
+        ["mout", "mnt"],
+    ],
+)
+def test_other_forms_are_left_alone(arguments: list[str]) -> None:
+    assert original_form(arguments) == arguments
+
+
+def test_a_mistyped_command_is_said_to_be_one(shell: Shell) -> None:
+    assert shell.refuses("mout", "mnt")[0] == 2
+
+
+# --- who wins -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", ["ETCDCTL_ENDPOINTS", "ETCDFS_ENDPOINTS"])
+def test_endpoints_from_the_environment(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "http://a:1,http://b:2")
+    assert shell.mount().endpoints == (Endpoint("a", 1), Endpoint("b", 2))
+
+
+def test_timeout_as_etcdctl_has_it(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCDCTL_COMMAND_TIMEOUT", "1m30s")
+    assert shell.mount().timeout_s == 90.0
+
+
+def test_flags_win_over_lists_and_lists_over_the_environment(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ETCDFS_CACHE", "1")
+    monkeypatch.setenv("ETCDFS_PREFIX", "/environment")
+    monkeypatch.setenv("ETCDFS_UID", "1")
+    options = shell.mount("-o", "prefix=/list,cache-size=2,ro", "--cache-size", "3")
+    assert options.cache
+    assert (options.prefix, options.cache_size, options.uid) == (b"/list/", 3, 1)
+    assert options.read_only
+    assert not shell.mount("--no-cache").cache
+    assert shell.mount("--prefix", "").prefix == b""
+
+
+@pytest.mark.parametrize(
+    ("variable", "code"),
+    [
+        ("ETCDCTL_CACERT", 23),
+        ("ETCDCTL_CERT", 23),
+        ("ETCDCTL_KEY", 23),
+        ("ETCDCTL_USER", 24),
+        ("ETCDCTL_PASSWORD", 24),
+        ("ETCDCTL_DISCOVERY_SRV", 2),
+    ],
+)
+def test_what_cannot_be_done_is_refused_not_ignored(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, variable: str, code: int
+) -> None:
+    monkeypatch.setenv(variable, "secret")
+    status, line = shell.refuses("mount", str(shell.place))
+    assert status == code
+    assert variable in line
+    assert "secret" not in line
+
+
+# --- mistakes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["mount"], 2),
+        (["mount", "{}", "--frobnicate"], 2),
+        (["mount", "{}", "extra"], 2),
+        (["mount", "{}", "--cache-size", "lots"], 2),
+        (["mount", "{}", "--log-level", "loud"], 2),
+        (["mount", "{}", "--log-file", "{}/log"], 2),
+        (["mount", "{}", "--log-file", ""], 2),
+        (["mount", "{}", "--log-file", "/nonexistent/log"], 2),
+        (["mount", "{}", "--embedded", "--data-dir", "{}/data"], 2),
+        (["mount", "{}", "--data-dir", "/d"], 2),
+        (["mount", "{}", "-o", "frobnicate"], 2),
+        (["mount", "{}", "--endpoints", "a"], 22),
+        (["mount", "{}", "--endpoints", "https://a:1"], 23),
+        (["{}", "https://a:1"], 23),
+        (["mount", "{}", "--prefix", "a//b"], 30),
+        (["umount", "{}"], 14),
+        (["umount", "{}", "--timeout", "soon"], 2),
+    ],
+)
+def test_mistakes_are_one_line_and_a_status(shell: Shell, arguments: list[str], code: int) -> None:
+    assert shell.refuses(*(a.replace("{}", str(shell.place)) for a in arguments))[0] == code
+    assert not shell.handovers
+
+
+def test_the_mountpoint_is_looked_at_first(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(_: str) -> NoReturn:
+        raise MountpointMissingError("it does not exist")
+
+    monkeypatch.setattr(etcdfs.cli, "prepare", prepare)
+    assert shell.refuses("mount", "nowhere") == (10, "it does not exist")
+    assert not shell.handovers
+
+
+# --- the rest -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["mount", "-h"], ["umount", "-h"]])
+def test_help(shell: Shell, arguments: list[str]) -> None:
+    code, output, errors = shell.run(*arguments)
+    assert (code, errors) == (0, "")
+    assert "Usage: etcdfs" in output
+
+
+def test_version(shell: Shell) -> None:
+    code, output, _ = shell.run("--version")
+    assert code == 0
+    assert re.fullmatch(r"etcdfs (\d+\.\d+.*|\(not installed\))\n", output)
+
+
+def run_module(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "etcdfs.cli", *arguments],
+        capture_output=True,
+        check=False,
+        env={**os.environ, **environment},
+        text=True,
+        timeout=30,
+    )
+
+
+def test_shell_completion() -> None:
+    done = run_module(
+        _ETCDFS_COMPLETE="complete_bash", COMP_WORDS="etcdfs mount --kernel", COMP_CWORD="2"
+    )
+    assert "--kernel-timeout" in done.stdout
+
+
+def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:
+    done = run_module("mount", str(tmp_path / "missing"))
+    assert (done.returncode, done.stdout) == (10, "")
+    assert done.stderr == f"etcdfs: the mountpoint {tmp_path / 'missing'} does not exist\n"

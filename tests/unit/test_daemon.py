@@ -1,0 +1,311 @@
+"""The parent of the daemon, with a stand-in for the daemon."""
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import etcdfs.daemon
+from etcdfs.daemon import start_in_background
+from etcdfs.handshake import (
+    Failed,
+    Handover,
+    LogSettings,
+    PipeReporter,
+    Progress,
+    Ready,
+    Report,
+    TerminalReporter,
+    decode_handover,
+    decode_report,
+    encode_handover,
+    encode_report,
+    open_reporter,
+    read_options,
+    read_reports,
+    send_handover,
+)
+from etcdfs.options import Endpoint, MountOptions
+
+HANDOVER = Handover(
+    options=MountOptions(mountpoint="/m", endpoints=(Endpoint("a", 1),), prefix=b"/\xff/"),
+    log=LogSettings(level="debug"),
+)
+
+numbers = st.integers(0, 2**63)
+reports: st.SearchStrategy[Report] = st.one_of(
+    st.builds(Progress, keys=numbers, bytes=numbers),
+    st.builds(Ready, revision=numbers, keys=numbers, client_url=st.one_of(st.none(), st.text())),
+    st.builds(Failed, message=st.text(), exit_code=st.integers(1, 255)),
+)
+
+# --- messages -------------------------------------------------------------------------------
+
+
+def test_handover_is_exact() -> None:
+    assert decode_handover(encode_handover(HANDOVER)) == HANDOVER
+
+
+def test_handover_of_any_length_goes_through_its_descriptor() -> None:
+    long = Handover(
+        options=MountOptions(mountpoint="/m", fuse_options=("x" * 1_000_000,)),
+        log=LogSettings(file="/log"),
+    )
+    assert read_options(send_handover(long)) == long
+
+
+@given(reports)
+def test_report_is_one_exact_line(report: Report) -> None:
+    line = encode_report(report)
+    assert line.count(b"\n") == 1
+    assert decode_report(line) == report
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"garbage\n", b"[]\n", b"{}\n", b'{"report": "Ready"}\n', b'{"report": "X"}\n']
+)
+def test_what_is_no_report_is_refused(line: bytes) -> None:
+    with pytest.raises(ValueError, match="is not a report"):
+        decode_report(line)
+
+
+def test_reports_end_with_the_last_word() -> None:
+    said: list[Report] = [
+        Progress(keys=1, bytes=2),
+        Ready(revision=3, keys=4),
+        Progress(keys=5, bytes=6),
+    ]
+    stream = io.BytesIO(b"".join(encode_report(report) for report in said))
+    assert list(read_reports(stream)) == said[:2]
+
+
+# --- the daemon's side ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def pipe() -> Iterator[tuple[int, int]]:
+    """Yield a pipe; the reporter under test closes the writing end."""
+    reading, writing = os.pipe()
+    try:
+        yield reading, writing
+    finally:
+        os.close(reading)
+
+
+def test_progress_is_dropped_when_nobody_reads_and_the_last_word_still_fits() -> None:
+    with pipe() as (reading, writing):
+        reporter = open_reporter(writing)
+        for keys in range(10_000):
+            reporter.report(Progress(keys=keys, bytes=0))
+        reporter.report(Failed(message="x" * 1_000_000, exit_code=3))
+        with os.fdopen(os.dup(reading), "rb") as stream:
+            *progress, last = read_reports(stream)
+    assert 100 < len(progress) < 10_000
+    assert isinstance(last, Failed)
+    assert last.exit_code == 3
+
+
+def test_reports_to_a_parent_that_is_gone_are_lost_quietly() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    reporter = PipeReporter(writing)
+    reporter.report(Progress(keys=1, bytes=1))
+    reporter.report(Ready(revision=1, keys=1))
+
+
+def test_foreground_prints_the_url_and_the_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    reporter = open_reporter(None)
+    assert isinstance(reporter, TerminalReporter)
+    reporter.report(Progress(keys=1, bytes=1))
+    reporter.report(Ready(revision=1, keys=1))
+    reporter.report(Ready(revision=1, keys=1, client_url="http://127.0.0.1:1"))
+    reporter.report(Failed(message="no", exit_code=1))
+    assert capsys.readouterr() == ("http://127.0.0.1:1\n", "etcdfs: no\n")
+
+
+# --- the parent's side ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> "StandIn":
+    return StandIn(tmp_path, monkeypatch)
+
+
+class StandIn:
+    """A daemon that is a few lines of Python, with `handover` and `reporter` at hand."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._home = tmp_path
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
+        monkeypatch.setattr(etcdfs.daemon, "DAEMON_MODULE", "stand_in")
+
+    def does(self, code: str) -> None:
+        head = """
+            import os, signal, sys
+            from etcdfs.handshake import *
+            _, mountpoint, _, options_fd, _, status_fd = sys.argv
+            handover = read_options(int(options_fd))
+            reporter = open_reporter(int(status_fd))
+        """
+        text = textwrap.dedent(head) + textwrap.dedent(code)
+        (self._home / "stand_in.py").write_text(text)
+
+
+def test_ready_leaves_the_daemon_on_its_own(stand_in: StandIn) -> None:
+    stand_in.does("""
+        reporter.report(Progress(keys=1, bytes=1))
+        state = [mountpoint, os.getcwd(), os.getsid(0) == os.getpid()]
+        state += [os.readlink("/proc/self/fd/0"), handover.log.level]
+        fd = os.open("/proc/self/fd/1", os.O_RDONLY)
+        reporter.report(Ready(revision=os.getpid(), keys=1, client_url=repr(state)))
+        signal.pause()
+    """)
+    word = start_in_background(HANDOVER)
+    assert isinstance(word, Ready)
+    try:
+        assert word.client_url == repr(["/m", "/", True, "/dev/null", "debug"])
+        assert str(Path(f"/proc/{word.revision}/fd/2").readlink()) == "/dev/null"
+    finally:
+        os.kill(word.revision, signal.SIGKILL)
+        os.waitpid(word.revision, 0)
+
+
+def test_failure_is_passed_on(stand_in: StandIn) -> None:
+    stand_in.does("""
+        reporter.report(Failed(message="no etcd", exit_code=20))
+    """)
+    assert start_in_background(HANDOVER) == Failed(message="no etcd", exit_code=20)
+
+
+def test_a_crash_is_reported_with_its_last_line(stand_in: StandIn) -> None:
+    stand_in.does("""
+        reporter.report(Progress(keys=1, bytes=1))
+        raise ZeroDivisionError("oops")
+    """)
+    assert start_in_background(HANDOVER) == Failed(
+        message="the daemon ended with status 1 before the mount was usable: ZeroDivisionError: oops",
+        exit_code=1,
+    )
+
+
+def test_a_killed_daemon_is_reported(stand_in: StandIn) -> None:
+    stand_in.does("os.kill(os.getpid(), signal.SIGKILL)")
+    assert start_in_background(HANDOVER) == Failed(
+        message="the daemon was killed by SIGKILL before the mount was usable", exit_code=1
+    )
+
+
+def test_a_crash_points_to_the_log_file(stand_in: StandIn, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    stand_in.does("sys.exit('oops')")
+    handover = Handover(options=HANDOVER.options, log=LogSettings(file=str(file)))
+    word = start_in_background(handover)
+    assert isinstance(word, Failed)
+    assert word.message.endswith(f"see {file}")
+    assert file.read_text() == "oops\n"
+
+
+def test_garbage_from_the_daemon_ends_it(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcdfs.daemon, "_END_TIMEOUT_S", 0.1)
+    stand_in.does("""
+        os.write(int(status_fd), b"garbage\\n")
+        signal.pause()
+    """)
+    assert start_in_background(HANDOVER) == Failed(
+        message="the daemon hangs before the mount was usable", exit_code=1
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_daemon_too(stand_in: StandIn, tmp_path: Path, number: int) -> None:
+    ended = tmp_path / "ended"
+    stand_in.does(f"""
+        import threading
+        def end(*_):
+            open({str(ended)!r}, "w").close()
+            sys.exit()
+        signal.signal(signal.SIGTERM, end)
+        os.kill(os.getppid(), {int(number)})
+        signal.pause()
+    """)
+    word = start_in_background(HANDOVER)
+    assert isinstance(word, Failed)
+    assert word.exit_code == 128 + number
+    assert ended.exists()
+
+
+def test_a_daemon_that_does_not_end_is_killed(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcdfs.daemon, "_END_TIMEOUT_S", 0.1)
+    stand_in.does("""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.kill(os.getppid(), signal.SIGINT)
+        signal.pause()
+    """)
+    word = start_in_background(HANDOVER)
+    assert isinstance(word, Failed)
+    assert word.exit_code == 130
+
+
+def test_progress_is_shown_on_a_terminal(
+    stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in.does("""
+        for keys in (5, 12345):
+            reporter.report(Progress(keys=keys, bytes=1))
+        reporter.report(Failed(message="enough", exit_code=1))
+    """)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    start_in_background(HANDOVER)
+    assert "12,345 keys" in terminal.getvalue()
+
+
+def test_progress_is_not_shown_elsewhere(
+    stand_in: StandIn, capfd: pytest.CaptureFixture[str]
+) -> None:
+    stand_in.does("""
+        reporter.report(Progress(keys=5, bytes=1))
+        reporter.report(Failed(message="enough", exit_code=1))
+    """)
+    start_in_background(HANDOVER)
+    assert capfd.readouterr() == ("", "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_foreground_becomes_the_daemon(stand_in: StandIn) -> None:
+    (stand_in._home / "stand_in.py").write_text(
+        "import os, sys\n"
+        "from etcdfs.handshake import *\n"
+        "_, mountpoint, _, fd = sys.argv\n"
+        "print(os.getpid(), mountpoint, read_options(int(fd)).options.prefix)\n"
+    )
+    code = (
+        "import etcdfs.daemon\n"
+        "from etcdfs.handshake import *\n"
+        "from etcdfs.options import *\n"
+        "etcdfs.daemon.DAEMON_MODULE = 'stand_in'\n"
+        "etcdfs.daemon.run_in_foreground(Handover(\n"
+        "    options=MountOptions(mountpoint='/m', prefix=b'/p/'), log=LogSettings()))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert output == f"{process.pid} /m b'/p/'\n"

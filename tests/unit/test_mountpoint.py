@@ -1,0 +1,327 @@
+"""The mountpoint, on made-up mount tables and with a made-up fusermount3: nothing is mounted."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import etcdfs.mountpoint
+from etcdfs.errors import (
+    AlreadyMountedError,
+    CommandError,
+    FuseMissingError,
+    MountpointMissingError,
+    MountpointNotADirectoryError,
+    MountpointNotEmptyError,
+    NotMountedError,
+    UnmountError,
+)
+from etcdfs.mountpoint import (
+    Mounted,
+    check_fuse,
+    clear_dead,
+    find_daemon,
+    parse_mountinfo,
+    prepare,
+    resolve,
+    unmount,
+)
+
+TABLE = rb"""22 28 0:21 / /proc rw,nosuid,nodev - proc proc rw
+28 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+90 28 0:50 / /mnt/a\040b rw,nosuid master:3 shared:4 - fuse.etcdfs etcd:\134x rw,user_id=0
+91 28 0:51 / /mnt/a\040b rw,nosuid - fuse.sshfs host: rw,user_id=0
+"""
+
+
+def escaped(path: str) -> bytes:
+    """Return a field as the kernel writes it (mangle in fs/proc_namespace.c)."""
+    return b"".join(
+        b"\\%03o" % byte if byte in b" \t\n\\" else bytes((byte,)) for byte in os.fsencode(path)
+    )
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a mount table of our own; nothing is mounted in it."""
+    table = tmp_path / "mountinfo"
+    table.write_bytes(b"28 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n")
+    monkeypatch.setattr(etcdfs.mountpoint, "_MOUNTINFO", table)
+    monkeypatch.setattr(etcdfs.mountpoint, "_DEVICE", Path("/dev/null"))
+    return table
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> str:
+    """Return an empty directory."""
+    place = tmp_path / "place"
+    place.mkdir()
+    return str(place)
+
+
+def enter(table: Path, path: str, kind: str = "fuse.etcdfs") -> None:
+    """Write a mount into the table."""
+    line = b"90 28 0:50 / %b rw - %b etcd rw\n" % (escaped(path), kind.encode())
+    table.write_bytes(table.read_bytes() + line)
+
+
+@pytest.fixture
+def fusermount3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: Path) -> Path:
+    """Put a fusermount3 on PATH that notes its arguments and unmounts everything of ours."""
+    return install(tmp_path, monkeypatch, f'sed -i /fuse.etcdfs/d "{table}"')
+
+
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Path:
+    """Put a fusermount3 on PATH; return the file in which it notes its arguments."""
+    home = tmp_path / "bin"
+    home.mkdir()
+    program = home / "fusermount3"
+    notes = tmp_path / "notes"
+    program.write_text(f'#!/bin/sh\necho "$@" >> "{notes}"\n{script}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(home), prepend=":")
+    return notes
+
+
+@contextlib.contextmanager
+def daemon(mountpoint: str, ends_after: Path | None = None) -> Iterator[int]:
+    """Run a process that looks like the daemon of a mountpoint; it may end after a FIFO opens."""
+    code = "import sys; print(flush=True); open(sys.argv[1]).read()"
+    arguments = [str(ends_after or "/dev/stdin"), "-m", "etcdfs.mount", mountpoint, "--x"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            yield process.pid
+        finally:
+            process.kill()
+
+
+# --- looking --------------------------------------------------------------------------------
+
+
+def test_mountinfo_is_understood() -> None:
+    mounts = list(parse_mountinfo(TABLE))
+    assert [m.path for m in mounts] == ["/proc", "/", "/mnt/a b", "/mnt/a b"]
+    assert mounts[2] == Mounted(path="/mnt/a b", type="fuse.etcdfs", source="etcd:\\x")
+    assert [m.ours for m in mounts] == [False, False, True, False]
+
+
+@given(st.binary(min_size=1).filter(lambda raw: b"\0" not in raw))
+def test_mountinfo_has_any_path(raw: bytes) -> None:
+    path = "/" + os.fsdecode(raw)
+    line = b"90 28 0:50 / %b rw - fuse.etcdfs etcd rw\n" % escaped(path)
+    assert [m.path for m in parse_mountinfo(line)] == [path]
+
+
+def test_own_mountinfo_is_understood() -> None:
+    assert etcdfs.mountpoint.find_mounted("/proc") is not None
+
+
+def test_resolve_follows_links_and_dots(table: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(place)
+    (tmp_path / "up").symlink_to(tmp_path.parent)
+    assert resolve(str(tmp_path / "link")) == place
+    assert resolve(f"{place}/../place/") == place
+    assert resolve(str(tmp_path / "up" / tmp_path.name / "place")) == place
+    assert resolve(str(tmp_path / "missing")) == str(tmp_path / "missing")
+
+
+def test_resolve_does_not_touch_what_is_mounted(
+    table: Path, tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(table, place)
+    touched = []
+    lstat = os.lstat
+
+    def spy(path: str, **options: int) -> os.stat_result:
+        touched.append(str(path))
+        return lstat(path, **options)
+
+    monkeypatch.setattr(os, "lstat", spy)
+    assert resolve(place) == place
+    assert place not in touched
+
+
+def test_daemon_is_found_by_its_command_line(place: str) -> None:
+    with daemon(place) as pid:
+        assert find_daemon(place) == pid
+        assert find_daemon(place + "x") is None
+    assert find_daemon(place) is None
+
+
+# --- before mounting ------------------------------------------------------------------------
+
+
+def test_an_empty_directory_can_be_mounted_over(table: Path, place: str) -> None:
+    prepare(place)
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "complaint"),
+    [
+        ("missing", MountpointMissingError, "does not exist"),
+        ("file", MountpointNotADirectoryError, "is not a directory"),
+        ("file/below", MountpointMissingError, "below a file"),
+        ("full", MountpointNotEmptyError, "is not empty"),
+        ("n" * 300, MountpointMissingError, "File name too long"),
+    ],
+)
+def test_other_mountpoints_are_refused(
+    table: Path, tmp_path: Path, path: str, error: type[CommandError], complaint: str
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "full" / "of").mkdir(parents=True)
+    with pytest.raises(error, match=complaint):
+        prepare(str(tmp_path / path))
+
+
+def test_a_mount_of_others_is_refused(table: Path, place: str) -> None:
+    enter(table, place, "ext4")
+    with pytest.raises(AlreadyMountedError, match="ext4"):
+        prepare(place)
+
+
+def test_a_live_mount_of_ours_is_refused_untouched(table: Path, place: str) -> None:
+    enter(table, place)
+    with daemon(place), pytest.raises(AlreadyMountedError, match=r"mounted on .* already"):
+        prepare(place)
+
+
+def test_a_mount_of_ours_that_answers_is_refused(table: Path, place: str) -> None:
+    enter(table, place)  # its daemon may be in another container
+    with pytest.raises(AlreadyMountedError, match=r"mounted on .* already"):
+        prepare(place)
+
+
+@pytest.mark.expect_log("cleared the stale mount that a killed daemon left on %s")
+def test_a_stale_mount_is_cleared(
+    table: Path,
+    place: str,
+    fusermount3: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    enter(table, place)
+    monkeypatch.setattr(etcdfs.mountpoint, "_is_dead", lambda path: path == place)
+    prepare(place)
+    assert fusermount3.read_text() == f"-uz -- {place}\n"
+    assert caplog.messages == [f"cleared the stale mount that a killed daemon left on {place}"]
+
+
+@pytest.mark.expect_log("cleared the stale mount that a killed daemon left on %s")
+def test_clear_dead_leaves_what_lives(
+    table: Path, place: str, fusermount3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clear_dead(place)
+    enter(table, place)
+    clear_dead(place)
+    with daemon(place):
+        clear_dead(place)
+    assert not fusermount3.exists()
+    monkeypatch.setattr(etcdfs.mountpoint, "_is_dead", lambda path: path == place)
+    clear_dead(place)
+    assert fusermount3.read_text() == f"-uz -- {place}\n"
+
+
+def test_without_the_device_nothing_is_mounted(tmp_path: Path) -> None:
+    with pytest.raises(FuseMissingError, match="modprobe fuse"):
+        check_fuse(tmp_path / "fuse")
+
+
+def test_with_a_device_that_cannot_be_opened_nothing_is_mounted(tmp_path: Path) -> None:
+    with pytest.raises(FuseMissingError, match="cannot be opened: Is a directory"):
+        check_fuse(tmp_path)
+
+
+def test_only_root_does_without_fusermount3(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    check_fuse(Path("/dev/null"))
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(FuseMissingError, match="fusermount3"):
+        check_fuse(Path("/dev/null"))
+
+
+# --- taking away ----------------------------------------------------------------------------
+
+
+def test_unmount_waits_for_the_daemon(
+    table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    notes = install(tmp_path, monkeypatch, f'sed -i /fuse.etcdfs/d "{table}"; : > "{fifo}"')
+    enter(table, place)
+    with daemon(place, ends_after=fifo):
+        unmount(place, timeout_s=30)
+        assert find_daemon(place) is None
+    assert notes.read_text() == f"-u -- {place}\n"
+
+
+def test_unmount_does_not_wait_for_ever(table: Path, place: str, fusermount3: Path) -> None:
+    enter(table, place)
+    with daemon(place) as pid, pytest.raises(UnmountError, match=rf"process {pid}.*within 0.05 s"):
+        unmount(place, timeout_s=0.05)
+
+
+def test_unmount_of_a_dead_mount_is_lazy(
+    table: Path, place: str, fusermount3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(table, place)
+    monkeypatch.setattr(etcdfs.mountpoint, "_is_dead", lambda path: path == place)
+    unmount(place, timeout_s=1)
+    assert fusermount3.read_text() == f"-uz -- {place}\n"
+
+
+def test_unmount_wants_a_mount_of_ours(table: Path, place: str) -> None:
+    with pytest.raises(NotMountedError, match="nothing is mounted"):
+        unmount(place, timeout_s=1)
+    enter(table, place, "fuse.sshfs")
+    with pytest.raises(NotMountedError, match=r"is not etcdfs, but fuse\.sshfs"):
+        unmount(place, timeout_s=1)
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ("fusermount3: failed to unmount /x: Device or resource busy", "is busy: a program"),
+        ("fusermount3: entry for /x not found in /etc/mtab", "unmounted: .* not found"),
+        ("", "no reason given"),
+    ],
+)
+def test_unmount_says_why_not(
+    table: Path,
+    place: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    said: str,
+    complaint: str,
+) -> None:
+    install(tmp_path, monkeypatch, f'echo "{said}" >&2; exit 1')
+    enter(table, place)
+    with daemon(place), pytest.raises(UnmountError, match=complaint):
+        unmount(place, timeout_s=1)
+
+
+def test_unmount_uses_umount_where_fusermount3_is_missing(
+    table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = install(tmp_path, monkeypatch, f'sed -i /fuse.etcdfs/d "{table}"')
+    (tmp_path / "bin" / "fusermount3").rename(tmp_path / "bin" / "umount")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    enter(table, place)
+    unmount(place, timeout_s=1)
+    assert notes.read_text() == f"-- {place}\n"
