@@ -43,7 +43,7 @@ def run_in_foreground(handover: Handover) -> NoReturn:
     """Become the daemon."""
     options_fd = send_handover(handover)
     os.set_inheritable(options_fd, True)
-    os.execv(sys.executable, _command(handover, options_fd))
+    os.execve(sys.executable, _command(handover, options_fd), _environment())
 
 
 def start_in_background(handover: Handover) -> Ready | Failed:
@@ -67,6 +67,12 @@ def _command(handover: Handover, options_fd: int, status_fd: int | None = None) 
     return command if status_fd is None else [*command, "--status-fd", str(status_fd)]
 
 
+def _environment() -> dict[str, str]:
+    # gRPC's core writes to stderr, in its own form and for every broken connection; what matters
+    # of that reaches our log as an error of a call. It reads this when it is loaded.
+    return {"GRPC_VERBOSITY": "NONE"} | os.environ
+
+
 @contextlib.contextmanager
 def _daemon(
     handover: Handover,
@@ -85,6 +91,7 @@ def _daemon(
             process = subprocess.Popen(
                 _command(handover, options_fd, status_write),
                 cwd="/",  # it must not keep anybody's disk busy
+                env=_environment(),
                 pass_fds=(options_fd, status_write),
                 start_new_session=True,
                 stderr=errors,

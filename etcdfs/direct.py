@@ -11,7 +11,7 @@ with the higher mod_revision stays.
 """
 
 from collections.abc import Collection, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Final, final
 
@@ -98,6 +98,10 @@ class Direct:
         """See `View.settle`: nothing to wait for."""
         self.switch.apply_ahead(events, remember=False)
 
+    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
+        """See `View.holding`: nobody waits for the kernel."""
+        return nullcontext()
+
     async def reached(self, revision: int) -> None:
         """See `View.reached`: each call asks etcd anyway."""
 
@@ -182,7 +186,7 @@ class Direct:
             if not isinstance(child, Directory):
                 self._replace(directory, name, self.switch.tree.new_directory())
         elif value is None:
-            if child is not None and not (isinstance(child, File) and child.facts is None):
+            if child is not None and not _is_unpublished(child):
                 self._replace(directory, name, None)
         else:
             self._contents.put(value.key, value.mod_revision, value.value)
@@ -212,9 +216,28 @@ class Direct:
             gone = over is None or (
                 known is not None and known.create_revision != over.create_revision
             )
+            if isinstance(old, Directory):
+                self._empty(old)
             self.switch.tree.detach(directory, name, gone=gone)
         if node is not None:
             self.switch.tree.attach(directory, name, node)
+
+    def _empty(self, directory: Directory) -> None:
+        """Detach all below a directory that etcd has no more: its files' keys are gone.
+
+        While it is still attached: a file's key is made from the path it has.
+        """
+        for name, child in list(directory.children.items()):
+            if isinstance(child, Directory):
+                self._empty(child)
+            self.switch.tree.detach(directory, name, gone=not _is_unpublished(child))
+
+
+def _is_unpublished(node: Node) -> bool:
+    """Say whether a node is, or has below it, a file made here that is not yet in etcd."""
+    if isinstance(node, File):
+        return node.facts is None
+    return any(_is_unpublished(child) for child in node.children.values())
 
 
 @dataclass(slots=True)

@@ -33,7 +33,8 @@ class Draft:
         base: The published value the draft starts from.
         kind: What the changes since `base` amount to.
         mtime_ns: When it was last changed.
-        tries: What was sent to etcd without an answer, to be recognised later.
+        tries: What was sent to etcd without an answer, to be recognised later, each with all
+            that the draft was then (others' bytes may come before ours in what was sent).
         is_torn: Whether a write did not fit: what is here is half of what was meant, and must
             not be published. A truncation says that the writer has taken note.
     """
@@ -45,7 +46,7 @@ class Draft:
         self.base = base
         self.kind = Kind.WHOLE if whole else Kind.NONE
         self.mtime_ns = 0
-        self.tries: list[bytes] = []
+        self.tries: list[tuple[bytes, bytes]] = []
         self.is_torn = False
         self._buffer = bytearray() if whole else bytearray(base)
         # INVARIANT: all old bytes before this offset have been replaced
@@ -104,15 +105,16 @@ class Draft:
         self.mtime_ns = now_ns
 
     def published(self, value: bytes) -> None:
-        """Note that `value`, all of this draft, is what the key holds now."""
+        """Note that `value`, the draft as it was when it was sent, has been published."""
         self.base = value
-        self.kind = Kind.NONE
+        if len(value) == len(self._buffer) and value == self._buffer:
+            self.kind = Kind.NONE
         self.tries.clear()
         self._overwritten = 0
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two calls."""
-        assert 0 <= self._overwritten <= max(len(self.base), len(self._buffer))
+        assert self._overwritten >= 0
         if self.kind is Kind.NONE:
             assert bytes(self._buffer) == self.base
         if self.kind is Kind.APPEND:

@@ -28,6 +28,7 @@ from etcdfs.errors import (
     ExistsError,
     InvalidRequestError,
     IsADirectoryFileError,
+    NameReservedError,
     NameTooLongError,
     NotADirectoryFileError,
     NotEmptyError,
@@ -162,7 +163,7 @@ class Filesystem:
         """Return the attributes of an inode.
 
         Raises:
-            StaleError: It is an old version that nobody has open.
+            StaleError: It is an old version; the kernel looks the path up again.
         """
         node = self._tree.node(inode)
         await self._view.refresh(node)
@@ -170,9 +171,8 @@ class Filesystem:
 
     def attributes(self, node: Node) -> Attributes:
         """Return the attributes of a node that is attached or open."""
-        if isinstance(node, File) and node.directory is None and not node.handles:
-            msg = f"inode {node.inode} is an old version"
-            raise StaleError(msg)
+        if isinstance(node, File):
+            self._tree.check_usable(node)
         return self._defaults.of(node, self._kernel_timeout_s if self._may_cache(node) else 0.0)
 
     def _may_cache(self, node: Node) -> bool:
@@ -273,7 +273,7 @@ class Filesystem:
 
         Raises:
             IsADirectoryFileError: It is a directory.
-            StaleError: It is an old version that nobody has open: the kernel looks again.
+            StaleError: It is an old version; the kernel looks the path up again.
         """
         node = self._tree.node(inode)
         if isinstance(node, Directory):
@@ -347,6 +347,9 @@ class Filesystem:
     async def _claim(self, directory: Directory, name: bytes, key: bytes) -> File:
         if name in directory.children:
             raise _exists(name)
+        if name == MARKER_NAME:
+            msg = f"{name!r} shows a marker's value, and an empty one is not shown"
+            raise NameReservedError(msg)
         file = self._tree.new_file(None)
         async with self._changing((directory, name)) as locked:
             self._view.switch.intents[key] = Intent(file=file, value=b"")
@@ -371,7 +374,7 @@ class Filesystem:
         self._check_writable()
         directory, key = await self._place(parent, name)
         file = self._file(directory, name)
-        if file.facts is None and not await self._is_published(file):
+        if file.facts is None and not await self._is_published(file, directory):
             self._view.let_go(self._view.switch.withdraw(directory, name, gone=True))
             return
         if name == MARKER_NAME:
@@ -396,7 +399,7 @@ class Filesystem:
             NotADirectoryFileError: The name is a file.
         """
         self._check_writable()
-        directory, _ = await self._place(parent, name)
+        directory = await self._parent(parent, name)
         node = directory.children.get(name)
         if node is None:
             raise _missing(name)
@@ -414,7 +417,9 @@ class Filesystem:
             if not committed.succeeded:
                 raise _not_empty(name)
             events = (_tombstone(committed, marker), *_parent_event(committed, marker, self._root))
-            await self._settle(committed, events, locked)
+            # The kernel holds the directory's own lock as well.
+            with self._view.holding((Entry(node.inode, b""),)):
+                await self._settle(committed, events, locked)
             if directory.children.get(name) is node and not node.children:
                 self._tree.detach(directory, name, gone=True)
             if not committed.results[0]:
@@ -432,10 +437,11 @@ class Filesystem:
         parent = None if is_value else parent_prefix(key, self._root)
         return remove_file(key, parent, is_value=is_value)
 
-    async def _is_published(self, file: File) -> bool:
+    async def _is_published(self, file: File, directory: Directory) -> bool:
         """Wait for a publication on its way; say whether the file is in etcd after it."""
-        async with self._files.settled(file):
-            return file.facts is not None
+        with self._view.holding((Entry(directory.inode, file.name),)):
+            async with self._files.settled(file):
+                return file.facts is not None
 
     # --- moving -----------------------------------------------------------------------------
 
@@ -461,12 +467,14 @@ class Filesystem:
         file = self._file(source_directory, old_name)
         if source == target:
             return
-        await self._files.publish(file)
-        if file.facts is None:
-            raise _missing(old_name)
         move = _Move(source_directory, old_name, source, target_directory, new_name, target)
-        async with self._files.settled(file):
-            await self._move(file, move, replace=not flags & RENAME_NOREPLACE)
+        locked = (Entry(source_directory.inode, old_name), Entry(target_directory.inode, new_name))
+        with self._view.holding(locked):
+            await self._files.publish(file)
+            if file.facts is None:
+                raise _missing(old_name)
+            async with self._files.settled(file):
+                await self._move(file, move, replace=not flags & RENAME_NOREPLACE)
 
     async def _move(self, file: File, move: "_Move", *, replace: bool) -> None:
         value = await self._view.value(file)
@@ -563,6 +571,11 @@ class Filesystem:
 
     async def _place(self, parent: int, name: bytes) -> tuple[Directory, bytes]:
         """Return a directory and the key that `name` has, or would have, in it."""
+        directory = await self._parent(parent, name)
+        return directory, self._tree.keyspace.file_key(self._tree.names(directory, name))
+
+    async def _parent(self, parent: int, name: bytes) -> Directory:
+        """Return a directory, in which what is under `name` is true as of now."""
         directory = self._tree.directory(parent)
         _check_length(name)
         await self._view.entry(directory, name)
@@ -570,7 +583,7 @@ class Filesystem:
         if not self._tree.is_attached(directory):
             msg = f"inode {parent} is no longer a directory of this tree"
             raise NotFoundError(msg)
-        return directory, self._tree.keyspace.file_key(self._tree.names(directory, name))
+        return directory
 
     def _file(self, directory: Directory, name: bytes) -> File:
         node = directory.children.get(name)

@@ -14,8 +14,12 @@ Concurrency: pyfuse3 runs each request as a trio task. Answers are built and sen
 import errno
 import functools
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, final
 
@@ -48,6 +52,9 @@ SECTOR_SIZE: Final = 512  # the unit of st_blocks (stat(2))
 MAX_TASKS: Final = 1024
 """Requests handled at once. A writer that waits for etcd holds one; pyfuse3's default of 99
 would let a hundred of them stop cached stats as well (FACTS.md 7, worker limit)."""
+
+MAX_FDS: Final = 256
+"""Descriptors of a process that are looked at when it closes a file it has not written to."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,6 +97,7 @@ class Operations(pyfuse3.Operations):
         self._keep_cache = keep_cache
         # --- mutable state
         self.requests: Counter[str] = Counter()
+        self._openers: dict[int, tuple[int, InodeT]] = {}  # who opened it for writing, and what
 
     # --- names ------------------------------------------------------------------------------
 
@@ -233,6 +241,8 @@ class Operations(pyfuse3.Operations):
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         handle = await self._filesystem.open(inode, flags)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            self._openers[handle] = (ctx.pid, inode)
         return FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
 
     @handler
@@ -245,6 +255,8 @@ class Operations(pyfuse3.Operations):
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
         handle, attributes = await self._filesystem.create(parent_inode, name, flags)
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            self._openers[handle] = (ctx.pid, InodeT(attributes.inode))
         info = FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
         return info, _pack(attributes)
 
@@ -258,7 +270,8 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        await self._files.flush(fh)
+        opener = self._openers.get(fh)
+        await self._files.flush(fh, lambda: opener is not None and _has_open(*opener))
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -266,6 +279,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
+        self._openers.pop(fh, None)
         await self._files.release(fh)
 
     # --- directories ------------------------------------------------------------------------
@@ -343,6 +357,27 @@ class FuseMount:
     def stop(self) -> None:
         """Make `run` return once the requests under way are answered."""
         pyfuse3.terminate()
+
+
+def _has_open(pid: int, inode: int) -> bool:
+    """Say whether a process has a descriptor for writing of an inode; False if that is hidden.
+
+    The one that is being closed is no longer in its table. Of the same number in another file
+    system nothing worse comes than a publication at release instead of at close.
+    """
+    try:
+        with os.scandir(f"/proc/{pid}/fdinfo") as entries:
+            return any(_is_writer_of(inode, entry.path) for entry in islice(entries, MAX_FDS))
+    except OSError:  # it has ended, or is another user's, or in another name space of processes
+        return False
+
+
+def _is_writer_of(inode: int, fdinfo: str) -> bool:
+    with suppress(OSError), Path(fdinfo).open("rb") as file:
+        fields = dict(line.split(b":", 1) for line in file if b":" in line)
+        writes = int(fields[b"flags"], 8) & os.O_ACCMODE != os.O_RDONLY
+        return writes and int(fields.get(b"ino", b"0")) == inode
+    return False
 
 
 _DOTS: Final = 2  # "." and ".." come first in every listing

@@ -18,8 +18,8 @@ Concurrency: trio thread; one task applies batches, in order.
 import logging
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, assert_never, final
 
@@ -121,6 +121,7 @@ class Mirror:
         self._advanced = trio.Event()
         self._stir = trio.Event()
         self._held: Counter[int] = Counter()  # directories whose lock a waiting call holds
+        self._wanted: Counter[int] = Counter()  # those whose lock the kernel needs, or will
         self._batches = self._events = self._early = self._ahead = 0
 
     # --- the view ---------------------------------------------------------------------------
@@ -142,15 +143,9 @@ class Mirror:
         self, revision: int, events: Sequence[Event], locked: Sequence[Entry] = ()
     ) -> None:
         """See `View.settle`: wait for the watch, so that revisions are seen in order."""
-        held = {entry.directory for entry in locked}
-        self._held.update(held)
-        self._stir.set()
-        try:
-            with trio.move_on_after(self._settle_timeout_s):
-                await self.reached(revision)
-                return
-        finally:
-            self._held.subtract(held)
+        with self.holding(locked), trio.move_on_after(self._settle_timeout_s):
+            await self.reached(revision)
+            return
         self._ahead += 1
         log.warning(
             "the watch is over %.1f s late: revision %d is shown before it brings it",
@@ -158,7 +153,7 @@ class Mirror:
             revision,
         )
         self._keep_values(events)
-        self.switch.apply_ahead(events, remember=True)
+        self._submit(self.switch.apply_ahead(events, remember=True))
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`; the caller bounds it."""
@@ -167,7 +162,18 @@ class Mirror:
 
     def let_go(self, stale: Collection[Cached]) -> None:
         """See `View.let_go`."""
-        self._kernel.submit(stale)
+        self._submit(stale)
+
+    @contextmanager
+    def holding(self, locked: Sequence[Entry]) -> Iterator[None]:
+        """See `View.holding`."""
+        held = {entry.directory for entry in locked}
+        self._held.update(held)
+        self._stir.set()
+        try:
+            yield
+        finally:
+            self._held.subtract(held)
 
     def statistics(self) -> MirrorStatistics:
         """Say how far the mirror is."""
@@ -304,6 +310,7 @@ class Mirror:
         self._staged.clear()
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
+        self.switch.relisted()
         await self._apply(events, revision, force=True)
 
     def _difference(self, revision: Revision) -> list[Event]:
@@ -343,7 +350,7 @@ class Mirror:
         late = self.switch.invalidations(plan) - asked
         self.switch.publish(plan)
         tree.switching.clear()
-        self._kernel.submit(late)
+        self._submit(late)
         self._batches += 1
         self._events += len(events)
         self.revision = revision
@@ -359,17 +366,33 @@ class Mirror:
             finished = True
             self._stir.set()
 
-        self._kernel.submit(stale, finish)
+        self._submit(stale, finish)
         while not finished:
-            if self._is_held(stale):
+            if self._is_held():
                 self._early += 1
                 return
             self._stir = trio.Event()
             await self._stir.wait()
 
-    def _is_held(self, stale: set[Cached]) -> bool:
-        """Say whether a call that waits for us holds a lock that the kernel needs for this."""
-        return any(self._held[_lock_of(cached)] > 0 for cached in stale)
+    def _submit(self, stale: Collection[Cached], done: Callable[[], None] | None = None) -> None:
+        locks = {_lock_of(cached) for cached in stale}
+
+        def finish() -> None:
+            self._wanted.subtract(locks)
+            self._wanted = +self._wanted
+            if done is not None:
+                done()
+
+        self._wanted.update(locks)
+        self._kernel.submit(stale, finish)
+
+    def _is_held(self) -> bool:
+        """Say whether a call that waits for us holds a lock that the kernel waits for.
+
+        Not for this batch alone: the kernel is told in order, so that what was asked of it
+        before stands in the way as well.
+        """
+        return any(self._held[lock] > 0 for lock in self._wanted)
 
     def _keep_values(self, events: Sequence[Event]) -> None:
         for event in events:

@@ -48,7 +48,7 @@ from etcdfs.kernel import KernelCache
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
 from etcdfs.mirror import Mirror
-from etcdfs.mountpoint import SUBTYPE, check_fuse, prepare
+from etcdfs.mountpoint import SUBTYPE, prepare
 from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.publisher import Publisher
@@ -167,7 +167,7 @@ async def _open_rooms(stack: AsyncExitStack, options: MountOptions) -> tuple[Roo
     client_url = None
     if options.embedded:
         directory = default_data_dir() if options.data_dir is None else Path(options.data_dir)
-        embedded = await stack.enter_async_context(open_embedded(directory, options.timeout_s))
+        embedded = await stack.enter_async_context(open_embedded(directory))
         endpoints, client_url = (embedded,), f"http://{embedded}"
     with _store_errors():
         store = await stack.enter_async_context(open_store(endpoints, timeout_s=options.timeout_s))
@@ -237,7 +237,9 @@ class _Ending:
 
 def _kernel_options(options: MountOptions) -> set[str]:
     """Return what the kernel mount is asked for."""
-    wanted = {"default_permissions", f"subtype={SUBTYPE}", f"fsname={_source(options)}"}
+    wanted = {"default_permissions", f"subtype={SUBTYPE}"}
+    if not any(option.startswith("fsname=") for option in options.fuse_options):
+        wanted.add(f"fsname={_source(options)}")
     if options.read_only:
         wanted.add("ro")
     if options.allow_other:
@@ -275,7 +277,6 @@ def main() -> int:
     reporter = open_reporter(arguments.status_fd)
     try:
         setup_logging(handover.log, foreground=arguments.status_fd is None)
-        check_fuse()
         prepare(handover.options.mountpoint)
         trio.run(serve, handover.options, reporter)
     except BaseExceptionGroup as group:

@@ -8,7 +8,7 @@ while the kernel holds the page lock (FACTS.md 7).
 """
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import NewType, final
@@ -20,7 +20,6 @@ from etcdfs.errors import (
     EtcdfsError,
     FileTooLargeError,
     ReadOnlyError,
-    StaleError,
 )
 from etcdfs.publisher import Publisher
 from etcdfs.tree import File, Node
@@ -37,6 +36,7 @@ class OpenFile:
     readable: bool
     writable: bool
     append: bool
+    publishes: bool  # writable; or it made the file, which its close must put into etcd
 
 
 @final
@@ -65,7 +65,7 @@ class OpenFiles:
         """Open a file that the kernel holds.
 
         Raises:
-            StaleError: The inode is an old version that nobody has open; look the path up again.
+            StaleError: The inode is an old version; the kernel looks the path up again.
             ReadOnlyError: It is opened for writing on a read-only mount.
             StoreError: Its value is not here and cannot be fetched.
         """
@@ -73,18 +73,17 @@ class OpenFiles:
         if writable and self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
-        if file.directory is None and file.handles == 0:
-            msg = f"inode {file.inode} is an old version"
-            raise StaleError(msg)
+        self._view.switch.tree.check_usable(file)
         file.handles += 1  # keeps it while we wait
         try:
             await self._load(file)
+            if writable and flags & os.O_TRUNC:
+                async with self._publisher.lock(file):
+                    self._draft(file).truncate(0, self._now(file))
         except BaseException:
             self._unpin(file)
             raise
-        if writable and flags & os.O_TRUNC:
-            self._draft(file).truncate(0, self._now(file))
-        return self._add(file, flags)
+        return self._add(file, flags, publishes=writable)
 
     def open_new(self, file: File, flags: int) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""
@@ -95,7 +94,8 @@ class OpenFiles:
             file.draft = draft
         else:
             file.value = b""
-        return self._add(file, flags)
+        writable = flags & os.O_ACCMODE != os.O_RDONLY
+        return self._add(file, flags, publishes=writable or file.facts is None)
 
     async def _load(self, file: File) -> None:
         # Even a file that is about to be emptied: whether anything changes is decided against it.
@@ -105,7 +105,7 @@ class OpenFiles:
             if file.value is None:
                 file.value = value
 
-    def _add(self, file: File, flags: int) -> Handle:
+    def _add(self, file: File, flags: int, *, publishes: bool) -> Handle:
         handle = Handle(self._next)
         self._next += 1
         access = flags & os.O_ACCMODE
@@ -114,6 +114,7 @@ class OpenFiles:
             access != os.O_WRONLY,
             access != os.O_RDONLY,
             bool(flags & os.O_APPEND),
+            publishes,
         )
         return handle
 
@@ -158,16 +159,14 @@ class OpenFiles:
         if self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
-        if file.directory is None and file.handles == 0:
-            msg = f"inode {file.inode} is an old version"
-            raise StaleError(msg)
+        self._view.switch.tree.check_usable(file)
         file.handles += 1
         try:
             await self._load(file)
             async with self._publisher.lock(file):
                 self._publisher.check_size(file, size)
                 draft = self._draft(file)
-                if size != len(draft):
+                if size != len(draft) or draft.is_torn:
                     draft.truncate(size, self._now(file))
             if not self._has_writer(file):
                 await self._publish_alone(file)
@@ -181,15 +180,21 @@ class OpenFiles:
             file.draft = None  # nobody is left who could try again
             raise
 
-    async def flush(self, handle: int) -> None:
+    async def flush(self, handle: int, is_held: Callable[[], bool] = lambda: False) -> None:
         """Publish what was written, if anything was (close(2), fsync(2)).
+
+        A shell's `echo x > file` opens, duplicates the descriptor, closes one and writes to the
+        other: as long as its opener still holds one (`is_held`), an empty draft is not yet what
+        the file is meant to be.
 
         Raises:
             EtcdfsError: As `Publisher.publish`.
         """
         opened = self._opened(handle)
-        if not opened.writable or opened.file.draft is None:
+        if not opened.publishes or opened.file.draft is None:
             return  # a reader's close publishes nobody else's writes
+        if isinstance(opened.file.draft, Draft) and not len(opened.file.draft) and is_held():
+            return
         await self._publisher.publish(opened.file)
         self._drop_clean_draft(opened.file)
 
@@ -200,11 +205,11 @@ class OpenFiles:
             EtcdfsError: As `Publisher.publish`; nobody is told by the kernel.
         """
         opened = self._opened(handle)
+        del self._open[Handle(handle)]
         try:
-            if opened.writable and opened.file.handles == 1:
-                await self.flush(handle)
+            if opened.publishes and not self._has_publisher(opened.file):
+                await self.publish(opened.file)
         finally:
-            del self._open[Handle(handle)]
             self._unpin(opened.file)
 
     async def publish(self, file: File) -> None:
@@ -229,7 +234,7 @@ class OpenFiles:
     async def flush_all(self) -> list[tuple[File, EtcdfsError]]:
         """Publish every draft, as at unmount; return the failures."""
         failures: list[tuple[File, EtcdfsError]] = []
-        for file in {opened.file for opened in self._open.values() if opened.writable}:
+        for file in {opened.file for opened in self._open.values() if opened.publishes}:
             try:
                 await self.publish(file)
             except EtcdfsError as exc:
@@ -257,6 +262,9 @@ class OpenFiles:
 
     def _has_writer(self, file: File) -> bool:
         return any(o.file is file and o.writable for o in self._open.values())
+
+    def _has_publisher(self, file: File) -> bool:
+        return any(o.file is file and o.publishes for o in self._open.values())
 
     def _now(self, file: File) -> int:
         return max(self._view.switch.tree.clock(), file.mtime_ns + 1)

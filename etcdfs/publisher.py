@@ -11,7 +11,7 @@ Concurrency: trio thread. One publication of a file at a time, under the file's 
 writers take too: a draft does not change while it is on its way.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, final
 
 import trio
@@ -151,20 +151,20 @@ class Publisher:
         # meanwhile, never written to (the lock).
         intents[key] = intent
         try:
-            done = await self._recognise(draft, key) or await self._resolve(
-                file, draft, key, intent
-            )
+            done = await self._recognise_earlier(file, draft, key)
+            if done is None:
+                done = await self._resolve(file, draft, key, intent)
             if done is None:
                 # The key was deleted or made anew: the file is as good as unlinked.
                 self._dropped += 1
-                draft.published(draft.value)
-                file.value = draft.value
+                _live_on(file, draft)
                 return
-            draft.published(draft.value)
             if done.merged:
                 # What this file's readers have is not what the key holds now.
                 intent.file = None
+                _live_on(file, draft)
             else:
+                draft.published(draft.value)
                 file.value = done.value
             self._contents.put(key, done.facts.mod_revision, done.value)
             event = _event(key, done)
@@ -182,12 +182,15 @@ class Publisher:
             return await self._commit(file, draft, key, intent)
         except OutcomeUnknownError as unknown:
             try:
-                done = await self._recognise(draft, key)
+                entries = (await self._store.range(key)).entries
             except StoreError as exc:
                 raise unknown from exc
-            if done is None:
+            if not entries or self._recognise(draft, entries[0]) != draft.value:
                 raise
-            return done
+            self._resolved += 1
+            return _Done(
+                facts_of(entries[0]), entries[0].value, merged=entries[0].value != draft.value
+            )
 
     async def _commit(self, file: File, draft: Draft, key: bytes, intent: Intent) -> _Done | None:
         match draft.kind:
@@ -247,12 +250,18 @@ class Publisher:
             current = _page(committed.results[0]).entries
             if not current or current[0].create_revision != facts.create_revision:
                 return None
-            if draft.kind is not Kind.APPEND:
-                msg = f"{key!r} was changed by another client (revision {current[0].mod_revision})"
-                raise WriteConflictError(msg)
             found = current[0]
-            facts = Facts(found.create_revision, found.mod_revision, found.version, found.lease, 0)
-            base, merged = found.value, True
+            arrived = self._recognise(draft, found)
+            if arrived == draft.value:
+                self._resolved += 1
+                return _Done(facts_of(found), found.value, merged=found.value != arrived)
+            if arrived is not None:
+                draft.published(arrived)
+            if draft.kind is not Kind.APPEND and found.value != arrived:
+                msg = f"{key!r} was changed by another client (revision {found.mod_revision})"
+                raise WriteConflictError(msg)
+            facts = facts_of(found)
+            base, merged = found.value, merged or found.value != arrived
         msg = f"{key!r}: lost the race to append {MAX_REBASES} times"
         raise WriteConflictError(msg)
 
@@ -260,21 +269,41 @@ class Publisher:
         try:
             committed = await self._store.commit(transaction)
         except OutcomeUnknownError:
-            draft.tries.append(value)
+            draft.tries.append((value, draft.value))
             raise
         self._puts += 1
         return committed
 
-    async def _recognise(self, draft: Draft, key: bytes) -> _Done | None:
-        """See whether an earlier try without an answer arrived after all."""
+    async def _recognise_earlier(self, file: File, draft: Draft, key: bytes) -> _Done | None:
+        """See whether an earlier try without an answer arrived after all.
+
+        If the draft has changed since, it goes on from there: only the rest is to be published.
+        """
         if not draft.tries:
             return None
         entries = (await self._store.range(key)).entries
-        if entries and entries[0].value in draft.tries:
-            self._resolved += 1
-            found = entries[0]
-            merged = found.value != draft.value
-            return _Done(facts_of(found), found.value, merged=merged)
+        arrived = self._recognise(draft, entries[0]) if entries else None
+        if arrived is None:
+            return None
+        self._resolved += 1
+        found = entries[0]
+        if arrived == draft.value:
+            return _Done(facts_of(found), found.value, merged=found.value != arrived)
+        draft.published(arrived)
+        if found.value == arrived:
+            file.facts = facts_of(found)
+        return None
+
+    def _recognise(self, draft: Draft, found: KeyValue) -> bytes | None:
+        """Return what the draft was when it was sent and became what was found, else None.
+
+        Others may have appended to it since.
+        """
+        for sent, meant in reversed(draft.tries):
+            if found.value == sent:
+                return meant
+            if draft.kind is Kind.APPEND and found.value.startswith(sent):
+                return meant
         return None
 
     def _abandon(self, file: File) -> None:
@@ -341,6 +370,14 @@ def _event(key: bytes, done: _Done) -> KeyValue:
         facts.version,
         facts.lease,
     )
+
+
+def _live_on(file: File, draft: Draft) -> None:
+    """Let a file whose content is not what its key holds be read as it was written."""
+    draft.published(draft.value)
+    file.value = draft.base
+    if file.facts is not None:
+        file.facts = replace(file.facts, size=len(draft))
 
 
 def _keep_newer(file: File, facts: Facts) -> None:

@@ -161,7 +161,11 @@ class WatchOpened:
 
 @dataclass(frozen=True, slots=True)
 class WatchEvents:
-    """All events of one or more whole revisions, oldest first; never part of a revision."""
+    """All events of one or more whole revisions, oldest first; never part of a revision.
+
+    `revision` is that of the last event. The header that etcd sends along may be far ahead while
+    a watch catches up (seen: header 2501 with events up to 1002).
+    """
 
     events: tuple[Event, ...]
     revision: Revision
@@ -256,7 +260,7 @@ class Store(Protocol):
     def watch(
         self, start: bytes, end: bytes, from_revision: int
     ) -> AbstractAsyncContextManager[Watch]:
-        """Watch a range from `from_revision` on (that revision's own events included).
+        """Watch a range from `from_revision` on (its own events included); 0: from the next.
 
         The first message is `WatchOpened`. Leaving the context ends the watch.
         """

@@ -86,6 +86,8 @@ class Switch:
         right even if it shows older revisions (another history).
         """
         planner = _Planner(self.tree, self.intents, force=force)
+        events = tuple(events)
+        planner.note(events)
         last = {event.key: event for event in events}
         for event in last.values():
             if force or event.mod_revision > self._ahead.get(event.key, 0):
@@ -130,17 +132,23 @@ class Switch:
         for file, facts in plan.facts.items():
             file.facts = facts
 
-    def apply_ahead(self, events: Iterable[Event], *, remember: bool) -> None:
+    def apply_ahead(self, events: Iterable[Event], *, remember: bool) -> set[Cached]:
         """Apply this mount's own change before the watch has brought it.
 
         With `remember`, older events of these keys that still come are then ignored, until
         `reached` says that the watch has passed them.
+
+        Returns:
+            What the kernel must let go of.
         """
         own = list(events)
-        self.publish(self.plan(own))
+        plan = self.plan(own)
+        stale = self.invalidations(plan)
+        self.publish(plan)
         if remember:
             for event in own:
                 self._ahead[event.key] = max(event.mod_revision, self._ahead.get(event.key, 0))
+        return stale
 
     def withdraw(self, directory: Directory, name: bytes, *, gone: bool) -> set[Cached]:
         """Take away a file that never reached etcd, and the directory if only that kept it.
@@ -155,6 +163,10 @@ class Switch:
         stale = self.invalidations(plan)
         self.publish(plan)
         return stale
+
+    def relisted(self) -> None:
+        """Forget what was applied ahead: in another history it means nothing."""
+        self._ahead.clear()
 
     def reached(self, revision: int) -> None:
         """Forget what was applied ahead of the watch and is behind it now."""
@@ -172,6 +184,16 @@ class _Planner:
         self._plan = Plan()
         self._doubtful: set[Directory] = set()
         self._where: dict[Directory, tuple[Directory, bytes]] = {}
+        self._deletions: set[tuple[bytes, int]] = set()
+        self._own_puts: set[bytes] = set()
+
+    def note(self, events: Iterable[Event]) -> None:
+        """Note which keys the whole batch deletes, and when, and which this mount put."""
+        for event in events:
+            if isinstance(event, Tombstone):
+                self._deletions.add((event.key, event.mod_revision))
+            elif event.key in self._intents and self._intents[event.key].value == event.value:
+                self._own_puts.add(event.key)
 
     def add(self, event: Event) -> None:
         location = self._tree.keyspace.locate(event.key)
@@ -206,8 +228,8 @@ class _Planner:
         if old is not None and self._is_behind(event, (old.facts or _NOT_IN_ETCD).mod_revision):
             return
         facts = facts_of(event)
-        intent = self._intents.get(event.key)
-        if intent is not None and intent.file is not None and intent.value == event.value:
+        intent = self._own_intent(event, directory, name)
+        if intent is not None and intent.file is not None:
             file = intent.file
             self._plan.facts[file] = facts
             if old is not None and intent.replaces:
@@ -215,6 +237,22 @@ class _Planner:
         else:
             file = self._tree.new_version(old, facts)
         self._set(directory, name, file)
+
+    def _own_intent(self, event: KeyValue, directory: Directory, name: bytes) -> Intent | None:
+        """Return the intent that a put fulfils, if this mount made it.
+
+        Another client may put the very value that a rename of ours is about to put. A file that
+        stands under another name is moved only by the revision that takes it away there, or it
+        would stand under both.
+        """
+        intent = self._intents.get(event.key)
+        if intent is None or intent.file is None or intent.value != event.value:
+            return None
+        file = intent.file
+        if file.directory is None or (file.directory is directory and file.name == name):
+            return intent
+        leaves = (self._tree.key_of(file), event.mod_revision) in self._deletions
+        return intent if leaves else None
 
     def _delete(self, event: Tombstone, names: tuple[bytes, ...]) -> None:
         directory = self._find(names[:-1])
@@ -225,9 +263,11 @@ class _Planner:
         if isinstance(child, Directory):
             directory, name = child, VALUE_NAME
             child = self._child(directory, name)
-        if not isinstance(child, File) or child.facts is None:
-            return  # nothing there, or made here and not yet published: not what was deleted
-        if self._is_behind(event, child.facts.mod_revision):
+        if not isinstance(child, File):
+            return
+        if child.facts is None and event.key not in self._own_puts:
+            return  # made here and not yet published: not what was deleted
+        if self._is_behind(event, (child.facts or _NOT_IN_ETCD).mod_revision):
             return
         intent = self._intents.get(event.key)
         if intent is None or intent.file is not child:
@@ -248,21 +288,21 @@ class _Planner:
         if self._is_behind(event, self._marker_revision(directory)):
             return
         facts = self._plan.markers[directory] = facts_of(event)
+        intent = self._own_intent(event, directory, MARKER_NAME)
         if not event.value:
-            self._drop_marker_file(directory)
+            self._drop_marker_file(directory, None if intent is None else intent.file)
             return
         old = self._child(directory, MARKER_NAME)
-        intent = self._intents.get(event.key)
-        if intent is not None and intent.file is not None and intent.value == event.value:
+        if intent is not None and intent.file is not None:
             self._plan.facts[intent.file] = facts
             self._set(directory, MARKER_NAME, intent.file)
         else:
             before = old if isinstance(old, File) else None
             self._set(directory, MARKER_NAME, self._tree.new_version(before, facts))
 
-    def _drop_marker_file(self, directory: Directory) -> None:
+    def _drop_marker_file(self, directory: Directory, own: File | None = None) -> None:
         shown = self._child(directory, MARKER_NAME)
-        if isinstance(shown, File) and shown.facts is not None:
+        if isinstance(shown, File) and (shown.facts is not None or shown is own):
             self._plan.deleted.add(shown)
             self._set(directory, MARKER_NAME, None)
 

@@ -75,16 +75,15 @@ def clear_marker(marker: bytes) -> Transaction:
 
 
 def remove_directory(marker: bytes, parent: bytes | None) -> Transaction:
-    """Delete a directory's marker if nothing else is there. If it fails: a page of two keys.
+    """Delete a directory's marker if nothing else is there.
 
     The key of the directory's own name (its `%value`) counts as an entry.
     """
     own = marker[:-1]
-    return Transaction(
-        (absent(own), absent(marker + b"\0", range_end(marker))),
-        (Delete(marker), *_stay(parent, marker)),
-        (Get(marker, range_end(marker), limit=2, keys_only=True), Get(own, keys_only=True)),
-    )
+    conditions: tuple[Compare, ...] = (absent(marker + b"\0", range_end(marker)),)
+    if own and not own.endswith(b"/"):  # else the name is empty, and that key another's marker
+        conditions += (absent(own),)
+    return Transaction(conditions, (Delete(marker), *_stay(parent, marker)))
 
 
 def move_file(

@@ -31,6 +31,8 @@ Inode = NewType("Inode", int)
 ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
 MAX_NEGATIVES: Final = 65_536
 """Missing names remembered as told to the kernel; past it, further ones are not cached."""
+SUPERSEDED_GRACE_NS: Final = 1_000_000_000
+"""How long a call may take from looking a path up to using the inode, before it looks again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,24 @@ class Tree:
             node = parent
         return True
 
+    def check_usable(self, file: File) -> None:
+        """Refuse an old version that no call can have come by in good faith.
+
+        A call that looked a path up just before another client's change was published goes on
+        with the inode it found, and gets that version: it began before the change was visible.
+        ESTALE would send it to look again, but the kernel does so only once, and a key that is
+        written hundreds of times a second is superseded again by then.
+
+        Raises:
+            StaleError: It is deleted, or has been superseded for a while, and nobody has it open.
+        """
+        if file.directory is not None or file.handles:
+            return
+        if file.lost_key is not None and self.clock() - file.ctime_ns < SUPERSEDED_GRACE_NS:
+            return
+        msg = f"inode {file.inode} is an old version"
+        raise StaleError(msg)
+
     def names(self, node: Node, *more: bytes) -> tuple[bytes, ...]:
         """Return the path of an attached node as names, and `more` below it."""
         names = list(reversed(more))
@@ -351,6 +371,7 @@ class Tree:
             return None
         if isinstance(node, File):
             node.lost_key = None if gone else self.key_of(node)
+            node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
             directory.subdirectories -= 1
         del directory.children[name]

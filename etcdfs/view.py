@@ -7,6 +7,7 @@ Concurrency: declarations only. All methods run on the trio thread.
 """
 
 from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from etcdfs.store import Event
@@ -57,6 +58,13 @@ class View(Protocol):
             events: What the change did, as the watch would tell it.
             locked: The names whose directories the kernel holds locked until the call that
                 made the change returns.
+        """
+        ...
+
+    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
+        """Say that a call waits which holds the locks of these names' directories.
+
+        For as long as the context lasts. Whatever it waits for must not wait for these locks.
         """
         ...
 

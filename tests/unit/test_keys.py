@@ -27,60 +27,58 @@ _WORDS = (b"value", b"marker", b"%value", b"%marker", b".etcdfs", b"a", b"foo", 
 _LENGTHS = (1, 2, 251, 252, 253, 254, 255, 256, 257, 505, 506, 507, 508, 509, 760)
 
 
-def _runs() -> st.SearchStrategy[bytes]:
-    units = st.sampled_from((b"a", b"%", b"\0", b"\xff"))
-    return st.builds(lambda unit, n: unit * n, units, st.sampled_from(_LENGTHS))
-
-
-def _chunks() -> st.SearchStrategy[bytes]:
-    free = st.binary(max_size=4).map(lambda data: data.replace(b"/", b""))
-    return st.one_of(st.sampled_from(_TOKENS + _WORDS), _runs(), free)
-
-
 def _fill(head: bytes, length: int) -> bytes:
     return head + b"x" * (length - len(head))
 
 
-def components() -> st.SearchStrategy[bytes]:
-    """Components, and every name that one escape after another makes of them."""
-    raw = st.lists(_chunks(), max_size=4).map(b"".join)
-    filled = st.builds(_fill, st.sampled_from(_TOKENS), st.sampled_from(_LENGTHS))
+def _escaped_again(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    def pick(component: bytes, *, at_root: bool, which: int) -> bytes:
+        names = escape(component, at_root=at_root)
+        return names[which % len(names)]
 
-    def deeper(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-        return st.tuples(inner, st.booleans()).flatmap(
-            lambda pair: st.sampled_from(escape(pair[0], at_root=pair[1]))
-        )
-
-    return st.recursive(st.one_of(raw, filled), deeper, max_leaves=3)
+    return st.builds(pick, inner, at_root=st.booleans(), which=st.integers(0, 3))
 
 
-def rels() -> st.SearchStrategy[bytes]:
-    return st.lists(components(), min_size=1, max_size=4).map(b"/".join)
+_runs = st.builds(
+    lambda unit, n: unit * n,
+    st.sampled_from((b"a", b"%", b"\0", b"\xff")),
+    st.sampled_from(_LENGTHS),
+)
+_free = st.binary(max_size=4).map(lambda data: data.replace(b"/", b""))
+_raw = st.lists(st.sampled_from(_TOKENS + _WORDS) | _runs | _free, max_size=4).map(b"".join)
+_filled = st.builds(_fill, st.sampled_from(_TOKENS), st.sampled_from(_LENGTHS))
 
+# Strategies are made once: making them anew for every draw costs more than drawing.
+# Components, and names that one, two or three escapes in a row make of them.
+components = _raw | _filled
+for _ in range(3):
+    components |= _escaped_again(components)
 
+rels = st.lists(components, min_size=1, max_size=4).map(b"/".join)
 keyspaces = st.sampled_from((APP, RAW, Keyspace(b"/")))
 
 
 @st.composite
 def located_keys(draw: st.DrawFn) -> tuple[Keyspace, bytes]:
     keyspace = draw(keyspaces)
-    key = keyspace.prefix + draw(rels())
+    key = keyspace.prefix + draw(rels)
     assume(key)
     return keyspace, key
-
-
-def paths() -> st.SearchStrategy[tuple[bytes, ...]]:
-    """Paths that the kernel may ask for: legal file names, escapes and near misses."""
-    split = st.tuples(components(), st.booleans()).map(lambda p: escape(p[0], at_root=p[1]))
-    single = components().filter(_is_legal).map(lambda name: (name,))
-    return st.lists(st.one_of(split, single), max_size=4).map(
-        lambda groups: tuple(name for group in groups for name in group)
-    )
 
 
 def _is_legal(name: bytes) -> bool:
     illegal = (b"", b".", b"..")
     return name not in illegal and len(name) <= NAME_MAX and not {0, ord("/")} & set(name)
+
+
+# Paths that the kernel may ask for: legal file names, escapes and near misses.
+_split = st.builds(
+    lambda component, root: escape(component, at_root=root), components, st.booleans()
+)
+_single = components.filter(_is_legal).map(lambda name: (name,))
+paths = st.lists(_split | _single, max_size=4).map(
+    lambda groups: tuple(name for group in groups for name in group)
+)
 
 
 def _key_of(keyspace: Keyspace, location: Location) -> bytes:
@@ -110,7 +108,7 @@ def test_every_key_has_a_path_of_legal_names_and_comes_back(case: tuple[Keyspace
     assert key in keyspace
 
 
-@given(located_keys(), rels())
+@given(located_keys(), rels)
 def test_two_keys_have_two_paths(case: tuple[Keyspace, bytes], other: bytes) -> None:
     keyspace, key = case
     twin = keyspace.prefix + other
@@ -128,7 +126,7 @@ def test_no_path_ends_in_a_reserved_name_or_in_part_of_one(case: tuple[Keyspace,
     assert names[:1] != (b".etcdfs",)
 
 
-@given(keyspaces, paths())
+@given(keyspaces, paths)
 @example(APP, (b"a", b"%="))
 @example(APP, (b"%=%2E",))
 @example(APP, (b"%=%", b"x"))
@@ -150,7 +148,7 @@ def test_every_path_that_can_be_created_has_one_key(
         assert location == (names, False)
 
 
-@given(keyspaces, paths())
+@given(keyspaces, paths)
 def test_every_directory_has_one_prefix(keyspace: Keyspace, names: tuple[bytes, ...]) -> None:
     try:
         marker = keyspace.directory_prefix(names)
@@ -178,13 +176,13 @@ def test_the_scan_prefix_of_part_of_an_escape_stops_at_a_cut_percent() -> None:
     assert APP.scan_prefix((b"d",)) == APP.directory_prefix((b"d",)) == b"/app/d/"
 
 
-@given(components(), st.booleans())
+@given(components, st.booleans())
 def test_a_plain_component_is_its_own_name(component: bytes, at_root: bool) -> None:
     if is_plain(component):
         assert escape(component, at_root=at_root) == (component,)
 
 
-@given(components())
+@given(components)
 def test_a_name_is_escaped_only_if_it_must_be(component: bytes) -> None:
     # What is escaped is no file name, is reserved, or would be read as the escape of another.
     names = escape(component)

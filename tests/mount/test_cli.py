@@ -1,0 +1,375 @@
+"""The command on real mounts: what it says, what it leaves behind, how it ends."""
+
+import contextlib
+import errno
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from etcdfs.mountpoint import find_daemon, find_mounted
+from tests.support.etcd_process import EtcdProcess
+from tests.support.mounted import COMMAND, run_etcdfs
+
+pytestmark = [pytest.mark.fuse, pytest.mark.etcd]
+
+_TIMEOUT_S = 30
+MODES = ("--cache", "--no-cache")
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    """Return a fresh directory; what is mounted below it is taken away in the end."""
+    home = Path(tempfile.mkdtemp(prefix="etcdfs-test-cli-"))
+    try:
+        yield home
+    finally:
+        for path in home.iterdir():
+            clear(str(path))
+        shutil.rmtree(home)
+
+
+@pytest.fixture
+def mnt(home: Path) -> Path:
+    """Return an empty directory to mount over."""
+    mnt = home / "mnt"
+    mnt.mkdir()
+    return mnt
+
+
+def clear(path: str) -> None:
+    """End the daemon of a mountpoint, and take away what it leaves."""
+    pid = find_daemon(path)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    if find_mounted(path) is not None:
+        run("fusermount3", "-uz", path)
+
+
+def run(*command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(command, capture_output=True, check=False, text=True, timeout=_TIMEOUT_S)
+
+
+def mount(mnt: Path, *options: str, **environment: str) -> str:
+    """Run `etcdfs mount`, which must do well; return what it printed."""
+    done = run_etcdfs("mount", str(mnt), *options, **environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert os.path.ismount(mnt.resolve())
+    return done.stdout
+
+
+def umount(mnt: Path) -> None:
+    """Run `etcdfs umount`, which must do well and leave nothing."""
+    done = run_etcdfs("umount", str(mnt))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert not os.path.ismount(mnt)
+    assert find_daemon(str(mnt)) is None
+
+
+def refused(done: "subprocess.CompletedProcess[str]", code: int, complaint: str) -> None:
+    """Check a failure: its status, and one line that says why."""
+    assert (done.returncode, done.stdout) == (code, ""), done
+    assert done.stderr.startswith("etcdfs: ")
+    assert done.stderr.count("\n") == 1
+    assert complaint in done.stderr
+
+
+def kill(mnt: Path) -> None:
+    """Kill the daemon; what it leaves answers "Transport endpoint is not connected"."""
+    pid = find_daemon(str(mnt))
+    assert pid is not None
+    pidfd = os.pidfd_open(pid)
+    os.kill(pid, signal.SIGKILL)
+    wait_for_end(pidfd)
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+        mnt.stat()
+
+
+def wait_for_end(pidfd: int) -> None:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    assert poll.poll(_TIMEOUT_S * 1000), "the daemon lives on"
+    os.close(pidfd)
+
+
+# --- mounting and unmounting ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mount_is_usable_when_it_returns(shared_etcd: EtcdProcess, mnt: Path, mode: str) -> None:
+    assert mount(mnt, mode, "--endpoints", shared_etcd.client_url) == ""
+    (mnt / "test-cli").write_text("value")
+    assert shared_etcd.etcdctl("get", "/test-cli") == b"/test-cli\nvalue\n"
+    umount(mnt)
+
+
+def test_original_form(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    done = run_etcdfs(str(mnt), shared_etcd.client_url)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert os.path.ismount(mnt)
+    umount(mnt)
+
+
+def test_endpoints_of_etcdctl(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    mount(mnt, ETCDCTL_ENDPOINTS=shared_etcd.client_url)
+    umount(mnt)
+
+
+@pytest.mark.parametrize("command", [("fusermount3", "-u"), ("umount",)])
+def test_other_commands_unmount_too(
+    shared_etcd: EtcdProcess, mnt: Path, command: tuple[str, ...]
+) -> None:
+    if command == ("umount",) and os.geteuid() != 0:
+        pytest.skip("umount(8) is for root")
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    pid = find_daemon(str(mnt))
+    assert pid is not None
+    pidfd = os.pidfd_open(pid)
+    assert run(*command, str(mnt)).returncode == 0
+    wait_for_end(pidfd)
+
+
+@pytest.mark.parametrize("name", ["with blank", "back\\slash", "new\nline", "ümlaut", "\udcff"])
+def test_mountpoints_of_any_name(shared_etcd: EtcdProcess, home: Path, name: str) -> None:
+    mnt = home / name
+    mnt.mkdir()
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    umount(mnt)
+
+
+def test_mountpoint_by_a_relative_path_and_a_link(
+    shared_etcd: EtcdProcess, mnt: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(mnt.parent)
+    Path("link").symlink_to("mnt")
+    mount(Path("link"), "--endpoints", shared_etcd.client_url)
+    assert os.path.ismount(mnt)
+    umount(Path("mnt"))
+
+
+def test_the_mount_table_names_it(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    mount(mnt, "--endpoints", shared_etcd.client_url, "--prefix", "/p")
+    mounted = find_mounted(str(mnt))
+    assert mounted is not None
+    assert (mounted.type, mounted.source) == ("fuse.etcdfs", f"{shared_etcd.endpoint}/p/")
+
+
+def test_options_reach_the_mount(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    listed = "ro,noexec,nosuid,nodev,allow_other,uid=7,gid=8,dir-mode=711,_netdev"
+    mount(mnt, "-o", f"endpoints={shared_etcd.client_url},{listed}")
+    status = mnt.stat()
+    assert (status.st_uid, status.st_gid, status.st_mode & 0o7777) == (7, 8, 0o711)
+    flags = os.statvfs(mnt).f_flag
+    assert flags & os.ST_RDONLY
+    assert flags & os.ST_NOEXEC
+    with pytest.raises(OSError, match=os.strerror(errno.EROFS)):
+        (mnt / "new").touch()
+
+
+def test_a_log_file_is_appended_to(shared_etcd: EtcdProcess, mnt: Path, home: Path) -> None:
+    (home / "log").write_text("before\n")
+    for _ in range(2):
+        mount(mnt, "--endpoints", shared_etcd.client_url, "--log-file", str(home / "log"))
+        umount(mnt)
+    log = (home / "log").read_text()
+    assert log.startswith("before\n")
+    assert log.count(f" INFO __main__: mounted {mnt}\n") == 2
+
+
+# --- refusing to mount ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "complaint"),
+    [
+        ("missing", 10, "does not exist"),
+        ("file", 11, "is not a directory"),
+        ("full", 12, "is not empty"),
+    ],
+)
+def test_a_bad_mountpoint_is_refused(home: Path, name: str, code: int, complaint: str) -> None:
+    (home / "file").touch()
+    (home / "full" / "of").mkdir(parents=True)
+    refused(run_etcdfs("mount", str(home / name)), code, complaint)
+
+
+def test_a_second_mount_is_refused(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    again = run_etcdfs("mount", str(mnt), "--endpoints", shared_etcd.client_url)
+    refused(again, 13, f"etcdfs is mounted on {mnt} already")
+    umount(mnt)
+
+
+def test_a_bad_prefix_is_refused(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    done = run_etcdfs("mount", str(mnt), "--endpoints", shared_etcd.client_url, "--prefix", "a//b")
+    refused(done, 30, "empty component")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_etcd_that_is_not_there_is_refused(mnt: Path, mode: str) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        endpoint = f"127.0.0.1:{nobody.getsockname()[1]}"
+        done = run_etcdfs("mount", str(mnt), mode, "--endpoints", endpoint, "--timeout", "1")
+    refused(done, 20, endpoint)
+    assert not os.path.ismount(mnt)
+    assert find_daemon(str(mnt)) is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_etcd_that_does_not_answer_is_refused(
+    own_etcd: EtcdProcess, mnt: Path, mode: str
+) -> None:
+    own_etcd.pause()
+    done = run_etcdfs("mount", str(mnt), mode, "--endpoints", own_etcd.client_url, "--timeout", "1")
+    own_etcd.resume()
+    refused(done, 20, "")
+    assert not os.path.ismount(mnt)
+    assert find_daemon(str(mnt)) is None
+
+
+def test_a_kernel_that_refuses_is_reported(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    endpoint = ("--endpoints", shared_etcd.client_url)
+    done = run_etcdfs("mount", str(mnt), *endpoint, "-o", "max_read=nonsense")
+    assert done.returncode == 41, done
+    assert not os.path.ismount(mnt)
+
+
+def test_without_dev_fuse_it_is_refused(mnt: Path) -> None:
+    def hidden(*command: str) -> "subprocess.CompletedProcess[str]":
+        script = 'mount -t tmpfs none /dev && exec "$@"'
+        return run("unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *command)
+
+    if hidden("true").returncode != 0:
+        pytest.skip("unshare(1) is not allowed here")
+    refused(hidden(*COMMAND, "mount", str(mnt)), 40, "there is no /dev/fuse")
+
+
+# --- stale mounts ---------------------------------------------------------------------------
+
+
+def test_a_stale_mount_is_cleared_by_the_next_mount(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    endpoint = ("--endpoints", shared_etcd.client_url)
+    mount(mnt, *endpoint)
+    kill(mnt)
+    done = run_etcdfs("mount", str(mnt), *endpoint)
+    assert done.returncode == 0
+    assert done.stderr == f"etcdfs: cleared the stale mount that a killed daemon left on {mnt}\n"
+    (mnt / "test-cli").write_text("alive")
+    umount(mnt)
+
+
+def test_a_stale_mount_is_cleared_by_umount(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    fd = os.open(mnt, os.O_RDONLY)  # not even an open file keeps it
+    kill(mnt)
+    umount(mnt)
+    os.close(fd)
+
+
+# --- refusing to unmount --------------------------------------------------------------------
+
+
+def test_umount_of_nothing_is_refused(mnt: Path) -> None:
+    refused(run_etcdfs("umount", str(mnt)), 14, "nothing is mounted")
+    refused(run_etcdfs("umount", "/proc"), 14, "is not etcdfs, but proc")
+
+
+def test_umount_of_a_busy_mount_is_refused(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    with (mnt / "test-cli").open("w") as file:
+        refused(run_etcdfs("umount", str(mnt)), 15, "is busy")
+        file.write("still here")
+    assert (mnt / "test-cli").read_text() == "still here"
+    umount(mnt)
+
+
+# --- in the foreground ----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def foreground(mnt: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    """Run `etcdfs mount --foreground`; yields once it says that it has mounted."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ETCD")}
+    command = [*COMMAND, "mount", str(mnt), "--foreground", *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None
+        try:
+            lines = []
+            for line in process.stderr:
+                lines.append(line)
+                if line.endswith(f" mounted {mnt}\n"):
+                    break
+            else:
+                pytest.fail(f"did not mount: {lines}")
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_signal_publishes_unmounts_and_ends_well(
+    shared_etcd: EtcdProcess, mnt: Path, mode: str, number: int
+) -> None:
+    with foreground(mnt, mode, "--endpoints", shared_etcd.client_url) as daemon:
+        fd = os.open(mnt / "test-cli", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.write(fd, f"{mode} {number}".encode())  # not yet closed: not yet in etcd
+        daemon.send_signal(number)
+        assert daemon.wait(_TIMEOUT_S) == 0
+        with contextlib.suppress(OSError):
+            os.close(fd)
+    assert not os.path.ismount(mnt)
+    assert shared_etcd.etcdctl("get", "--print-value-only", "/test-cli").decode() == (
+        f"{mode} {number}\n"
+    )
+
+
+def test_unmounting_ends_the_foreground_well(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    with foreground(mnt, "--endpoints", shared_etcd.client_url) as daemon:
+        umount(mnt)
+        assert daemon.wait(_TIMEOUT_S) == 0
+
+
+def test_a_failure_in_the_foreground_is_one_line_after_the_log(mnt: Path, home: Path) -> None:
+    options = ("--endpoints", "127.0.0.1:1", "--timeout", "1", "--log-file", str(home / "log"))
+    refused(run_etcdfs("mount", str(mnt), "--foreground", *options), 20, "127.0.0.1:1")
+
+
+# --- embedded -------------------------------------------------------------------------------
+
+
+def test_embedded_from_mount_to_unmount(mnt: Path, home: Path, etcd_binary: Path) -> None:
+    environment = {"PATH": f"{etcd_binary.parent}:{os.environ['PATH']}"}
+    options = ("--embedded", "--data-dir", str(home / "data"), "--cache")
+    url = mount(mnt, *options, **environment).strip()
+    assert url.startswith("http://127.0.0.1:")
+    (mnt / "file").write_text("kept")
+    got = run("env", "ETCDCTL_API=3", "etcdctl", "--endpoints", url, "get", "/file")
+    assert got.stdout == "/file\nkept\n"
+    umount(mnt)
+    with socket.socket() as sock:
+        port = int(url.rpartition(":")[2])
+        assert sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+    mount(mnt, *options, **environment)
+    assert (mnt / "file").read_text() == "kept"
+    umount(mnt)
+
+
+def test_embedded_data_is_for_one_at_a_time(mnt: Path, home: Path) -> None:
+    (home / "second").mkdir()
+    options = ("--embedded", "--data-dir", str(home / "data"))
+    mount(mnt, *options)
+    refused(run_etcdfs("mount", str(home / "second"), *options), 51, "in use by another etcdfs")
+    umount(mnt)

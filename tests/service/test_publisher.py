@@ -1,0 +1,542 @@
+"""What becomes of a draft: one put, on the right base, or an error and nothing."""
+
+import errno
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from etcdfs.errors import (
+    OutcomeUnknownError,
+    StoreError,
+    StoreFullError,
+    StorePermissionError,
+    StoreUnavailableError,
+)
+from tests.support.fake_kernel import FakeMount, open_mount
+from tests.support.fake_store import FakeStore
+
+KEY = b"/f"
+PATH = (b"f",)
+APPEND = os.O_WRONLY | os.O_APPEND
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture(params=[True, False], ids=["cache", "no-cache"])
+def cache(request: pytest.FixtureRequest) -> bool:
+    found: bool = request.param
+    return found
+
+
+def held(store: FakeStore, key: bytes = KEY) -> bytes | None:
+    found = store.current(key)
+    return None if found is None else found.value
+
+
+async def errno_of(call: Awaitable[Any]) -> int:
+    try:
+        await call
+    except OSError as exc:
+        assert exc.errno is not None
+        return exc.errno
+    return 0
+
+
+async def shown(mount: FakeMount, path: tuple[bytes, ...] = PATH) -> bytes:
+    """Return what a program finds at a path, once the kernel has heard of what went before."""
+    await trio.testing.wait_all_tasks_blocked()
+    with trio.fail_after(30):
+        handle = await mount.kernel.open(path, os.O_RDONLY)
+        try:
+            return await mount.kernel.read(handle)
+        finally:
+            await mount.kernel.close(handle)
+
+
+async def during_commit(store: FakeStore, call: Callable[[], Awaitable[Any]], then: Any) -> int:
+    """Make a call, and do something between its check and its commit; return its errno."""
+    result: list[int] = []
+
+    async def run() -> None:
+        result.append(await errno_of(call()))
+
+    async with trio.open_nursery() as nursery:
+        store.hold("commit")
+        nursery.start_soon(run)
+        await trio.testing.wait_all_tasks_blocked()
+        then()
+        store.release("commit")
+    return result[0]
+
+
+# --- kinds of change ------------------------------------------------------------------------
+
+
+async def test_new_file_is_one_put(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        assert held(store) is None
+        await mount.kernel.write(handle, 0, b"one ")
+        await mount.kernel.write(handle, 4, b"two")
+        before = store.revision
+        await mount.kernel.close(handle)
+        assert held(store) == b"one two"
+        assert store.revision == before + 1
+        assert await shown(mount) == b"one two"
+
+
+async def test_replacement_is_one_put(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        before = store.revision
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"new")
+        await mount.kernel.close(handle)
+        assert (held(store), store.revision) == (b"new", before + 1)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDWR, os.O_WRONLY, APPEND])
+async def test_nothing_changed_puts_nothing(autojump_clock: MockClock, store: FakeStore, cache: bool, flags: int) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        before = store.revision
+        await mount.kernel.close(await mount.kernel.open(PATH, flags))
+        assert store.revision == before
+
+
+async def test_same_content_puts_nothing(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"same")
+    async with open_mount(store, cache=cache) as mount:
+        before = store.revision
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"same")
+        await mount.kernel.close(handle)
+        assert store.revision == before
+        assert mount.publisher.statistics().unchanged == 1
+
+
+async def test_same_content_still_overwrites_a_foreign_change(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(KEY, b"same")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"same")
+        store.put_now(KEY, b"foreign")
+        await mount.kernel.close(handle)
+        assert held(store) == b"same"
+        assert await shown(mount) == b"same"
+
+
+async def test_last_writer_of_the_whole_wins(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"mine")
+        number = await during_commit(
+            store,
+            lambda: mount.kernel.close(handle),
+            lambda: store.put_now(KEY, b"foreign"),
+        )
+        assert number == 0
+        assert held(store) == b"mine"
+        assert await shown(mount) == b"mine"
+
+
+async def test_append_is_applied_to_the_newest_value(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old\n")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, APPEND)
+        await mount.kernel.write(handle, 0, b"mine\n")
+        number = await during_commit(
+            store,
+            lambda: mount.kernel.close(handle),
+            lambda: store.put_now(KEY, b"old\nforeign\n"),
+        )
+        assert number == 0
+        assert held(store) == b"old\nforeign\nmine\n"
+        assert await shown(mount) == b"old\nforeign\nmine\n"
+        assert mount.publisher.statistics().rebased_appends == 1
+
+
+async def test_append_goes_on_after_it_was_merged(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old\n")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, APPEND)
+        await mount.kernel.write(handle, 0, b"1\n")
+        store.put_now(KEY, b"old\nforeign\n")
+        await mount.kernel.flush(handle)
+        await mount.kernel.write(handle, 0, b"2\n")
+        await mount.kernel.close(handle)
+        assert held(store) == b"old\nforeign\n1\n2\n"
+
+
+async def test_size_of_a_merged_append_is_that_of_its_own_content(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """What fstat says bounds what the kernel reads."""
+    store.put_now(KEY, b"old\n")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR | os.O_APPEND)
+        await mount.kernel.write(handle, 0, b"mine\n")
+        store.put_now(KEY, b"foreign\n")
+        await mount.kernel.flush(handle)
+        assert await mount.kernel.read(handle) == b"old\nmine\n"
+        await mount.kernel.close(handle)
+        assert held(store) == b"foreign\nmine\n"
+
+
+async def test_size_of_a_deleted_file_is_that_of_its_content(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR)
+        await mount.kernel.write(handle, 0, b"longer than before")
+        store.delete_now(KEY)
+        assert await errno_of(mount.kernel.flush(handle)) == 0
+        assert held(store) is None, "a deleted key is not resurrected"
+        assert await mount.kernel.read(handle) == b"longer than before"
+        await mount.kernel.close(handle)
+        assert held(store) is None
+
+
+async def test_partial_overwrite_that_lost_the_race_is_estale(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(KEY, b"0123456789")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR)
+        await mount.kernel.write(handle, 3, b"xx")
+        number = await during_commit(
+            store,
+            lambda: mount.kernel.flush(handle),
+            lambda: store.put_now(KEY, b"winner"),
+        )
+        assert number == errno.ESTALE
+        assert held(store) == b"winner"
+        assert await shown(mount) == b"winner"
+        assert await mount.kernel.read(handle) == b"012xx56789"
+        await mount.kernel.release(handle)
+        assert held(store) == b"winner"
+
+
+async def test_key_made_anew_is_another_file(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.delete_now(KEY)
+        store.put_now(KEY, b"new incarnation")
+        await mount.kernel.close(handle)
+        assert held(store) == b"new incarnation"
+        assert mount.publisher.statistics().dropped >= 1
+
+
+async def test_create_without_writing_puts_an_empty_value(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    """A reader that creates (`os.open(path, O_CREAT)`) must not leave a ghost."""
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDONLY | os.O_CREAT)
+        await mount.kernel.close(handle)
+        assert held(store) == b""
+        assert await shown(mount) == b""
+
+
+async def test_reader_publishes_nobody_elses_writes(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        writer = await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+        await mount.kernel.write(writer, 0, b"half")
+        assert await shown(mount) == b"half"
+        assert held(store) == b"old"
+        await mount.kernel.write(writer, 4, b" and half")
+        await mount.kernel.close(writer)
+        assert held(store) == b"half and half"
+
+
+async def test_late_writes_are_published_when_the_last_writer_goes(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """What a memory map wrote after the flush, with a reader that stays."""
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        reader = await mount.kernel.open(PATH, os.O_RDONLY)
+        writer = await mount.kernel.open(PATH, os.O_RDWR)
+        await mount.kernel.flush(writer)
+        await mount.kernel.write(writer, 0, b"map")
+        await mount.kernel.release(writer)
+        assert held(store) == b"map"
+        await mount.kernel.close(reader)
+
+
+async def test_emptied_while_it_is_published(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    """`: > f` while another writer's flush is on its way is not lost."""
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        first = await mount.kernel.open(PATH, os.O_RDWR)
+        await mount.kernel.write(first, 0, b"first")
+        async with trio.open_nursery() as nursery:
+            store.hold("commit")
+            nursery.start_soon(mount.kernel.flush, first)
+            await trio.testing.wait_all_tasks_blocked()
+
+            async def empty() -> None:
+                await mount.kernel.close(
+                    await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+                )
+
+            nursery.start_soon(empty)
+            await trio.testing.wait_all_tasks_blocked()
+            store.release("commit")
+        await mount.kernel.close(first)
+        assert held(store) == b""
+
+
+# --- too large ------------------------------------------------------------------------------
+
+
+async def test_too_large_is_refused_at_the_write(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache, max_file_size=1024) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"x" * 400)
+        assert await errno_of(mount.kernel.write(handle, 400, b"y" * 400)) == errno.EFBIG
+        assert await errno_of(mount.kernel.close(handle)) == errno.EFBIG
+        assert held(store) == b"old", "half a value is none"
+        assert await shown(mount) == b"old"
+
+
+async def test_truncated_after_a_refused_write_is_whole_again(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    async with open_mount(store, cache=cache, max_file_size=1024) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_CREAT)
+        assert await errno_of(mount.kernel.write(handle, 0, b"x" * 800)) == errno.EFBIG
+        await mount.kernel.truncate(handle.inode, 0)
+        await mount.kernel.write(handle, 0, b"small")
+        await mount.kernel.close(handle)
+        assert held(store) == b"small"
+
+
+async def test_truncate_beyond_the_limit(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache, max_file_size=1024) as mount:
+        inode = await mount.kernel.walk(PATH)
+        assert await errno_of(mount.kernel.truncate(inode, 2000)) == errno.EFBIG
+        assert held(store) == b"old"
+
+
+async def test_append_that_only_others_made_too_large(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"x" * 300)
+    async with open_mount(store, cache=cache, max_file_size=1024) as mount:
+        handle = await mount.kernel.open(PATH, APPEND)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.put_now(KEY, b"x" * 506)
+        assert await errno_of(mount.kernel.close(handle)) == errno.EFBIG
+        assert held(store) == b"x" * 506
+        assert await shown(mount) == b"x" * 506
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "number"),
+    [
+        (StoreFullError("full"), errno.ENOSPC),
+        (StorePermissionError("no"), errno.EACCES),
+        (StoreUnavailableError("away"), errno.EIO),
+    ],
+)
+async def test_failed_publication_is_reported_and_can_be_repeated(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, error: StoreError, number: int
+) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.fail_next("commit", error, times=2)
+        assert await errno_of(mount.kernel.flush(handle)) == number, "fsync says so"
+        assert await errno_of(mount.kernel.flush(handle)) == number, "and close, too"
+        assert held(store) == b"old"
+        assert await shown(mount) == b"old", "the path shows what is published"
+        assert await mount.kernel.read(handle) == b"mine", "the handle keeps what it wrote"
+        assert await errno_of(mount.kernel.flush(handle)) == 0, "a later one can succeed"
+        assert held(store) == b"mine"
+        assert await shown(mount) == b"mine"
+        await mount.kernel.close(handle)
+
+
+async def test_failed_publication_of_a_new_file_leaves_no_name(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_CREAT)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.fail_next("commit", StoreFullError("full"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ENOSPC
+        await trio.testing.wait_all_tasks_blocked()
+        assert await errno_of(mount.kernel.stat(PATH)) == errno.ENOENT
+        assert await errno_of(mount.kernel.close(handle)) == 0
+        assert held(store) == b"mine"
+        assert await shown(mount) == b"mine"
+
+
+async def test_failed_truncation_by_path_is_over(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        inode = await mount.kernel.walk(PATH)
+        store.fail_next("commit", StoreFullError("full"))
+        if not cache:  # its first commit is the question what is there
+            store.fail_next("commit", StoreFullError("full"))
+        assert await errno_of(mount.kernel.truncate(inode, 1)) == errno.ENOSPC
+        assert held(store) == b"old"
+        store._failures.clear()
+        assert await shown(mount) == b"old"
+
+
+# --- outcome unknown ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY | os.O_TRUNC, APPEND, os.O_WRONLY])
+async def test_lost_answer_is_recognised(autojump_clock: MockClock, store: FakeStore, cache: bool, flags: int) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, flags)
+        await mount.kernel.write(handle, 0, b"mine")
+        before = store.revision
+        store.fail_next("commit", OutcomeUnknownError("lost"), applied=True)
+        await mount.kernel.close(handle)
+        assert store.revision == before + 1
+        assert held(store) == (b"oldmine" if flags == APPEND else b"mine")
+        assert mount.publisher.statistics().resolved == 1
+        assert await shown(mount) == held(store)
+
+
+async def test_lost_request_is_an_error_and_not_sent_again(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, APPEND)
+        await mount.kernel.write(handle, 0, b"mine")
+        commits = len(store.commit_calls)
+        store.fail_next("commit", OutcomeUnknownError("lost"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ETIMEDOUT
+        assert len(store.commit_calls) == commits + 1
+        assert held(store) == b"old"
+        assert await errno_of(mount.kernel.close(handle)) == 0
+        assert held(store) == b"oldmine"
+
+
+async def test_append_that_arrives_late_is_not_applied_twice(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """The lost request arrives after it was looked for, and before the next one."""
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, APPEND)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.fail_next("commit", OutcomeUnknownError("lost"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ETIMEDOUT
+        late = store.commit_calls[-1]
+        number = await during_commit(
+            store, lambda: mount.kernel.flush(handle), lambda: store.commit_now(late)
+        )
+        assert number == 0
+        assert held(store) == b"oldmine"
+        await mount.kernel.close(handle)
+        assert held(store) == b"oldmine"
+
+
+async def test_what_was_written_after_a_lost_answer_is_published(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """Recognising an earlier try must not pass for having published what came later."""
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, APPEND)
+        await mount.kernel.write(handle, 0, b"1")
+        store.fail_next("commit", OutcomeUnknownError("lost"), applied=True)
+        store.fail_next("range", StoreUnavailableError("away"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ETIMEDOUT
+        await mount.kernel.write(handle, 0, b"2")
+        assert await errno_of(mount.kernel.close(handle)) == 0
+        assert held(store) == b"old12"
+        assert await shown(mount) == b"old12"
+
+
+async def test_whole_value_after_a_lost_answer_is_published(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_CREAT)
+        await mount.kernel.write(handle, 0, b"1")
+        store.fail_next("commit", OutcomeUnknownError("lost"), applied=True)
+        store.fail_next("range", StoreUnavailableError("away"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ETIMEDOUT
+        await mount.kernel.write(handle, 1, b"2")
+        assert await errno_of(mount.kernel.close(handle)) == 0
+        assert held(store) == b"12"
+        assert await shown(mount) == b"12"
+
+
+async def test_append_with_a_lost_answer_and_a_foreign_append_after_it(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """Others may have appended after ours arrived: ours is still in there."""
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, APPEND)
+        await mount.kernel.write(handle, 0, b"+1")
+        store.fail_next("commit", OutcomeUnknownError("lost"), applied=True)
+        store.fail_next("range", StoreUnavailableError("away"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ETIMEDOUT
+        store.put_now(KEY, b"old+1+2")
+        assert await errno_of(mount.kernel.close(handle)) == 0
+        assert held(store) == b"old+1+2"
+
+
+# --- gone while open ------------------------------------------------------------------------
+
+
+async def test_unlinked_while_open_stays_unlinked(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR)
+        await mount.kernel.unlink(PATH)
+        assert await mount.kernel.read(handle) == b"old"
+        await mount.kernel.write(handle, 0, b"mine")
+        assert await mount.kernel.read(handle) == b"mine"
+        assert await errno_of(mount.kernel.close(handle)) == 0
+        assert held(store) is None
+
+
+async def test_renamed_while_open_is_published_under_its_new_name(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR)
+        await mount.kernel.rename(PATH, (b"g",))
+        await mount.kernel.write(handle, 0, b"new")
+        await mount.kernel.close(handle)
+        assert (held(store), held(store, b"/g")) == (None, b"new")
+        assert await shown(mount, (b"g",)) == b"new"
+
+
+async def test_replaced_by_a_rename_while_open_is_gone(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(KEY, b"old")
+    store.put_now(b"/tmp", b"new")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR)
+        await mount.kernel.rename((b"tmp",), PATH)
+        assert await mount.kernel.read(handle) == b"old"
+        await mount.kernel.write(handle, 0, b"mine")
+        await mount.kernel.close(handle)
+        assert held(store) == b"new"
+        assert await shown(mount) == b"new"
