@@ -7,7 +7,6 @@ starts as another process so that `etcdfs --help` loads neither grpc nor pyfuse3
 Concurrency: none.
 """
 
-import importlib.metadata
 import logging
 import os
 import sys
@@ -17,6 +16,7 @@ from typing import Annotated, Final, NoReturn
 
 import typer
 
+from etcdfs import __version__
 from etcdfs.daemon import run_in_foreground, start_in_background
 from etcdfs.errors import AuthUnsupportedError, CommandError, TlsUnsupportedError, UsageError
 from etcdfs.handshake import Failed, Handover, LogSettings, Ready
@@ -282,15 +282,8 @@ UnmountTimeout = Annotated[
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"etcdfs {_version()}")
+        typer.echo(f"etcdfs {__version__}")
         raise typer.Exit
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("etcdfs")
-    except importlib.metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 Version = Annotated[

@@ -177,6 +177,8 @@ class Filesystem:
 
     def _may_cache(self, node: Node) -> bool:
         parent = node.directory
+        if parent is None and node is not self._tree.root:
+            return False  # superseded or deleted while the call went on
         if isinstance(node, Directory) and not self._tree.may_cache(self._tree.listing_of(node)):
             return False
         return self._tree.may_cache(
@@ -463,6 +465,9 @@ class Filesystem:
         target_directory, target = await self._place(new_parent, new_name)
         if isinstance(source_directory.children.get(old_name), Directory):
             msg = f"{old_name!r} is a directory: renaming would be many keys"
+            raise CrossDirectoryError(msg)
+        if old_name == MARKER_NAME:
+            msg = f"{source!r} is the directory's own key and stays: only its value can be taken"
             raise CrossDirectoryError(msg)
         file = self._file(source_directory, old_name)
         if source == target:

@@ -17,7 +17,7 @@ Concurrency: trio thread; one task applies batches, in order.
 
 import logging
 import random
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass
@@ -55,6 +55,9 @@ log = logging.getLogger(__name__)
 SWITCH_ROUNDS: Final = 8
 """Rounds of letting go before a batch is published. The second round finds what a change of
 this mount added meanwhile; more are not expected, and a batch must not wait for ever."""
+
+STAGE_SIZE: Final = 250
+"""Keys staged at a time; about a millisecond, after which other tasks get their turn."""
 
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_CAP_S: Final = 5.0
@@ -117,6 +120,7 @@ class Mirror:
         self._is_restored = False
         self._connected = False
         self._staged: dict[bytes, KeyValue] = {}
+        self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
         self._advanced = trio.Event()
         self._stir = trio.Event()
@@ -211,8 +215,12 @@ class Mirror:
             steps = replica.start()
             while True:
                 message: Message | None = None
-                for step in steps:
-                    message = await self._carry_out(step, watching, progress)
+                match steps:
+                    case (Stage() as stage, Read() as read):
+                        message = await self._stage_and_read_on(stage, read, progress)
+                    case _:
+                        for step in steps:
+                            message = await self._carry_out(step, watching, progress)
                 if self._is_restored:
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
@@ -225,9 +233,8 @@ class Mirror:
         match step:
             case Read():
                 return await self._read(step)
-            case Stage(entries, first):
-                self._stage(entries, first=first)
-                progress(self._staged_keys, self._staged_bytes)
+            case Stage():
+                await self._stage(step, progress)
             case Restore(revision):
                 return await self._try_to_apply(self._restore(revision))
             case Apply(events, revision):
@@ -259,6 +266,26 @@ class Mirror:
             return ReadFailed(str(exc))
         return PageArrived(page)
 
+    async def _stage_and_read_on(
+        self, stage: Stage, read: Read, progress: Callable[[int, int], None]
+    ) -> Message:
+        """Work on one page while etcd prepares the next."""
+        answers: list[Message | StoreError] = []
+
+        async def read_on() -> None:
+            try:
+                answers.append(await self._read(read))
+            except StoreError as exc:  # kept out of the nursery, which would wrap it
+                answers.append(exc)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_on)
+            await self._stage(stage, progress)
+        (answer,) = answers
+        if isinstance(answer, StoreError):
+            raise answer
+        return answer
+
     async def _back_off(self, step: BackOff) -> None:
         log.warning(
             "%s; %s (attempt %d)",
@@ -280,25 +307,43 @@ class Mirror:
 
     # --- listing ----------------------------------------------------------------------------
 
-    def _stage(self, entries: tuple[KeyValue, ...], *, first: bool) -> None:
+    async def _stage(self, stage: Stage, progress: Callable[[int, int], None]) -> None:
         """Put a page aside; the very first listing goes straight into the tree.
 
         Nobody sees the tree then, and a keyspace need not fit into memory twice.
         """
-        if first:
+        if stage.first:
             self._staged.clear()
             self._staged_keys = self._staged_bytes = 0
             if not self._is_restored:
                 self.switch.tree.clear()
+                self._loaded.clear()
+        for start in range(0, len(stage.entries), STAGE_SIZE):
+            self._stage_some(stage.entries[start : start + STAGE_SIZE])
+            await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
+        progress(self._staged_keys, self._staged_bytes)
+
+    async def keep_loaded(self) -> None:
+        """Keep the values of the first listing, as many as fit, while others work.
+
+        Run it once the mirror is started: the mount need not wait for it. Until it is done, a
+        value that is asked for may have to be fetched again.
+        """
+        while self._loaded:
+            for entry in self._loaded.popleft():
+                if not self._contents.put_if_room(entry.key, entry.mod_revision, entry.value):
+                    self._loaded.clear()
+                    return
+            await trio.lowlevel.checkpoint()
+
+    def _stage_some(self, entries: tuple[KeyValue, ...]) -> None:
         self._staged_keys += len(entries)
         self._staged_bytes += sum(len(entry.value) for entry in entries)
         if self._is_restored:
             self._staged.update((entry.key, entry) for entry in entries)
             return
         self.switch.tree.restore(entries)
-        for entry in entries:
-            if not self._contents.put_if_room(entry.key, entry.mod_revision, entry.value):
-                break
+        self._loaded.append(entries)
 
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:

@@ -184,6 +184,7 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
     try:
         with _store_errors():
             await tasks.start(mirror.run, progress)
+        tasks.start_soon(mirror.keep_loaded)
     finally:
         gc.enable()
         gc.freeze()

@@ -11,7 +11,7 @@ Concurrency: trio thread. One publication of a file at a time, under the file's 
 writers take too: a draft does not change while it is on its way.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, final
 
 import trio
@@ -377,7 +377,7 @@ def _live_on(file: File, draft: Draft) -> None:
     draft.published(draft.value)
     file.value = draft.base
     if file.facts is not None:
-        file.facts = replace(file.facts, size=len(draft))
+        file.facts = file.facts._replace(size=len(draft))
 
 
 def _keep_newer(file: File, facts: Facts) -> None:

@@ -14,7 +14,7 @@ the tests passes the same contract.
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import Literal, NewType, Protocol
+from typing import Literal, NamedTuple, NewType, Protocol
 
 Revision = NewType("Revision", int)
 
@@ -22,8 +22,9 @@ END_OF_KEYS = b"\0"
 """As a range's end: all keys from its start on (etcd API, RangeRequest.range_end)."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValue:
+# A tuple and not a frozen dataclass: one is made per key while the keyspace is loaded, in 0.6 of
+# the time.
+class KeyValue(NamedTuple):
     """One key at one revision (etcd's mvccpb.KeyValue)."""
 
     key: bytes

@@ -20,7 +20,7 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Final, NewType, final
+from typing import Final, NamedTuple, NewType, final
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_plain
@@ -35,8 +35,7 @@ SUPERSEDED_GRACE_NS: Final = 1_000_000_000
 """How long a call may take from looking a path up to using the inode, before it looks again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):  # as `KeyValue`: one per key
     """What etcd says of a key, without its value. `size` in bytes."""
 
     create_revision: Revision
@@ -388,9 +387,7 @@ class Tree:
 
     def restore(self, entries: Iterable[KeyValue]) -> None:
         """Add a page of a listing in key order to a new tree; nobody is told."""
-        load = _Loader(self)
-        for entry in entries:
-            load.add(entry)
+        _Loader(self).load(entries)
 
     def facts(self) -> Iterator[tuple[bytes, Facts]]:
         """Iterate over all keys of the tree, markers included, and what is known of each."""
@@ -458,21 +455,33 @@ class _Loader:
         self._directory = tree.root
         self._now = tree.clock()
 
-    def add(self, entry: KeyValue) -> None:
-        cut = entry.key.rfind(b"/") + 1
-        stem = entry.key[:cut]
-        if stem != self._stem or not is_plain(entry.key[cut:]):
-            self._stem = None
-            names, is_marker = self._tree.keyspace.locate(entry.key)
-            if is_marker:
-                self._mark(self._walk(names), entry)
-                return
-            self._directory = self._walk(names[:-1])
-            if not is_plain(entry.key[cut:]):
-                self._place(self._directory, names[-1], facts_of(entry))
-                return
+    def load(self, entries: Iterable[KeyValue]) -> None:
+        # The hot loop of a start: what it calls per key is written out here.
+        now, number = self._now, self._tree._number  # noqa: SLF001 - same room
+        for entry in entries:
+            key, value, created, modified, version, lease = entry
+            cut = key.rfind(b"/") + 1
+            name = key[cut:]
+            children = self._directory.children
+            if key[:cut] == self._stem and is_plain(name) and name not in children:
+                file = File(number(), Facts(created, modified, version, lease, len(value)), now)
+                file.directory = self._directory
+                file.name = name
+                children[name] = file
+            else:
+                self._find_directory(entry, key[:cut], name)
+
+    def _find_directory(self, entry: KeyValue, stem: bytes, name: bytes) -> None:
+        """Place the first key of a directory, or one whose name is not plain."""
+        self._stem = None
+        names, is_marker = self._tree.keyspace.locate(entry.key)
+        if is_marker:
+            self._mark(self._walk(names), entry)
+            return
+        self._directory = self._walk(names[:-1])
+        self._place(self._directory, names[-1], facts_of(entry))
+        if is_plain(name):
             self._stem = stem
-        self._place(self._directory, entry.key[cut:], facts_of(entry))
 
     def _mark(self, directory: Directory, entry: KeyValue) -> None:
         directory.marker = facts_of(entry)

@@ -15,7 +15,6 @@ import pytest
 
 from tests.mount.lab import MODES, Lab, Pool, memory_directory
 from tests.support.etcd_process import EtcdProcess
-from tests.support.mounted import Mounted
 
 
 @pytest.fixture(scope="session")

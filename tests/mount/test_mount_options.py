@@ -27,13 +27,13 @@ def test_b32_a_read_only_mount(pool: Pool, cached: Lab, mode: str) -> None:
         for attempt in (
             lambda: file.write_bytes(b"x"),
             lambda: file.open("r+b"),
-            lambda: (path / "new").touch(),
+            (path / "new").touch,
             lambda: os.open(path / "new", os.O_CREAT | os.O_EXCL),
             lambda: os.truncate(file, 1),
-            lambda: file.unlink(),
+            file.unlink,
             lambda: file.rename(path / "other"),
-            lambda: (path / "e").mkdir(),
-            lambda: (path / "d").rmdir(),
+            (path / "e").mkdir,
+            (path / "d").rmdir,
             lambda: file.chmod(0o600),
             lambda: os.utime(file),
         ):

@@ -84,7 +84,10 @@ def test_b9_other_changes_are_one_revision_each(lab: Lab) -> None:
 def test_b10_readers_put_nothing(lab: Lab) -> None:
     (lab.path / "file").write_bytes(b"value\n")
     with revisions(lab, 0):
-        sh(lab.path, "cat file; ls -la; find .; stat file; head -c 1 file; wc -c < file; cat < file")
+        sh(
+            lab.path,
+            "cat file; ls -la; find .; stat file; head -c 1 file; wc -c < file; cat < file",
+        )
         with (lab.path / "file").open("rb") as opened:
             opened.read()
             os.fsync(opened.fileno())
@@ -99,7 +102,10 @@ def test_b10_nothing_changed_nothing_put(lab: Lab) -> None:
             pass
         with file.open("ab"):
             pass
-        sh(lab.path, "exec 3<> file; exec 3>&-; exec 3>> file; exec 3>&-; touch file; chmod 600 file")
+        sh(
+            lab.path,
+            "exec 3<> file; exec 3>&-; exec 3>> file; exec 3>&-; touch file; chmod 600 file",
+        )
         os.truncate(file, 6)
         file.write_bytes(b"value\n")
     assert lab.version("file") == 1
@@ -205,12 +211,11 @@ def test_b15_too_large_fails_at_the_write(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"old value")
     fd = os.open(file, os.O_WRONLY | os.O_TRUNC)
-    written = 0
+    for _ in range(15):
+        assert os.write(fd, bytes(100_000)) == 100_000
     with pytest.raises(OSError, match="too large") as caught:
-        while written < 4_000_000:
-            written += os.write(fd, bytes(100_000))
+        os.write(fd, bytes(100_000))
     assert caught.value.errno == errno.EFBIG
-    assert 1_000_000 < written < 1_572_864
     assert errno_of_close(fd) in {0, errno.EFBIG}
     assert lab.value("file") == b"old value"
     assert file.read_bytes() == b"old value"
@@ -264,7 +269,7 @@ def test_b16_an_unlinked_file_is_not_resurrected(lab: Lab) -> None:
         opened.write(b"later")
         os.fsync(opened.fileno())
         assert os.pread(opened.fileno(), 10, 0) == b"later"
-    assert lab.keys() == []
+    assert lab.own_keys() == []
     assert os.listdir(lab.path) == []
 
 
@@ -278,7 +283,7 @@ def test_b16_a_file_deleted_by_another_client_is_not_resurrected(lab: Lab) -> No
         assert not file.exists()
         os.fsync(fd)
         os.close(fd)
-        assert lab.keys() == []
+        assert lab.own_keys() == []
         assert os.listdir(lab.path) == []
 
 
@@ -289,7 +294,7 @@ def test_b16_a_file_replaced_by_another_file(lab: Lab) -> None:
         (lab.path / "next").rename(lab.path / "file")
         opened.write(b"OLD and more")
     assert lab.value("file") == b"next"
-    assert lab.keys() == [b"file"]
+    assert lab.own_keys() == [b"file"]
 
 
 def test_b16_a_file_made_anew_by_another_client_is_not_overwritten(lab: Lab) -> None:
@@ -311,7 +316,7 @@ def test_b16_a_file_in_a_directory_that_another_client_made_a_file(lab: Lab) -> 
         lab.shown(lab.client.change_all([(lab.key("d"), b"a file")], [lab.key("d/e/file")]))
         assert os.listdir(lab.path) == ["d"]
         assert (lab.path / "d").read_bytes() == b"a file"
-    assert lab.keys() == [b"d"]
+    assert lab.own_keys() == [b"d"]
     assert lab.client.get(b"/file") is None
 
 
@@ -321,7 +326,7 @@ def test_b16_a_new_file_in_a_directory_that_another_client_removed(lab: Lab) -> 
         opened.write(b"value")
         lab.delete("d/file")
         assert os.listdir(lab.path / "d") == ["new"]
-    assert lab.keys() == [b"d/new"]
+    assert lab.own_keys() == [b"d/new"]
     assert os.listdir(lab.path) == ["d"]
 
 
@@ -334,7 +339,7 @@ def test_b17_a_rename_is_one_revision_of_both_keys(lab: Lab) -> None:
     (lab.path / "b").write_bytes(b"replaced")
     with revisions(lab, 1):
         (lab.path / "a").rename(lab.path / "b")
-    assert lab.keys() == [b"b"]
+    assert lab.own_keys() == [b"b"]
     assert lab.value("b") == b"value"
 
 
@@ -353,9 +358,9 @@ def test_b17_a_directory_is_not_renamed_but_mv_copies_it(lab: Lab) -> None:
     with pytest.raises(OSError, match="cross-device") as caught:
         (lab.path / "d").rename(lab.path / "e")
     assert caught.value.errno == errno.EXDEV
-    assert lab.keys() == [b"d/", b"d/f"]
+    assert lab.own_keys() == [b"d/", b"d/f"]
     sh(lab.path, "mv d e")
-    assert lab.keys() == [b"e/", b"e/f"]
+    assert lab.own_keys() == [b"e/", b"e/f"]
     assert lab.value("e/f") == b"value"
 
 
