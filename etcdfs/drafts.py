@@ -35,11 +35,22 @@ class Draft:
         mtime_ns: When it was last changed.
         tries: What was sent to etcd without an answer, to be recognised later, each with all
             that the draft was then (others' bytes may come before ours in what was sent).
+        is_bare: Whether the file was only made, neither emptied nor written to: it must not
+            replace what another client has made meanwhile.
         is_torn: Whether a write did not fit: what is here is half of what was meant, and must
             not be published. A truncation says that the writer has taken note.
     """
 
-    __slots__ = ("_buffer", "_overwritten", "base", "is_torn", "kind", "mtime_ns", "tries")
+    __slots__ = (
+        "_buffer",
+        "_overwritten",
+        "base",
+        "is_bare",
+        "is_torn",
+        "kind",
+        "mtime_ns",
+        "tries",
+    )
 
     def __init__(self, base: bytes, *, whole: bool = False) -> None:
         """Start from `base`; `whole` when nothing of it is to stay (a new or emptied file)."""
@@ -47,6 +58,7 @@ class Draft:
         self.kind = Kind.WHOLE if whole else Kind.NONE
         self.mtime_ns = 0
         self.tries: list[tuple[bytes, bytes]] = []
+        self.is_bare = False
         self.is_torn = False
         self._buffer = bytearray() if whole else bytearray(base)
         # INVARIANT: all old bytes before this offset have been replaced
@@ -83,6 +95,7 @@ class Draft:
         """Put `data` at `offset` (at the end with `append`); a gap is filled with NUL."""
         if not data:
             return
+        self.is_bare = False
         if append:
             offset = len(self._buffer)
         self._classify(offset, len(data))
@@ -93,7 +106,7 @@ class Draft:
 
     def truncate(self, size: int, now_ns: int) -> None:
         """Cut to `size`, or extend to it with NUL."""
-        self.is_torn = False
+        self.is_bare = self.is_torn = False
         if size == 0:
             self.kind = Kind.WHOLE
         elif size != len(self._buffer) and self.kind is not Kind.WHOLE:

@@ -516,6 +516,10 @@ class Filesystem:
         # The kernel moves the inode it had under the old name, which another client's change
         # may have made an old version meanwhile.
         self._view.let_go(locked[1:])
+        if mover is None and file.directory is None:
+            # Until then the new name leads to it: an open must be sent to look again (ESTALE).
+            # It was a version of the old key, which is deleted.
+            file.lost_key = None
         file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
 
     def _moving(self, move: "_Move", mod_revision: int, put: Put, replace: bool) -> Transaction:

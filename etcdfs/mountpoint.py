@@ -199,9 +199,13 @@ def clear_dead(mountpoint: str) -> None:
 
 
 def _is_dead(path: str) -> bool:
-    """Tell whether a mount has lost its daemon. Only asked when no daemon of ours is found."""
+    """Tell whether a mount has lost its daemon. Only asked when no daemon of ours is found.
+
+    statfs is a question that the kernel passes on each time; a stat it may still answer from
+    the attributes that the dead daemon let it keep.
+    """
     try:
-        Path(path).stat()
+        os.statvfs(path)
     except OSError as exc:
         return exc.errno in {errno.ENOTCONN, errno.ECONNABORTED}
     return False

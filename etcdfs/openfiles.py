@@ -90,6 +90,7 @@ class OpenFiles:
         file.handles += 1
         if file.facts is None:
             draft = Draft(b"", whole=True)
+            draft.is_bare = not flags & os.O_TRUNC
             draft.mtime_ns = file.mtime_ns
             file.draft = draft
         else:

@@ -35,6 +35,7 @@ from etcdfs.store import (
     Put,
     Store,
     Transaction,
+    absent,
     unchanged,
 )
 from etcdfs.switch import Intent
@@ -202,9 +203,18 @@ class Publisher:
                 return await self._change(file, draft, key, intent)
 
     async def _put_new(self, draft: Draft, key: bytes, intent: Intent) -> _Done:
-        """Publish a file made here: it takes the name, whoever else took it meanwhile."""
+        """Publish a file made here: it takes the name, whoever else took it meanwhile.
+
+        Unless nothing was written: what O_CREAT finds stays as it is.
+        """
         value = intent.value = draft.value
-        committed = await self._send(draft, Transaction((), _put(key, value)), value)
+        is_marker = key.endswith(b"/")  # it is there with its directory, and means no file then
+        when = (absent(key),) if draft.is_bare and not is_marker else ()
+        put = Transaction(when, _put(key, value), (Get(key),))
+        committed = await self._send(draft, put, value)
+        if not committed.succeeded:
+            (found,) = _page(committed.results[0]).entries
+            return _Done(facts_of(found), found.value, merged=True)
         return _Done(_facts(committed, len(value)), value, merged=False)
 
     async def _replace(self, file: File, draft: Draft, key: bytes, intent: Intent) -> _Done | None:

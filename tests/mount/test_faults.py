@@ -97,7 +97,7 @@ def write_once(path: Path) -> None:
 # --- the end of a mount ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["--no-cache"])
+@pytest.mark.parametrize("mode", MODES)
 def test_b30_a_killed_daemon_and_the_next_mount(pool: Pool, cached: Lab, mode: str) -> None:
     with pool.private(cached.etcd, mode) as mounted:
         path = mounted.path / cached.path.name / "file"
@@ -206,7 +206,7 @@ def test_b31_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode:
 
 @pytest.mark.every_etcd
 def test_b27_while_etcd_does_not_answer(pool: Pool, own_etcd: EtcdProcess) -> None:
-    with pool.private(own_etcd, "--cache", "--timeout", "1") as mounted:
+    with pool.private(own_etcd, "--cache", "--timeout", "0.5") as mounted:
         file = mounted.path / "d" / "file"
         mounted.put("/d/file", "value")
         mounted.put("/d/other", "not read before")

@@ -46,8 +46,7 @@ async def errno_of(call: Awaitable[Any]) -> int:
     try:
         await call
     except OSError as exc:
-        assert exc.errno is not None
-        return exc.errno
+        return exc.errno or -1
     return 0
 
 
@@ -360,9 +359,7 @@ async def test_unlink_of_a_file_that_was_never_published(
         assert await mount.kernel.listdir(()) == []
 
 
-async def test_unlink_waits_for_a_publication(
-    autojump_clock: MockClock, store: FakeStore
-) -> None:
+async def test_unlink_waits_for_a_publication(autojump_clock: MockClock, store: FakeStore) -> None:
     """A file on its way to etcd is deleted there, too."""
     async with open_mount(store) as mount:
         handle = await mount.kernel.open((b"f",), os.O_WRONLY | os.O_CREAT)
@@ -539,9 +536,7 @@ async def test_rename_of_a_markers_value(
 # --- looking --------------------------------------------------------------------------------
 
 
-async def test_names_side_by_side(
-    autojump_clock: MockClock, store: FakeStore, cache: bool
-) -> None:
+async def test_names_side_by_side(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
     names = [b"foo-bar", b"foo.conf", b"foo2", b"\xff\xfe"]
     for name in names:
         store.put_now(b"/" + name, name)
@@ -560,7 +555,10 @@ async def test_listing_while_it_changes(autojump_clock: MockClock, store: FakeSt
         store.put_now(b"/%d" % i, b"")
     async with open_mount(store) as mount:
         handle = await mount.filesystem.opendir(1)
-        first = [e.name for e, _ in zip(await mount.filesystem.readdir(handle, 0), range(3))]
+        first = [
+            e.name
+            for e, _ in zip(await mount.filesystem.readdir(handle, 0), range(3), strict=False)
+        ]
         store.delete_now(b"/0")
         store.delete_now(b"/5")
         store.put_now(b"/new", b"")
@@ -600,9 +598,7 @@ async def test_old_version_that_nobody_has_open(
                 await call
 
 
-async def test_inode_that_was_never_handed_out(
-    autojump_clock: MockClock, store: FakeStore
-) -> None:
+async def test_inode_that_was_never_handed_out(autojump_clock: MockClock, store: FakeStore) -> None:
     async with open_mount(store) as mount:
         with pytest.raises(StaleError):
             await mount.filesystem.getattr(999)
@@ -657,9 +653,7 @@ async def test_attributes_can_be_set(autojump_clock: MockClock, store: FakeStore
         assert got.mode & 0o7777 == 0o700
 
 
-async def test_extended_attributes_of_the_root(
-    autojump_clock: MockClock, store: FakeStore
-) -> None:
+async def test_extended_attributes_of_the_root(autojump_clock: MockClock, store: FakeStore) -> None:
     store.put_now(b"/f", b"1")
     async with open_mount(store) as mount:
         get = mount.filesystem.getxattr

@@ -87,7 +87,9 @@ async def test_what_is_known_costs_no_request(autojump_clock: MockClock, store: 
         await mount.kernel.close(handle)
 
 
-async def test_only_what_the_kernel_knows_is_invalidated(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_only_what_the_kernel_knows_is_invalidated(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/d/known", b"1")
     store.put_now(b"/d/unknown", b"1")
     async with open_mount(store) as mount:
@@ -133,7 +135,9 @@ async def test_own_value_is_not_fetched_back(autojump_clock: MockClock, store: F
         assert len(store.range_calls) == ranges
 
 
-async def test_evicted_value_is_fetched_at_its_revision(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_evicted_value_is_fetched_at_its_revision(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     revision = store.put_now(b"/f", b"one")
     async with open_mount(store, cache_size=0) as mount:
         store.put_now(b"/g", b"other")
@@ -145,7 +149,9 @@ async def test_evicted_value_is_fetched_at_its_revision(autojump_clock: MockCloc
 # --- switching ------------------------------------------------------------------------------
 
 
-async def test_both_keys_of_a_revision_flip_together(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_both_keys_of_a_revision_flip_together(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     """While the kernel lets go, lookups answer the old state, and nothing may keep that."""
     store.put_now(b"/a", b"1")
     store.put_now(b"/b", b"1")
@@ -170,7 +176,9 @@ async def test_both_keys_of_a_revision_flip_together(autojump_clock: MockClock, 
             assert await content(mount, path) == b"2"
 
 
-async def test_a_name_that_appears_is_not_cached_as_missing_meanwhile(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_a_name_that_appears_is_not_cached_as_missing_meanwhile(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     async with open_mount(store) as mount:
         assert await content(mount, (b"new",)) is None
         mount.kernel.hold_notifications()
@@ -183,7 +191,9 @@ async def test_a_name_that_appears_is_not_cached_as_missing_meanwhile(autojump_c
         assert await content(mount, (b"new",)) == b"1"
 
 
-async def test_changes_of_this_mount_while_the_kernel_lets_go(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_changes_of_this_mount_while_the_kernel_lets_go(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     """A plan is made anew before it is published: nothing that came between is lost."""
     store.put_now(b"/a", b"1")
     async with open_mount(store) as mount:
@@ -206,7 +216,9 @@ async def test_changes_of_this_mount_while_the_kernel_lets_go(autojump_clock: Mo
 # --- settling -------------------------------------------------------------------------------
 
 
-async def test_own_change_is_visible_when_the_call_returns(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_own_change_is_visible_when_the_call_returns(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     async with open_mount(store) as mount:
         await mount.kernel.mkdir((b"d",))
         assert await mount.kernel.listdir(()) == [b"d"]
@@ -236,7 +248,9 @@ async def test_late_watch_is_not_waited_for_for_ever(
 
 
 @pytest.mark.expect_log(LATE)
-async def test_older_events_do_not_overwrite_what_was_applied_ahead(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_older_events_do_not_overwrite_what_was_applied_ahead(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/f", b"old")
     async with open_mount(store) as mount:
         await mount.kernel.stat((b"f",))
@@ -254,7 +268,9 @@ async def test_older_events_do_not_overwrite_what_was_applied_ahead(autojump_clo
 
 
 @pytest.mark.expect_log(LATE)
-async def test_older_deletion_does_not_undo_what_was_applied_ahead(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_older_deletion_does_not_undo_what_was_applied_ahead(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/f", b"old")
     async with open_mount(store) as mount:
         store.hold_watches()
@@ -269,7 +285,9 @@ async def test_older_deletion_does_not_undo_what_was_applied_ahead(autojump_cloc
 
 
 @pytest.mark.expect_log(LATE)
-async def test_what_is_applied_ahead_is_invalidated_too(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_what_is_applied_ahead_is_invalidated_too(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     """An old version that is published again puts its inode back at the path."""
     store.put_now(b"/f", b"old")
     async with open_mount(store) as mount:
@@ -289,7 +307,9 @@ async def test_what_is_applied_ahead_is_invalidated_too(autojump_clock: MockCloc
 
 
 @pytest.mark.expect_log(LATE)
-async def test_newer_event_replaces_what_was_applied_ahead(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_newer_event_replaces_what_was_applied_ahead(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/f", b"old")
     async with open_mount(store) as mount:
         store.hold_watches()
@@ -300,7 +320,9 @@ async def test_newer_event_replaces_what_was_applied_ahead(autojump_clock: MockC
         assert await content(mount, (b"f",)) == b"foreign and newer"
 
 
-async def test_event_that_deletes_what_was_just_published(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_event_that_deletes_what_was_just_published(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     """The put of a new file and its deletion by another client come in one batch."""
     async with open_mount(store) as mount:
         handle = await mount.kernel.open((b"f",), os.O_WRONLY | os.O_CREAT)
@@ -316,7 +338,9 @@ async def test_event_that_deletes_what_was_just_published(autojump_clock: MockCl
         assert not mount.tree.root.children
 
 
-async def test_batch_that_needs_the_lock_of_a_waiting_call(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_batch_that_needs_the_lock_of_a_waiting_call(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     """MKDIR holds the directory and waits for its own batch; one before it wants that lock."""
     store.put_now(b"/x", b"1")
     async with open_mount(store, settle_timeout_s=60.0) as mount:
@@ -336,7 +360,9 @@ async def test_batch_that_needs_the_lock_of_a_waiting_call(autojump_clock: MockC
         assert sorted(await mount.kernel.listdir(())) == [b"d", b"x"]
 
 
-async def test_batch_before_its_own_needs_the_lock(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_batch_before_its_own_needs_the_lock(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/x", b"1")
     async with open_mount(store, settle_timeout_s=60.0) as mount:
         assert await content(mount, (b"x",)) == b"1"
@@ -353,7 +379,9 @@ async def test_batch_before_its_own_needs_the_lock(autojump_clock: MockClock, st
         assert await content(mount, (b"x",)) == b"2"
 
 
-async def test_rmdir_holds_the_lock_of_what_goes_as_well(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_rmdir_holds_the_lock_of_what_goes_as_well(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/d/", b"")
     store.put_now(b"/d/x", b"1")
     async with open_mount(store, settle_timeout_s=60.0) as mount:
@@ -379,7 +407,9 @@ async def test_rmdir_holds_the_lock_of_what_goes_as_well(autojump_clock: MockClo
         assert await content(mount, (b"d", b"x")) == b"2"
 
 
-async def test_revisions_outside_of_the_prefix_are_not_waited_for(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_revisions_outside_of_the_prefix_are_not_waited_for(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/p/d/x", b"1")
     async with open_mount(store, prefix=b"/p/") as mount:
         await mount.kernel.stat((b"d",))
@@ -417,7 +447,9 @@ async def test_broken_watch_is_resumed(autojump_clock: MockClock, store: FakeSto
 
 
 @pytest.mark.expect_log(AGAIN)
-async def test_after_compaction_only_what_changed_is_invalidated(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_after_compaction_only_what_changed_is_invalidated(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/same", b"1")
     store.put_now(b"/changed", b"1")
     store.put_now(b"/deleted", b"1")
@@ -447,7 +479,9 @@ async def test_after_compaction_only_what_changed_is_invalidated(autojump_clock:
 
 
 @pytest.mark.expect_log(AGAIN)
-async def test_etcd_out_of_reach_leaves_what_is_known(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_etcd_out_of_reach_leaves_what_is_known(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.put_now(b"/f", b"1")
     async with open_mount(store) as mount:
         store.fail_next("watch", StoreUnavailableError("away"), times=5)
@@ -463,8 +497,10 @@ async def test_etcd_out_of_reach_leaves_what_is_known(autojump_clock: MockClock,
 
 
 @pytest.mark.expect_log(AGAIN, LATE)
-async def test_another_history_is_listed_and_compared(autojump_clock: MockClock, store: FakeStore) -> None:
-    """etcd restored from a snapshot: older revisions, other values, and they are right."""
+async def test_another_history_is_listed_and_compared(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """An etcd restored from a snapshot: older revisions, other values, and they are right."""
     store.put_now(b"/kept", b"1")
     store.put_now(b"/lost", b"1")
     store.put_now(b"/changed", b"1")
@@ -497,7 +533,10 @@ def replace_history(store: FakeStore, other: FakeStore) -> None:
 
 @pytest.mark.expect_log(AGAIN, "a batch could not be applied; this is a bug of etcdfs")
 async def test_batch_that_cannot_be_applied_leads_to_a_new_listing(
-    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    autojump_clock: MockClock,
+    store: FakeStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A bug of ours in the core must not end the mirror; it is logged with its traceback."""
     store.put_now(b"/f", b"1")
@@ -523,7 +562,9 @@ async def test_batch_that_cannot_be_applied_leads_to_a_new_listing(
 # --- starting -------------------------------------------------------------------------------
 
 
-async def test_first_listing_that_fails_is_an_error(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_first_listing_that_fails_is_an_error(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
     store.fail_next("range", StoreUnavailableError("away"))
     with pytest.raises(ExceptionGroup) as caught:
         async with open_mount(store):

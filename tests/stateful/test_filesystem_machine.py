@@ -18,7 +18,7 @@ import errno
 import os
 import queue
 import sys
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
@@ -36,7 +36,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from etcdfs.errors import CompactedError, OutcomeUnknownError, StoreFullError
+from etcdfs.errors import CompactedError, OutcomeUnknownError, StoreError, StoreFullError
 from etcdfs.mirror import Mirror
 from etcdfs.store import Committed, Delete, Get, KeyValue, Put, Transaction, range_end
 from etcdfs.tree import Directory, File
@@ -134,6 +134,7 @@ class Version:
     only_appends: bool = True
     handles: int = 0
     failed: bool = False
+    is_bare: bool = False
 
     def __post_init__(self) -> None:
         self.origin = list(range(len(self.base)))
@@ -141,6 +142,7 @@ class Version:
     def write(self, offset: int, data: bytes) -> None:
         if not data:
             return
+        self.is_bare = False
         if offset != len(self.content):
             self.only_appends = False
         gap = max(0, offset - len(self.content))
@@ -156,6 +158,7 @@ class Version:
             self.is_emptied = True
         elif size == len(self.content):
             return
+        self.is_bare = False
         self.only_appends = False
         grown = max(0, size - len(self.content))
         self.content = self.content[:size] + bytes(grown)
@@ -179,10 +182,13 @@ class Version:
         if not self.is_dirty or self.key is None:
             return [(0, None)]
         if self.published is None:
-            return [(0, self.content)]
+            stays = self.is_bare and current is not None and not self.key.endswith(b"/")
+            return [(0, None if stays else self.content)]
         if current is None or current.create_revision != self.published.create_revision:
             return [(0, None)]
         found: list[tuple[int, bytes | None]] = []
+        if self.key.endswith(b"/") and not current.value:
+            found.append((0, None))  # a marker without a value is not shown: as good as deleted
         for kind in self.kinds():
             if current.mod_revision == self.published.mod_revision:
                 same = kind == "whole" and self.content == self.base
@@ -322,6 +328,12 @@ _foreign = st.lists(
 )
 _races = st.one_of(st.none(), st.none(), st.none(), _foreign)
 
+FAULTS: dict[str, tuple[StoreError, int]] = {
+    "full": (StoreFullError("full"), errno.ENOSPC),
+    "lost": (OutcomeUnknownError("lost"), errno.ETIMEDOUT),
+    "applied": (OutcomeUnknownError("applied, and the answer lost"), errno.ETIMEDOUT),
+}
+
 WATCH_WARNINGS = (
     "the watch is over %.1f s late: revision %d is shown before it brings it",
     "%s; %s (attempt %d)",
@@ -367,9 +379,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         vars(self.store)["commit"] = intercept
 
         async def start() -> None:
-            self.mount = make_mount(
-                self.store, cache=self.cache, prefix=PREFIX, cache_size=2048
-            )
+            self.mount = make_mount(self.store, cache=self.cache, prefix=PREFIX, cache_size=2048)
             await self.mount.start(self.loop.nursery)
 
         self.loop.run(start)
@@ -493,7 +503,7 @@ class FilesystemMachine(RuleBasedStateMachine):
 
         async def run() -> None:
             for gate in ("commit", "answer", "watch", "range"):
-                self.store.release(gate)  # type: ignore[arg-type]
+                self.store.release(gate)
             self.mount.kernel.release_notifications()
             for _ in range(40):
                 await trio.testing.wait_all_tasks_blocked()
@@ -526,9 +536,7 @@ class FilesystemMachine(RuleBasedStateMachine):
             if any(event.key.startswith(PREFIX) for event in self.store.events_of(revision)):
                 touched = revision
                 break
-        return (
-            statistics.connected and view.revision >= touched and self.mount.kernel.is_idle
-        )
+        return statistics.connected and view.revision >= touched and self.mount.kernel.is_idle
 
     # --- rules: the foreign writer and the world ----------------------------------------------
 
@@ -557,9 +565,7 @@ class FilesystemMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.cache)
     @rule(compact=st.booleans())
     def break_watch(self, compact: bool) -> None:
-        self.store.break_watches(
-            CompactedError("gone", self.store.revision) if compact else None
-        )
+        self.store.break_watches(CompactedError("gone", self.store.revision) if compact else None)
         if not self.is_held:
             self.settle()
 
@@ -652,8 +658,8 @@ class FilesystemMachine(RuleBasedStateMachine):
         path=_paths,
         access=st.sampled_from([os.O_RDONLY, os.O_WRONLY, os.O_RDWR, os.O_RDWR]),
         more=st.sampled_from(
-            [0, 0, os.O_TRUNC, os.O_APPEND, os.O_CREAT, os.O_CREAT | os.O_TRUNC]
-            + [os.O_CREAT | os.O_APPEND, os.O_CREAT | os.O_EXCL]
+            [0, 0, os.O_TRUNC, os.O_APPEND]
+            + [os.O_CREAT | more for more in (0, os.O_TRUNC, os.O_APPEND, os.O_EXCL)]
         ),
         race=_races,
         early=st.booleans(),
@@ -679,7 +685,7 @@ class FilesystemMachine(RuleBasedStateMachine):
             race=race,
             early=early and bool(more & os.O_EXCL),
             locks=True,
-            done=lambda handle: self.add_open(handle, path, created=True),
+            done=lambda handle: self.add_open(handle, path),
         )
         if call.errno is None:
             return
@@ -692,7 +698,7 @@ class FilesystemMachine(RuleBasedStateMachine):
             return
         else:
             assert expected == 0
-        self.add_open(call.value, path, created=path not in before)
+        self.add_open(call.value, path)
 
     def expected_open(self, path: Path, flags: int, view: View) -> int:
         for depth in range(1, len(path)):
@@ -710,15 +716,16 @@ class FilesystemMachine(RuleBasedStateMachine):
             return errno.EPERM
         return errno.EPERM if flags & os.O_EXCL and path[-1] == b"%marker" else 0
 
-    def add_open(self, handle: KernelHandle, path: Path, *, created: bool) -> None:
+    def add_open(self, handle: KernelHandle, path: Path) -> None:
         version = self.versions.get(handle.inode)
         node = self.mount.tree.node(handle.inode.number)
         assert isinstance(node, File)
-        is_creator = created and version is None
+        is_creator = node.facts is None and version is None
         if version is None:
             if node.facts is None:
                 version = Version(key_at(path), b"", b"", None)
                 version.is_dirty = True
+                version.is_bare = not handle.flags & os.O_TRUNC
             else:
                 key = self.mount.tree.key_of(node) or key_at(path)
                 found = self.store._at(key, node.facts.mod_revision)
@@ -785,7 +792,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         choice=st.integers(0, 20),
         race=_races,
         early=st.booleans(),
-        fault=st.sampled_from([None] * 6 + ["full", "lost", "lost and applied"]),
+        fault=st.sampled_from([None] * 6 + list(FAULTS)),
         close=st.booleans(),
     )
     def flush(
@@ -814,51 +821,45 @@ class FilesystemMachine(RuleBasedStateMachine):
         fault: str | None = None,
     ) -> None:
         version = opened.version
-        match fault:
-            case "full":
-                self.store.fail_next("commit", StoreFullError("full"))
-            case "lost":
-                self.store.fail_next("commit", OutcomeUnknownError("lost"))
-            case "lost and applied":
-                self.store.fail_next("commit", OutcomeUnknownError("lost"), applied=True)
+        if fault is not None:
+            self.store.fail_next("commit", FAULTS[fault][0], applied=fault == "applied")
         revision = self.store.revision
-        call = self.call(
-            lambda: self.mount.kernel.flush(opened.handle), race=race, early=early
-        )
+        call = self.call(lambda: self.mount.kernel.flush(opened.handle), race=race, early=early)
         self.store._failures.clear()
-        key = version.key
-        current = None if key is None else self.raced.get(key)
-        base = None if self.has_raced else revision
-        outcomes = version.outcomes(current)
-        if fault in ("full", "lost") and outcomes != [(0, None)]:
-            number = errno.ENOSPC if fault == "full" else errno.ETIMEDOUT
-            # Only the commit fails that is made; a clean or a dropped draft needs none.
-            outcomes = [(number, None), *(o for o in outcomes if o[1] is None)]
-        elif fault in ("full", "lost"):
-            outcomes.append((errno.ENOSPC if fault == "full" else errno.ETIMEDOUT, None))
-        now = None if key is None else self.store.current(key)
+        current = None if version.key is None else self.raced.get(version.key)
+        now = None if version.key is None else self.store.current(version.key)
         put = now.value if now is not None and now != current else None
+        outcomes = version.outcomes(current)
+        if fault is not None:
+            # It hits the commit, and there may be none: a clean or a dropped draft needs none.
+            others = [o for o in outcomes if o[1] is None or fault == "applied"]
+            outcomes = [(FAULTS[fault][1], None), *others]
         got = (call.errno or 0, put)
-        if fault == "lost and applied" and version.published is None and put is None:
-            outcomes.append((errno.ETIMEDOUT, None))
-        if fault == "lost and applied":
-            outcomes.append((errno.ETIMEDOUT, None))
-        assert got in outcomes, f"flush of {key!r}: {got}, expected one of {outcomes}"
-        if base is not None:
-            wanted = base + (put is not None)
+        assert got in outcomes, f"flush of {version.key!r}: {got}, expected one of {outcomes}"
+        if not self.has_raced:
+            wanted = revision + (put is not None)
             assert self.store.revision == wanted, "one revision for one close"
-        version.failed = bool(got[0])
-        if not got[0] and key is not None and key.endswith(b"/") and not version.content:
+        self.note_flush(version, call.errno or 0, current, now)
+
+    def note_flush(
+        self, version: Version, error: int, before: KeyValue | None, now: KeyValue | None
+    ) -> None:
+        """Take note of what a flush did."""
+        version.failed = bool(error)
+        if error or version.key is None:
+            return
+        if version.key.endswith(b"/") and not version.content:
             version.key = None  # a marker's empty value is not shown
-        if got[0] == 0 and version.is_dirty and key is not None:
-            merged = put is not None and put != version.content
-            if put is None and current is not None and version.published is not None:
-                if current.create_revision != version.published.create_revision:
-                    now = None
-            if version.published is not None and current is None and put is None:
-                version.is_published(None)  # deleted: it lives on in its handles alone
-            else:
-                version.is_published(None if merged else now)
+        if not version.is_dirty:
+            return
+        if before == now:
+            # Somebody else has made it and nothing was written here, or it was deleted there
+            # and lives on in its handles alone, or nothing had changed.
+            version.failed = version.published is None
+            version.is_published(None)
+        else:
+            merged = now is None or now.value != version.content
+            version.is_published(None if merged else now)
 
     def release(self, opened: Open) -> None:
         """Close without a flush, as after one."""
@@ -868,9 +869,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         version.handles -= 1
         key = version.key
         current = None if key is None else self.store.current(key)
-        writers = any(
-            o.version is version and (o.is_writable or o.is_creator) for o in self.open
-        )
+        writers = any(o.version is version and (o.is_writable or o.is_creator) for o in self.open)
         call = self.call(lambda: self.mount.kernel.release(opened.handle))
         if call.errno is not None:
             assert call.errno == 0
@@ -1010,19 +1009,23 @@ class FilesystemMachine(RuleBasedStateMachine):
         if b"%marker" in (old[-1], new[-1]):
             return
         view = self.view()
-        if view.get(old) is not None:
-            if any(v.is_dirty and v.key == key_at(old) for v in self.versions.values()):
-                return  # would publish it first
         expected = self.rename_error(old, new, flags, view)
-        if expected is None or old == new:
-            return
-        if not self.changes_name(
-            lambda: self.mount.kernel.rename(old, new, flags), expected, race, early
-        ):
-            return
-        source, target = key_at(old), key_at(new)
-        if source == target:
-            return
+        if expected is None or old == new or self.is_dirty_at(old, view):
+            return  # of a directory, of a file onto itself, or it would be published first
+
+        async def call() -> None:
+            await self.mount.kernel.rename(old, new, flags)
+
+        if self.changes_name(call, expected, race, early) and key_at(old) != key_at(new):
+            self.note_rename(key_at(old), key_at(new))
+
+    def is_dirty_at(self, path: Path, view: View) -> bool:
+        if view.get(path) is None:
+            return False
+        return any(v.is_dirty and v.key == key_at(path) for v in self.versions.values())
+
+    def note_rename(self, source: bytes, target: bytes) -> None:
+        """Check and take note of what a rename did."""
         moved = self.raced[source]
         assert self.store.current(source) is None
         now = self.store.current(target)
@@ -1159,10 +1162,5 @@ class DirectMachine(FilesystemMachine):
     cache = False
 
 
-@pytest.mark.expect_log(*WATCH_WARNINGS)
-class TestMirror(FilesystemMachine.TestCase):  # type: ignore[name-defined,misc]
-    """With a mirror and a kernel that caches."""
-
-
-class TestDirect(DirectMachine.TestCase):  # type: ignore[name-defined,misc]
-    """Asking etcd at every call."""
+TestMirror = pytest.mark.expect_log(*WATCH_WARNINGS)(FilesystemMachine.TestCase)
+TestDirect = DirectMachine.TestCase

@@ -146,9 +146,7 @@ class FakeKernel:
 
     # --- notifications ----------------------------------------------------------------------
 
-    def submit(
-        self, cached: Collection[Cached], done: Callable[[], None] | None = None
-    ) -> None:
+    def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         """Queue a job; see `etcdfs.kernel.KernelCache.submit`."""
         if not cached:
             if done is not None:
@@ -252,7 +250,7 @@ class FakeKernel:
 
     def evict_all(self) -> None:
         """Drop whatever is not in use."""
-        while any([self.evict(number) for number in list(self.inodes)]):
+        while sum(self.evict(number) for number in list(self.inodes)):
             pass
 
     def unreferenced(self) -> list[int]:
@@ -350,9 +348,7 @@ class FakeKernel:
         self._dentries[directory.number, name] = Dentry(inode, now + answer.timeout_s)
         return inode
 
-    async def _ask(
-        self, directory: KernelInode, name: bytes
-    ) -> tuple[Attributes | None, float]:
+    async def _ask(self, directory: KernelInode, name: bytes) -> tuple[Attributes | None, float]:
         """Send LOOKUP; of a missing name, return how long it may be taken for missing."""
         self.requests["lookup"] += 1
         timeout_s = self._filesystem.kernel_timeout_s
@@ -562,9 +558,7 @@ class FakeKernel:
         """mknod(2) of a regular file."""
         await self._make(path, lambda parent, name: self._filesystem.mknod(parent, name, 0o100644))
 
-    async def _make(
-        self, path: Path, make: Callable[[int, bytes], Awaitable[Attributes]]
-    ) -> None:
+    async def _make(self, path: Path, make: Callable[[int, bytes], Awaitable[Attributes]]) -> None:
         directory = await self._walk_directory(path[:-1])
         async with directory.lock.held(exclusive=True):
             if await self._lookup(directory, path[-1], locked=True) is not None:

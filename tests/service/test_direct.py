@@ -1,0 +1,155 @@
+"""Asking etcd at every call: what is asked, how much of it, and what is kept."""
+
+import os
+
+import pytest
+from trio.testing import MockClock
+
+from etcdfs.direct import MAX_LISTINGS
+from etcdfs.errors import CompactedError
+from etcdfs.store import Put, Transaction
+from tests.support.fake_kernel import FakeMount, Path, open_mount
+from tests.support.fake_store import FakeStore
+
+LONG = b"x" * 600  # shown as two names, one below the other
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+async def content(mount: FakeMount, path: Path) -> bytes:
+    handle = await mount.kernel.open(path, os.O_RDONLY)
+    try:
+        return await mount.kernel.read(handle)
+    finally:
+        await mount.kernel.close(handle)
+
+
+async def test_foreign_changes_are_seen_at_once(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    async with open_mount(store, cache=False) as mount:
+        for value in (b"1", b"2", b"3"):
+            store.put_now(b"/d/f", value)
+            assert await content(mount, (b"d", b"f")) == value
+        store.delete_now(b"/d/f")
+        assert await mount.kernel.listdir(()) == []
+
+
+async def test_the_kernel_caches_nothing(autojump_clock: MockClock, store: FakeStore) -> None:
+    store.put_now(b"/f", b"1")
+    async with open_mount(store, cache=False) as mount:
+        assert (await mount.kernel.stat((b"f",))).timeout_s == 0.0
+        before = len(store.commit_calls)
+        await mount.kernel.stat((b"f",))
+        assert len(store.commit_calls) > before
+
+
+async def test_listing_a_level_does_not_depend_on_what_is_below(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    for directory in range(5):
+        puts = tuple(Put(b"/%d/%03d/x" % (directory, i), b"v" * 100) for i in range(100))
+        store.commit_now(Transaction(then=puts))
+    store.put_now(b"/f", b"1")
+    async with open_mount(store, cache=False) as mount:
+        before = len(store.range_calls)
+        names = sorted(await mount.kernel.listdir(()))
+        assert names == [b"0", b"1", b"2", b"3", b"4", b"f"]
+        asked = store.range_calls[before:]
+        assert len(asked) <= 2 * 6 + 2
+        with_values = [call for call in asked if not call.keys_only]
+        assert [(call.start, call.end) for call in with_values] == [(b"/f", b"/f\0")]
+
+
+async def test_listing_is_of_one_revision(autojump_clock: MockClock, store: FakeStore) -> None:
+    for i in range(300):
+        store.put_now(b"/d/%03d" % i, b"%d" % i)
+    async with open_mount(store, cache=False) as mount:
+        before = len(store.range_calls)
+        names = await mount.kernel.listdir((b"d",))
+        assert sorted(names) == [b"%03d" % i for i in range(300)]
+        revisions = {call.revision for call in store.range_calls[before:]}
+        assert revisions == {0, store.revision}
+
+
+async def test_values_that_are_known_are_not_fetched_again(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    for name in (b"a", b"b", b"c"):
+        store.put_now(b"/d/" + name, name)
+    async with open_mount(store, cache=False) as mount:
+        await mount.kernel.listdir((b"d",))
+        before = len(store.range_calls)
+        await mount.kernel.listdir((b"d",))
+        assert all(call.keys_only or call.end is None for call in store.range_calls[before:])
+
+
+async def test_listing_begins_anew_when_its_revision_is_compacted(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/f", b"1")
+    async with open_mount(store, cache=False) as mount:
+        store.fail_next("range", CompactedError("gone", 5), times=MAX_LISTINGS - 1)
+        assert await mount.kernel.listdir(()) == [b"f"]
+        store.fail_next("range", CompactedError("gone", 5), times=MAX_LISTINGS)
+        with pytest.raises(OSError, match="gone"):
+            await mount.kernel.listdir(())
+
+
+async def test_key_that_is_a_file_and_a_directory(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/d", b"value")
+    store.put_now(b"/d/", b"marker")
+    store.put_now(b"/d/f", b"1")
+    store.put_now(b"/d-e", b"2")
+    async with open_mount(store, cache=False) as mount:
+        assert sorted(await mount.kernel.listdir(())) == [b"d", b"d-e"]
+        assert sorted(await mount.kernel.listdir((b"d",))) == [b"%marker", b"%value", b"f"]
+        assert await content(mount, (b"d", b"%value")) == b"value"
+        assert await content(mount, (b"d", b"%marker")) == b"marker"
+        store.delete_now(b"/d/")
+        store.delete_now(b"/d/f")
+        assert await content(mount, (b"d",)) == b"value"
+
+
+async def test_long_names(autojump_clock: MockClock, store: FakeStore) -> None:
+    """They are shown under names of several parts; etcd knows nothing of these."""
+    store.put_now(b"/d/" + LONG, b"long")
+    store.put_now(b"/d/" + LONG[:300], b"shorter")
+    async with open_mount(store, cache=False) as mount:
+        (part,) = await mount.kernel.listdir((b"d",))
+        below = sorted(await mount.kernel.listdir((b"d", part)))
+        assert len(below) == 2
+        found: dict[bytes, bytes] = {}
+        for name in below:
+            if (await mount.kernel.stat((b"d", part, name))).size:
+                found[name] = await content(mount, (b"d", part, name))
+            else:
+                (rest,) = await mount.kernel.listdir((b"d", part, name))
+                found[name] = await content(mount, (b"d", part, name, rest))
+        assert sorted(found.values()) == [b"long", b"shorter"]
+
+
+async def test_nothing_is_kept_that_nobody_refers_to(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    for i in range(50):
+        store.put_now(b"/d%d/f" % (i % 5), b"%d" % i)
+    async with open_mount(store, cache=False) as mount:
+        for name in await mount.kernel.listdir(()):
+            await content(mount, (name, b"f"))
+        mount.kernel.evict_all()
+        assert mount.tree.statistics().inodes_known == 1
+        assert not mount.tree.root.children
+
+
+async def test_whole_keyspace(autojump_clock: MockClock, store: FakeStore) -> None:
+    for key in (b"plain", b"/rooted", b"\xff\xff"):
+        store.put_now(key, key)
+    async with open_mount(store, cache=False, prefix=b"") as mount:
+        assert sorted(await mount.kernel.listdir(())) == [b"%=", b"plain", b"\xff\xff"]
+        assert await content(mount, (b"%=", b"rooted")) == b"/rooted"

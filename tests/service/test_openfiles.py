@@ -1,0 +1,187 @@
+"""Handles: how they are opened, shared and given back."""
+
+import os
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from etcdfs.errors import BadHandleError, ReadOnlyError, StaleError, StoreUnavailableError
+from etcdfs.tree import File
+from tests.support.fake_kernel import FakeMount, open_mount
+from tests.support.fake_store import FakeStore
+
+KEY = b"/f"
+PATH = (b"f",)
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    store = FakeStore()
+    store.put_now(KEY, b"one")
+    return store
+
+
+def file_of(mount: FakeMount) -> File:
+    found = mount.tree.root.children[b"f"]
+    assert isinstance(found, File)
+    return found
+
+
+async def test_handles_are_given_back(autojump_clock: MockClock, store: FakeStore) -> None:
+    async with open_mount(store) as mount:
+        file = file_of(mount)
+        first = await mount.files.open(file, os.O_RDONLY)
+        second = await mount.files.open(file, os.O_RDWR)
+        assert first != second
+        assert (len(mount.files), file.handles, file.value) == (2, 2, b"one")
+        await mount.files.release(first)
+        assert file.value == b"one"
+        await mount.files.release(second)
+        assert (len(mount.files), file.handles) == (0, 0)
+        assert file_of(mount).value is None
+        for use in (mount.files.flush(first), mount.files.release(first)):
+            with pytest.raises(BadHandleError):
+                await use
+        with pytest.raises(BadHandleError):
+            mount.files.read(first, 0, 1)
+
+
+async def test_reader_cannot_write(autojump_clock: MockClock, store: FakeStore) -> None:
+    async with open_mount(store) as mount:
+        handle = await mount.files.open(file_of(mount), os.O_RDONLY)
+        with pytest.raises(BadHandleError):
+            await mount.files.write(handle, 0, b"x")
+        await mount.files.release(handle)
+
+
+async def test_read_only_mount(autojump_clock: MockClock, store: FakeStore) -> None:
+    async with open_mount(store, read_only=True) as mount:
+        with pytest.raises(ReadOnlyError):
+            await mount.files.open(file_of(mount), os.O_RDWR)
+        with pytest.raises(ReadOnlyError):
+            await mount.files.truncate(file_of(mount), 0)
+        assert file_of(mount).handles == 0
+
+
+async def test_reads_see_unpublished_writes_of_all_writers(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    async with open_mount(store) as mount:
+        file = file_of(mount)
+        reader = await mount.files.open(file, os.O_RDONLY)
+        first = await mount.files.open(file, os.O_RDWR)
+        second = await mount.files.open(file, os.O_WRONLY | os.O_APPEND)
+        await mount.files.write(first, 0, b"O")
+        await mount.files.write(second, 0, b"!")
+        assert mount.files.read(reader, 0, 10) == b"One!"
+        assert mount.files.read(reader, 1, 2) == b"ne"
+        assert mount.files.read(reader, 9, 2) == b""
+        for handle in (reader, first, second):
+            await mount.files.flush(handle)
+            await mount.files.release(handle)
+        found = store.current(KEY)
+        assert found is not None
+        assert found.value == b"One!"
+
+
+async def test_value_that_cannot_be_fetched(autojump_clock: MockClock, store: FakeStore) -> None:
+    async with open_mount(store, cache_size=0) as mount:
+        store.fail_next("range", StoreUnavailableError("away"))
+        with pytest.raises(StoreUnavailableError):
+            await mount.files.open(file_of(mount), os.O_RDONLY)
+        assert (len(mount.files), file_of(mount).handles) == (0, 0)
+
+
+async def test_old_version_whose_value_is_gone(autojump_clock: MockClock, store: FakeStore) -> None:
+    """Superseded, not in memory, compacted away: the kernel is sent to look again."""
+    async with open_mount(store, cache_size=0) as mount:
+        old = file_of(mount)
+        store.put_now(KEY, b"two")
+        store.compact_now(store.revision)
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(StaleError):
+            await mount.files.open(old, os.O_RDONLY)
+        assert old.handles == 0
+
+
+async def test_newest_value_survives_compaction(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    async with open_mount(store, cache_size=0) as mount:
+        store.put_now(b"/g", b"x")
+        store.compact_now(store.revision)
+        await trio.testing.wait_all_tasks_blocked()
+        handle = await mount.files.open(file_of(mount), os.O_RDONLY)
+        assert mount.files.read(handle, 0, 10) == b"one"
+        await mount.files.release(handle)
+
+
+async def test_truncate_by_path_publishes_at_once(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    async with open_mount(store) as mount:
+        await mount.files.truncate(file_of(mount), 2)
+        found = store.current(KEY)
+        assert found is not None
+        assert found.value == b"on"
+        revision = store.revision
+        await mount.files.truncate(file_of(mount), 2)
+        assert store.revision == revision, "nothing changed"
+        assert file_of(mount).handles == 0
+
+
+async def test_truncate_with_a_writer_waits_for_its_close(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    async with open_mount(store) as mount:
+        revision = store.revision
+        handle = await mount.files.open(file_of(mount), os.O_RDWR)
+        await mount.files.truncate(file_of(mount), 1)
+        assert store.revision == revision
+        await mount.files.flush(handle)
+        await mount.files.release(handle)
+        assert store.revision == revision + 1
+
+
+async def test_empty_draft_waits_while_its_opener_holds_another_descriptor(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """A shell's redirection closes a duplicate before anything is written."""
+    async with open_mount(store) as mount:
+        revision = store.revision
+        handle = await mount.files.open(file_of(mount), os.O_WRONLY | os.O_TRUNC)
+        await mount.files.flush(handle, lambda: True)
+        assert store.revision == revision
+        await mount.files.write(handle, 0, b"x")
+        await mount.files.flush(handle, lambda: True)
+        assert store.revision == revision + 1
+        await mount.files.release(handle)
+
+
+async def test_flush_all(autojump_clock: MockClock, store: FakeStore) -> None:
+    """At unmount every draft is published, and what fails is returned."""
+    async with open_mount(store) as mount:
+        handle = await mount.files.open(file_of(mount), os.O_RDWR)
+        await mount.files.write(handle, 0, b"1")
+        store.fail_next("commit", StoreUnavailableError("away"))
+        ((file, error),) = await mount.files.flush_all()
+        assert isinstance(error, StoreUnavailableError)
+        assert file.handles == 1
+        assert await mount.files.flush_all() == []
+        found = store.current(KEY)
+        assert found is not None
+        assert found.value == b"1ne"
+        await mount.files.release(handle)
+
+
+async def test_utimens_on_an_open_file(autojump_clock: MockClock, store: FakeStore) -> None:
+    async with open_mount(store) as mount:
+        file = file_of(mount)
+        handle = await mount.files.open(file, os.O_RDWR)
+        await mount.files.write(handle, 0, b"1")
+        mount.files.set_mtime(file, 12345)
+        await mount.files.flush(handle)
+        await mount.files.release(handle)
+        assert file.mtime_ns == 12345, "cp -p writes, sets the time, and closes"
