@@ -9,6 +9,8 @@ Concurrency: none; pure functions.
 
 import re
 from collections.abc import Iterable
+from functools import partial
+from operator import attrgetter
 from typing import Any, assert_never
 
 import grpc
@@ -151,14 +153,13 @@ def page(response: Message, revision: int | None = None) -> Page:
     )
 
 
+_key_value_fields = attrgetter(*KeyValue._fields)  # they bear the names etcd gives them
+_make_key_value = partial(tuple.__new__, KeyValue)  # what `KeyValue._make` does, less a call
+
+
 def key_values(messages: Iterable[Message]) -> tuple[KeyValue, ...]:
-    """Return the keys of an answer. Positional and in one expression: this is the hot loop."""
-    return tuple(
-        [
-            KeyValue(kv.key, kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease)
-            for kv in messages
-        ]
-    )
+    """Return the keys of an answer. All in C: this is the hot loop of a start."""
+    return tuple(map(_make_key_value, map(_key_value_fields, messages)))
 
 
 def events(messages: Iterable[Message]) -> list[Event]:

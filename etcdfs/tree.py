@@ -20,6 +20,7 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Final, NamedTuple, NewType, final
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
@@ -184,7 +185,9 @@ class Tree:
         self.root = Directory(ROOT_INODE, clock())
         self.root.lookups = 1
         self.root.told = True
-        self._next_inode = ROOT_INODE + 1
+        # Never reused in a mount's life: the kernel marks an inode bad when its number comes
+        # back with another type (fs/fuse/inode.c, fuse_iget).
+        self._numbers = count(ROOT_INODE + 1)
         # INVARIANT: holds exactly the nodes whose lookup count is not 0
         self._known: dict[Inode, Node] = {ROOT_INODE: self.root}
         self._negatives: dict[Entry, int] = {}
@@ -431,11 +434,7 @@ class Tree:
                 assert directory.marker or directory.children, "an empty directory has a marker"
 
     def _number(self) -> Inode:
-        # Never reused in a mount's life: the kernel marks an inode bad when its number comes
-        # back with another type (fs/fuse/inode.c, fuse_iget).
-        number = Inode(self._next_inode)
-        self._next_inode += 1
-        return number
+        return Inode(next(self._numbers))
 
     def _touch(self, directory: Directory) -> None:
         now = max(self.clock(), directory.mtime_ns + 1)
@@ -457,14 +456,16 @@ class _Loader:
 
     def load(self, entries: Iterable[KeyValue]) -> None:
         # The hot loop of a start: what it calls per key is written out here.
-        now, number = self._now, self._tree._number  # noqa: SLF001 - same room
+        now, numbers = self._now, self._tree._numbers  # noqa: SLF001 - same room
         for entry in entries:
             key, value, created, modified, version, lease = entry
             cut = key.rfind(b"/") + 1
             name = key[cut:]
             children = self._directory.children
             if key[:cut] == self._stem and is_plain(name) and name not in children:
-                file = File(number(), Facts(created, modified, version, lease, len(value)), now)
+                file = File(
+                    Inode(next(numbers)), Facts(created, modified, version, lease, len(value)), now
+                )
                 file.directory = self._directory
                 file.name = name
                 children[name] = file
