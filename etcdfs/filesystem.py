@@ -21,6 +21,7 @@ from typing import Any, Final, NewType, final
 
 import trio
 
+from etcdfs.answers import page_of, parent_event, put_event, tombstone
 from etcdfs.attributes import BLOCK_SIZE, Attributes, Defaults
 from etcdfs.errors import (
     CallerError,
@@ -41,7 +42,7 @@ from etcdfs.errors import (
 )
 from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME
 from etcdfs.openfiles import Handle, OpenFiles
-from etcdfs.store import Committed, Event, KeyValue, Page, Put, Store, Tombstone, Transaction
+from etcdfs.store import Committed, Event, KeyValue, Put, Store, Transaction
 from etcdfs.switch import Intent
 from etcdfs.transactions import (
     clear_marker,
@@ -339,7 +340,7 @@ class Filesystem:
             committed = await self._store.commit(make_directory(marker[:-1]))
             if not committed.succeeded:
                 raise _exists(name)
-            await self._settle(committed, (_put_event(committed, 1, marker, b""),), locked)
+            await self._settle(committed, (put_event(committed, 1, marker, b""),), locked)
         node = directory.children.get(name)
         if node is None:
             msg = f"{marker!r} was deleted again by another client"
@@ -354,14 +355,14 @@ class Filesystem:
             raise NameReservedError(msg)
         file = self._tree.new_file(None)
         async with self._changing((directory, name)) as locked:
-            self._view.switch.intents[key] = Intent(file=file, value=b"")
+            intent = self._view.switch.intents[key] = Intent(file=file, value=b"")
             try:
                 committed = await self._store.commit(make_file(key))
                 if not committed.succeeded:
                     raise _exists(name)
-                await self._settle(committed, (_put_event(committed, 1, key, b""),), locked)
+                await self._settle(committed, (put_event(committed, 1, key, b""),), locked)
             finally:
-                del self._view.switch.intents[key]
+                self._view.switch.withdraw_intent(key, intent)
         return file
 
     # --- removing ---------------------------------------------------------------------------
@@ -383,15 +384,15 @@ class Filesystem:
             await self._unlink_marker(directory, key)
             return
         async with self._changing((directory, name)) as locked:
-            self._view.switch.intents[key] = Intent()
+            intent = self._view.switch.intents[key] = Intent()
             try:
                 committed = await self._store.commit(self._removal(name, key))
                 if not committed.succeeded:
                     raise _not_removed(key, committed)
-                events = (_tombstone(committed, key), *_parent_event(committed, key, self._root))
+                events = (tombstone(committed, key), *parent_event(committed, key, self._root))
                 await self._settle(committed, events, locked)
             finally:
-                del self._view.switch.intents[key]
+                self._view.switch.withdraw_intent(key, intent)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         """Delete an empty directory's marker.
@@ -418,7 +419,7 @@ class Filesystem:
             )
             if not committed.succeeded:
                 raise _not_empty(name)
-            events = (_tombstone(committed, marker), *_parent_event(committed, marker, self._root))
+            events = (tombstone(committed, marker), *parent_event(committed, marker, self._root))
             # The kernel holds the directory's own lock as well.
             with self._view.holding((Entry(node.inode, b""),)):
                 await self._settle(committed, events, locked)
@@ -432,7 +433,7 @@ class Filesystem:
             committed = await self._store.commit(clear_marker(key))
             if not committed.succeeded:
                 raise _missing(MARKER_NAME)
-            await self._settle(committed, (_put_event(committed, 1, key, b""),), locked)
+            await self._settle(committed, (put_event(committed, 1, key, b""),), locked)
 
     def _removal(self, name: bytes, key: bytes) -> Transaction:
         is_value = name == VALUE_NAME
@@ -505,9 +506,9 @@ class Filesystem:
                     msg = f"{move.source!r} changed {MAX_RETRIES} times while it was renamed"
                     raise StaleError(msg)
                 events = (
-                    _tombstone(committed, move.source),
-                    _put_event(committed, 1, move.target, value),
-                    *_parent_event(committed, move.source, self._root),
+                    tombstone(committed, move.source),
+                    put_event(committed, 1, move.target, value),
+                    *parent_event(committed, move.source, self._root),
                 )
                 await self._settle(committed, events, locked)
             finally:
@@ -649,7 +650,7 @@ class _Move:
 
 
 def _why_not_moved(move: _Move, committed: Committed, *, replace: bool) -> KeyValue:
-    source, target, below = (_page(result).entries for result in committed.results)
+    source, target, below = (page_of(result).entries for result in committed.results)
     if not source:
         raise _missing(move.from_name)
     if target and not replace:
@@ -661,36 +662,10 @@ def _why_not_moved(move: _Move, committed: Committed, *, replace: bool) -> KeyVa
 
 
 def _not_removed(key: bytes, committed: Committed) -> CallerError:
-    own, _below = (_page(result).entries for result in committed.results)
+    own, _below = (page_of(result).entries for result in committed.results)
     if own:
         return IsADirectoryFileError(f"{key!r} is a directory")
     return NotFoundError(f"{key!r} was deleted by another client")
-
-
-def _page(result: object) -> Page:
-    assert isinstance(result, Page), "the store answers a Get with a Page"
-    return result
-
-
-def _put_event(committed: Committed, index: int, key: bytes, value: bytes) -> KeyValue:
-    """Return the event of a put whose Get is the result `index`."""
-    (found,) = _page(committed.results[index]).entries
-    return KeyValue(
-        key, value, found.create_revision, found.mod_revision, found.version, found.lease
-    )
-
-
-def _tombstone(committed: Committed, key: bytes) -> Tombstone:
-    return Tombstone(key, committed.revision)
-
-
-def _parent_event(committed: Committed, key: bytes, root: bytes) -> tuple[Event, ...]:
-    """Return the event of the marker put by the inner transaction, if it was."""
-    inner = committed.results[-1]
-    parent = parent_prefix(key, root)
-    if not isinstance(inner, Committed) or not inner.succeeded or parent is None:
-        return ()
-    return (_put_event(inner, 1, parent, b""),)
 
 
 def _has_entries(directory: Directory, *, complete: bool) -> bool:

@@ -27,6 +27,7 @@ import trio
 
 from etcdfs.contents import Contents
 from etcdfs.errors import CompactedError, FutureRevisionError, StoreError
+from etcdfs.loader import load
 from etcdfs.replica import Replica, State
 from etcdfs.steps import (
     Apply,
@@ -342,7 +343,7 @@ class Mirror:
         if self._is_restored:
             self._staged.update((entry.key, entry) for entry in entries)
             return
-        self.switch.tree.restore(entries)
+        load(self.switch.tree, entries)
         self._loaded.append(entries)
 
     async def _restore(self, revision: Revision) -> None:

@@ -16,13 +16,13 @@ from typing import Final, final
 
 import trio
 
+from etcdfs.answers import inner_of, page_of
 from etcdfs.contents import Contents
 from etcdfs.drafts import Draft, Kind
 from etcdfs.errors import (
     FileTooLargeError,
     OutcomeUnknownError,
     StoreError,
-    StoreProtocolError,
     WriteConflictError,
 )
 from etcdfs.store import (
@@ -31,7 +31,6 @@ from etcdfs.store import (
     Get,
     KeyValue,
     Operation,
-    Page,
     Put,
     Store,
     Transaction,
@@ -171,8 +170,7 @@ class Publisher:
             event = _event(key, done)
             await self._view.settle(done.facts.mod_revision, (event,))
         finally:
-            if intents.get(key) is intent:
-                del intents[key]
+            self._view.switch.withdraw_intent(key, intent)
         if not done.merged:
             _keep_newer(file, done.facts)
             file.mtime_ns = file.ctime_ns = max(draft.mtime_ns, file.mtime_ns)
@@ -213,7 +211,7 @@ class Publisher:
         put = Transaction(when, _put(key, value), (Get(key),))
         committed = await self._send(draft, put, value)
         if not committed.succeeded:
-            (found,) = _page(committed.results[0]).entries
+            (found,) = page_of(committed.results[0]).entries
             return _Done(facts_of(found), found.value, merged=True)
         return _Done(_facts(committed, len(value)), value, merged=False)
 
@@ -230,7 +228,7 @@ class Publisher:
             if committed.succeeded:
                 self._unchanged += 1
                 return _Done(file.facts, value, merged=False)
-            committed = _inner(committed)
+            committed = inner_of(committed)
         if not committed.succeeded:
             return None
         return _Done(_facts(committed, len(value)), value, merged=False)
@@ -257,7 +255,7 @@ class Publisher:
             if committed.succeeded:
                 self._rebased += merged
                 return _Done(_facts(committed, len(value)), value, merged=merged)
-            current = _page(committed.results[0]).entries
+            current = page_of(committed.results[0]).entries
             if not current or current[0].create_revision != facts.create_revision:
                 return None
             found = current[0]
@@ -350,23 +348,8 @@ def _same_incarnation(key: bytes, facts: Facts) -> Compare:
     return Compare(key, "create_revision", "==", facts.create_revision)
 
 
-def _page(result: object) -> Page:
-    if not isinstance(result, Page):
-        msg = f"a range was asked for and {type(result).__name__} came back"
-        raise StoreProtocolError(msg)
-    return result
-
-
-def _inner(committed: Committed) -> Committed:
-    inner = committed.results[0]
-    if not isinstance(inner, Committed):
-        msg = "an inner transaction came back as something else"
-        raise StoreProtocolError(msg)
-    return inner
-
-
 def _facts(committed: Committed, size: int) -> Facts:
-    (entry,) = _page(committed.results[1]).entries
+    (entry,) = page_of(committed.results[1]).entries
     return Facts(entry.create_revision, entry.mod_revision, entry.version, entry.lease, size)
 
 

@@ -164,6 +164,11 @@ class Switch:
         self.publish(plan)
         return stale
 
+    def withdraw_intent(self, key: bytes, intent: Intent) -> None:
+        """Take an intent back, unless another call's about the same key has replaced it."""
+        if self.intents.get(key) is intent:
+            del self.intents[key]
+
     def relisted(self) -> None:
         """Forget what was applied ahead: in another history it means nothing."""
         self._ahead.clear()

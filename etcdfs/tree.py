@@ -18,13 +18,13 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 (`check_invariants`) true.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Final, NamedTuple, NewType, final
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
-from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_plain
+from etcdfs.keys import MARKER_NAME, Keyspace
 from etcdfs.store import Clock, KeyValue, Revision
 
 Inode = NewType("Inode", int)
@@ -187,7 +187,7 @@ class Tree:
         self.root.told = True
         # Never reused in a mount's life: the kernel marks an inode bad when its number comes
         # back with another type (fs/fuse/inode.c, fuse_iget).
-        self._numbers = count(ROOT_INODE + 1)
+        self.numbers = count(ROOT_INODE + 1)
         # INVARIANT: holds exactly the nodes whose lookup count is not 0
         self._known: dict[Inode, Node] = {ROOT_INODE: self.root}
         self._negatives: dict[Entry, int] = {}
@@ -334,7 +334,7 @@ class Tree:
 
     def new_file(self, facts: Facts | None, now_ns: int | None = None) -> File:
         """Make a file with a new inode number, attached nowhere yet."""
-        return File(self._number(), facts, self.clock() if now_ns is None else now_ns)
+        return File(self._new_number(), facts, self.clock() if now_ns is None else now_ns)
 
     def new_version(self, old: File | None, facts: Facts) -> File:
         """Make the file for a version that another client wrote over `old`.
@@ -352,7 +352,7 @@ class Tree:
 
     def new_directory(self) -> Directory:
         """Make a directory with a new inode number, attached nowhere yet."""
-        return Directory(self._number(), self.clock())
+        return Directory(self._new_number(), self.clock())
 
     def attach(self, directory: Directory, name: bytes, node: Node) -> None:
         """Put a node under a name; what stood there must have been detached."""
@@ -376,6 +376,8 @@ class Tree:
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
             directory.subdirectories -= 1
+            for below in list(node.children):  # or their keys would be made from half a path
+                self.detach(node, below, gone=True)
         del directory.children[name]
         node.directory = None
         self._touch(directory)
@@ -387,10 +389,6 @@ class Tree:
         self.root.children.clear()
         self.root.subdirectories = 0
         self.root.marker = None
-
-    def restore(self, entries: Iterable[KeyValue]) -> None:
-        """Add a page of a listing in key order to a new tree; nobody is told."""
-        _Loader(self).load(entries)
 
     def facts(self) -> Iterator[tuple[bytes, Facts]]:
         """Iterate over all keys of the tree, markers included, and what is known of each."""
@@ -433,8 +431,8 @@ class Tree:
             if self.complete and directory is not self.root:
                 assert directory.marker or directory.children, "an empty directory has a marker"
 
-    def _number(self) -> Inode:
-        return Inode(next(self._numbers))
+    def _new_number(self) -> Inode:
+        return Inode(next(self.numbers))
 
     def _touch(self, directory: Directory) -> None:
         now = max(self.clock(), directory.mtime_ns + 1)
@@ -443,71 +441,3 @@ class Tree:
 
 def _is_busy(file: File) -> bool:
     return file.handles > 0 or file.facts is None
-
-
-class _Loader:
-    """Builds the tree from sorted keys; neighbours share their directory."""
-
-    def __init__(self, tree: Tree) -> None:
-        self._tree = tree
-        self._stem: bytes | None = None
-        self._directory = tree.root
-        self._now = tree.clock()
-
-    def load(self, entries: Iterable[KeyValue]) -> None:
-        # The hot loop of a start: what it calls per key is written out here.
-        now, numbers = self._now, self._tree._numbers  # noqa: SLF001 - same room
-        for entry in entries:
-            key, value, created, modified, version, lease = entry
-            cut = key.rfind(b"/") + 1
-            name = key[cut:]
-            children = self._directory.children
-            if key[:cut] == self._stem and is_plain(name) and name not in children:
-                file = File(
-                    Inode(next(numbers)), Facts(created, modified, version, lease, len(value)), now
-                )
-                file.directory = self._directory
-                file.name = name
-                children[name] = file
-            else:
-                self._find_directory(entry, key[:cut], name)
-
-    def _find_directory(self, entry: KeyValue, stem: bytes, name: bytes) -> None:
-        """Place the first key of a directory, or one whose name is not plain."""
-        self._stem = None
-        names, is_marker = self._tree.keyspace.locate(entry.key)
-        if is_marker:
-            self._mark(self._walk(names), entry)
-            return
-        self._directory = self._walk(names[:-1])
-        self._place(self._directory, names[-1], facts_of(entry))
-        if is_plain(name):
-            self._stem = stem
-
-    def _mark(self, directory: Directory, entry: KeyValue) -> None:
-        directory.marker = facts_of(entry)
-        if entry.value:
-            self._place(directory, MARKER_NAME, directory.marker)
-
-    def _place(self, directory: Directory, name: bytes, facts: Facts) -> None:
-        child = directory.children.get(name)
-        if isinstance(child, Directory):
-            directory, name = child, VALUE_NAME
-        file = File(self._tree._number(), facts, self._now)  # noqa: SLF001 - same room
-        file.directory = directory
-        file.name = name
-        directory.children[name] = file
-
-    def _walk(self, names: tuple[bytes, ...]) -> Directory:
-        directory = self._tree.root
-        for name in names:
-            child = directory.children.get(name)
-            if not isinstance(child, Directory):
-                made = self._tree.new_directory()
-                if child is not None:  # `a` came before `a/b`: its value moves inside
-                    self._tree.detach(directory, name, gone=False)
-                    self._tree.attach(made, VALUE_NAME, child)
-                self._tree.attach(directory, name, made)
-                child = made
-            directory = child
-        return directory

@@ -153,3 +153,39 @@ async def test_whole_keyspace(autojump_clock: MockClock, store: FakeStore) -> No
     async with open_mount(store, cache=False, prefix=b"") as mount:
         assert sorted(await mount.kernel.listdir(())) == [b"%=", b"plain", b"\xff\xff"]
         assert await content(mount, (b"%=", b"rooted")) == b"/rooted"
+
+
+async def test_file_in_a_directory_that_went_keeps_its_key(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """It must never be published under another key."""
+    store.put_now(b"/d/e/f", b"1")
+    store.put_now(b"/f", b"root")
+    async with open_mount(store, cache=False) as mount:
+        old = await mount.kernel.open((b"d", b"e", b"f"), os.O_WRONLY | os.O_TRUNC)
+        new = await mount.kernel.open((b"d", b"e", b"new"), os.O_WRONLY | os.O_CREAT)
+        store.delete_now(b"/d/e/f")
+        assert (await mount.kernel.stat((b"d",))).nlink >= 2, "an unpublished file keeps it"
+        assert await mount.kernel.listdir(()) == [b"d", b"f"]
+        await mount.kernel.write(old, 0, b"dropped")
+        await mount.kernel.close(old)
+        await mount.kernel.write(new, 0, b"new")
+        await mount.kernel.close(new)
+        entries = store.range_now(b"/", b"0").entries
+        assert {e.key: e.value for e in entries} == {b"/f": b"root", b"/d/e/new": b"new"}
+
+
+async def test_open_file_in_a_directory_that_went_is_gone(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Even if a key that its remaining path would make was made in the same transaction."""
+    store.commit_now(Transaction(then=(Put(b"/d/e/f", b"1"), Put(b"/e/f", b"2"))))
+    async with open_mount(store, cache=False) as mount:
+        handle = await mount.kernel.open((b"d", b"e", b"f"), os.O_RDWR)
+        store.delete_now(b"/d/e/f")
+        assert await mount.kernel.listdir(()) == [b"e"]
+        await mount.kernel.write(handle, 0, b"dropped")
+        assert await mount.kernel.read(handle) == b"dropped"
+        await mount.kernel.close(handle)
+        entries = store.range_now(b"/", b"0").entries
+        assert {e.key: e.value for e in entries} == {b"/e/f": b"2"}

@@ -377,6 +377,26 @@ async def test_unlink_waits_for_a_publication(autojump_clock: MockClock, store: 
         await quiet(mount)
 
 
+async def test_unlink_and_flush_of_one_file_at_once(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Both have an intent about the key; each takes back its own."""
+    store.put_now(b"/f", b"old")
+    async with open_mount(store) as mount:
+        handle = await mount.kernel.open((b"f",), os.O_RDWR)
+        await mount.kernel.write(handle, 0, b"new")
+        store.hold_watches()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(mount.kernel.unlink, (b"f",))
+            await trio.testing.wait_all_tasks_blocked()
+            await mount.kernel.flush(handle)
+            store.release_watches()
+        assert keys(store) == {}
+        assert not mount.view.switch.intents
+        await mount.kernel.close(handle)
+        await quiet(mount)
+
+
 async def test_marker_value(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
     store.put_now(b"/d/", b"annotation")
     async with open_mount(store, cache=cache) as mount:

@@ -5,6 +5,7 @@ import stat
 from etcdfs.attributes import Defaults, mtime_of, size_of
 from etcdfs.drafts import Draft
 from etcdfs.keys import Keyspace
+from etcdfs.loader import load
 from etcdfs.store import KeyValue, Revision
 from etcdfs.tree import Directory, File, Overrides, Tree
 
@@ -13,7 +14,7 @@ DEFAULTS = Defaults(uid=7, gid=8, file_mode=0o666, dir_mode=0o777, umask=0o022)
 
 def tree_of(*keys: bytes) -> Tree:
     tree = Tree(Keyspace(b"/"), lambda: 1000, complete=True)
-    tree.restore(KeyValue(k, b"12345", Revision(2), Revision(2), 1) for k in sorted(keys))
+    load(tree, (KeyValue(k, b"12345", Revision(2), Revision(2), 1) for k in sorted(keys)))
     return tree
 
 

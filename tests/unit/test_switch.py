@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etcdfs.keys import Keyspace
+from etcdfs.loader import load
 from etcdfs.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
 from etcdfs.switch import Intent, Switch
 from etcdfs.tree import Directory, Entry, File, Listing, Node, Tree
@@ -22,7 +23,7 @@ _changes = st.lists(
 
 def tree_of(store: FakeStore) -> Tree:
     tree = Tree(ROOT, lambda: 1000, complete=True)
-    tree.restore(store.range_now(b"/", b"0").entries)
+    load(tree, store.range_now(b"/", b"0").entries)
     return tree
 
 

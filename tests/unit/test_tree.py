@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
 from etcdfs.keys import Keyspace
+from etcdfs.loader import load
 from etcdfs.store import KeyValue, Revision
 from etcdfs.tree import (
     MAX_NEGATIVES,
@@ -38,7 +39,7 @@ def entry(key: bytes, value: bytes = b"v", revision: int = 2) -> KeyValue:
 
 def tree_of(*keys: bytes, complete: bool = True) -> Tree:
     tree = Tree(ROOT, Clock(), complete=complete)
-    tree.restore(entry(key, b"" if key.endswith(b"/") else b"v") for key in sorted(keys))
+    load(tree, (entry(key, b"" if key.endswith(b"/") else b"v") for key in sorted(keys)))
     return tree
 
 
@@ -59,8 +60,8 @@ def test_every_key_is_loaded_at_its_path(keys: set[bytes], cut: int, marked: boo
     value = b"v" if marked else b""
     entries = [entry(k, value if k.endswith(b"/") else b"v", i) for i, k in enumerate(sorted(keys))]
     tree = Tree(ROOT, Clock(), complete=True)
-    tree.restore(entries[:cut])
-    tree.restore(entries[cut:])
+    load(tree, entries[:cut])
+    load(tree, entries[cut:])
     tree.check_invariants()
     assert dict(tree.facts()) == {e.key: facts_of(e) for e in entries}
     for directory in tree.directories():

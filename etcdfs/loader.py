@@ -1,0 +1,86 @@
+"""Filling a new tree with a complete listing.
+
+What this room knows: that a listing comes in key order, so that neighbours share their directory.
+What it must not know: where it comes from.
+
+Concurrency: synchronous; the tree's owner calls it before anybody sees the tree.
+"""
+
+from collections.abc import Iterable
+
+from etcdfs.keys import MARKER_NAME, VALUE_NAME, is_plain
+from etcdfs.store import KeyValue
+from etcdfs.tree import Directory, Facts, File, Inode, Tree, facts_of
+
+
+def load(tree: Tree, entries: Iterable[KeyValue]) -> None:
+    """Add a page of a listing, in key order, to a new tree; nobody is told."""
+    _Loader(tree).load(entries)
+
+
+class _Loader:
+    """Builds the tree from sorted keys; neighbours share their directory."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._stem: bytes | None = None
+        self._directory = tree.root
+        self._now = tree.clock()
+
+    def load(self, entries: Iterable[KeyValue]) -> None:
+        # The hot loop of a start: what it calls per key is written out here.
+        now, numbers = self._now, self._tree.numbers
+        for entry in entries:
+            key, value, created, modified, version, lease = entry
+            cut = key.rfind(b"/") + 1
+            name = key[cut:]
+            children = self._directory.children
+            if key[:cut] == self._stem and is_plain(name) and name not in children:
+                file = File(
+                    Inode(next(numbers)), Facts(created, modified, version, lease, len(value)), now
+                )
+                file.directory = self._directory
+                file.name = name
+                children[name] = file
+            else:
+                self._find_directory(entry, key[:cut], name)
+
+    def _find_directory(self, entry: KeyValue, stem: bytes, name: bytes) -> None:
+        """Place the first key of a directory, or one whose name is not plain."""
+        self._stem = None
+        names, is_marker = self._tree.keyspace.locate(entry.key)
+        if is_marker:
+            self._mark(self._walk(names), entry)
+            return
+        self._directory = self._walk(names[:-1])
+        self._place(self._directory, names[-1], facts_of(entry))
+        if is_plain(name):
+            self._stem = stem
+
+    def _mark(self, directory: Directory, entry: KeyValue) -> None:
+        directory.marker = facts_of(entry)
+        if entry.value:
+            self._place(directory, MARKER_NAME, directory.marker)
+
+    def _place(self, directory: Directory, name: bytes, facts: Facts) -> None:
+        child = directory.children.get(name)
+        if isinstance(child, Directory):
+            directory, name = child, VALUE_NAME
+        file = File(Inode(next(self._tree.numbers)), facts, self._now)
+        file.directory = directory
+        file.name = name
+        directory.children[name] = file
+
+    def _walk(self, names: tuple[bytes, ...]) -> Directory:
+        directory = self._tree.root
+        for name in names:
+            child = directory.children.get(name)
+            if not isinstance(child, Directory):
+                made = self._tree.new_directory()
+                if child is not None:  # `a` came before `a/b`: its value moves inside
+                    self._tree.detach(directory, name, gone=False)
+                    self._tree.attach(made, VALUE_NAME, child)
+                self._tree.attach(directory, name, made)
+                child = made
+            directory = child
+        return directory
