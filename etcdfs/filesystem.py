@@ -524,7 +524,9 @@ class Filesystem:
         file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
 
     def _moving(self, move: "_Move", mod_revision: int, put: Put, replace: bool) -> Transaction:
-        same = move.from_directory is move.to_directory or move.from_name == VALUE_NAME
+        # A directory's %value is an entry of it whose key is not below it.
+        same = move.from_directory is move.to_directory and move.to_name != VALUE_NAME
+        same = same or move.from_name == VALUE_NAME
         return move_file(
             move.source,
             mod_revision,

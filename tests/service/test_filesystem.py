@@ -553,6 +553,17 @@ async def test_rename_of_a_markers_value(
         await quiet(mount)
 
 
+async def test_last_entry_renamed_to_the_value_leaves_the_directory(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(b"/d/f", b"1")
+    async with open_mount(store, cache=cache) as mount:
+        await mount.kernel.rename((b"d", b"f"), (b"d", b"%value"))
+        assert keys(store) == {b"/d": b"1", b"/d/": b""}
+        assert await mount.kernel.listdir((b"d",)) == [b"%value"]
+        await quiet(mount)
+
+
 # --- looking --------------------------------------------------------------------------------
 
 
