@@ -357,7 +357,7 @@ class Filesystem:
         async with self._changing((directory, name)) as locked:
             intent = self._view.switch.intents[key] = Intent(file=file, value=b"")
             try:
-                committed = await self._store.commit(make_file(key))
+                committed = await self._store.commit(make_file(key, is_value=name == VALUE_NAME))
                 if not committed.succeeded:
                     raise _exists(name)
                 await self._settle(committed, (put_event(committed, 1, key, b""),), locked)

@@ -33,10 +33,18 @@ def parent_prefix(key: bytes, root: bytes) -> bytes | None:
     return prefix if len(prefix) > len(root) else None
 
 
-def make_file(key: bytes) -> Transaction:
-    """Claim a name for an empty file; fails if it is a file or a directory."""
+def make_file(key: bytes, *, is_value: bool) -> Transaction:
+    """Claim a name for an empty file; fails if it is a file or a directory.
+
+    Args:
+        key: The file's key.
+        is_value: Whether it is the `%value` of a directory, which has keys below it.
+    """
+    conditions: tuple[Compare, ...] = (absent(key),)
+    if not is_value:
+        conditions += (absent(key + b"/", range_end(key + b"/")),)
     return Transaction(
-        (absent(key), absent(key + b"/", range_end(key + b"/"))),
+        conditions,
         (Put(key, b""), Get(key, keys_only=True)),
     )
 

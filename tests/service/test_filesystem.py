@@ -264,6 +264,17 @@ async def test_superseded_while_created_is_not_cached(
         mount.filesystem.forget([(attributes.inode, 1)])
 
 
+async def test_value_of_a_directory_can_be_claimed(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(b"/d/f", b"1")
+    async with open_mount(store, cache=cache) as mount:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        await mount.kernel.close(await mount.kernel.open((b"d", b"%value"), flags))
+        assert keys(store) == {b"/d": b"", b"/d/f": b"1"}
+        assert await errno_of(mount.kernel.open((b"d", b"%value"), flags)) == errno.EEXIST
+
+
 @pytest.mark.parametrize("mode", [0o010644, 0o020644])
 async def test_only_regular_files_can_be_made(
     autojump_clock: MockClock, store: FakeStore, mode: int

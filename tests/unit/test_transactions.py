@@ -58,11 +58,11 @@ def test_parent_prefix() -> None:
     assert parent_prefix(b"a/b", b"") == b"a/"
 
 
-@given(keys=_some, key=_files)
-def test_make_file(keys: set[bytes], key: bytes) -> None:
+@given(keys=_some, key=_files, is_value=st.booleans())
+def test_make_file(keys: set[bytes], key: bytes, is_value: bool) -> None:
     store = store_of(keys)
-    done = store.commit_now(make_file(key))
-    assert done.succeeded == (key not in keys and not below(keys, key))
+    done = store.commit_now(make_file(key, is_value=is_value))
+    assert done.succeeded == (key not in keys and (is_value or not below(keys, key)))
     assert keys_of(store) == keys | ({key} if done.succeeded else set())
 
 
