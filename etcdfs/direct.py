@@ -213,8 +213,11 @@ class Direct:
         if old is not None:
             known = old.facts if isinstance(old, File) else None
             # Nothing there, or the key made anew: the old file is deleted. Else: superseded.
-            gone = over is None or (
-                known is not None and known.create_revision != over.create_revision
+            # Below a key that became a directory, it goes on as the directory's `%value`.
+            gone = (over is None and not isinstance(node, Directory)) or (
+                over is not None
+                and known is not None
+                and known.create_revision != over.create_revision
             )
             if isinstance(old, Directory):
                 self._empty(old)

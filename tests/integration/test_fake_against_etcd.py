@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import trio
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etcdfs.errors import StoreError
@@ -66,6 +66,7 @@ def etcd(request: pytest.FixtureRequest) -> Iterator[EtcdProcess]:
         yield process
 
 
+@settings(max_examples=50)  # each is a dozen round trips
 @given(histories=st.lists(HISTORIES, min_size=1, max_size=3))
 def test_the_fake_answers_as_etcd_does(
     etcd: EtcdProcess, histories: list[list[Transaction]]

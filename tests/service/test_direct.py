@@ -116,6 +116,21 @@ async def test_key_that_is_a_file_and_a_directory(
         assert await content(mount, (b"d",)) == b"value"
 
 
+@pytest.mark.parametrize("flags", [os.O_RDWR, os.O_RDWR | os.O_CREAT])
+async def test_file_whose_name_becomes_a_directory_is_published_as_its_value(
+    autojump_clock: MockClock, store: FakeStore, flags: int
+) -> None:
+    if not flags & os.O_CREAT:
+        store.put_now(b"/f", b"old")
+    async with open_mount(store, cache=False) as mount:
+        handle = await mount.kernel.open((b"f",), flags)
+        await mount.kernel.write(handle, 0, b"new")
+        store.put_now(b"/f/below", b"1")
+        assert await mount.kernel.listdir(()) == [b"f"]
+        await mount.kernel.close(handle)
+        assert await content(mount, (b"f", b"%value")) == b"new"
+
+
 async def test_long_names(autojump_clock: MockClock, store: FakeStore) -> None:
     """They are shown under names of several parts; etcd knows nothing of these."""
     store.put_now(b"/d/" + LONG, b"long")
