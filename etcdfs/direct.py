@@ -105,6 +105,9 @@ class Direct:
     async def reached(self, revision: int) -> None:
         """See `View.reached`: each call asks etcd anyway."""
 
+    async def let_go_first(self, stale: Collection[Cached]) -> None:
+        """See `View.let_go_first`: the kernel was told to cache nothing."""
+
     def let_go(self, stale: Collection[Cached]) -> None:
         """See `View.let_go`: the kernel was told to cache nothing."""
 

@@ -152,7 +152,7 @@ class Mirror:
             await self.reached(revision)
             return
         self._ahead += 1
-        log.warning(
+        log.info(
             "the watch is over %.1f s late: revision %d is shown before it brings it",
             self._settle_timeout_s,
             revision,
@@ -164,6 +164,14 @@ class Mirror:
         """See `View.reached`; the caller bounds it."""
         while self.revision < revision:
             await self._advanced.wait()
+
+    async def let_go_first(self, stale: Collection[Cached]) -> None:
+        """See `View.let_go_first`."""
+        done = trio.Event()
+        self._submit(stale, done.set)
+        if not self._is_held():
+            with trio.move_on_after(self._settle_timeout_s):
+                await done.wait()
 
     def let_go(self, stale: Collection[Cached]) -> None:
         """See `View.let_go`."""

@@ -141,7 +141,7 @@ class Publisher:
                 _check_whole(draft, key)
                 await self._publish(file, draft, key)
             except (StoreError, WriteConflictError, FileTooLargeError):
-                self._abandon(file)
+                await self._abandon(file)
                 raise
 
     async def _publish(self, file: File, draft: Draft, key: bytes) -> None:
@@ -314,7 +314,7 @@ class Publisher:
                 return meant
         return None
 
-    def _abandon(self, file: File) -> None:
+    async def _abandon(self, file: File) -> None:
         """Show the last published value at the path again, under a fresh inode.
 
         The kernel's pages hold the failed attempt; they belong to the old inode and leave with
@@ -330,7 +330,7 @@ class Publisher:
         else:
             tree.detach(directory, name, gone=False)
             tree.attach(directory, name, tree.new_version(file, file.facts))
-        self._view.let_go(stale)
+        await self._view.let_go_first(stale)
 
 
 def _check_whole(draft: Draft, key: bytes) -> None:

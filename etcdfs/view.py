@@ -72,6 +72,13 @@ class View(Protocol):
         """Return once readers see `revision`, or something newer."""
         ...
 
+    async def let_go_first(self, stale: Collection[Cached]) -> None:
+        """Have the kernel forget, and return when it has; at once if a waiting call is in its way.
+
+        Bounded by `--settle-timeout`.
+        """
+        ...
+
     def let_go(self, stale: Collection[Cached]) -> None:
         """Have the kernel forget cached names soon, without waiting for it."""
         ...
