@@ -107,7 +107,9 @@ class Rooms:
             read_only=options.read_only,
             statistics=self.statistics,
         )
-        self.operations = Operations(self.filesystem, self.files, keep_cache=options.cache)
+        self.operations = Operations(
+            self.filesystem, self.files, self.filesystem.xattrs, keep_cache=options.cache
+        )
 
     def statistics(self) -> Mapping[str, Any]:
         """Return all counters, by room; what `user.etcdfs.statistics` and SIGUSR1 show."""
