@@ -70,7 +70,12 @@ class Rooms:
         """Put the rooms together; nothing runs yet."""
         self.options = options
         self.store = store
-        self.tree = Tree(Keyspace(options.prefix), time.time_ns, complete=options.cache)
+        self.tree = Tree(
+            Keyspace(options.prefix),
+            time.time_ns,
+            complete=options.cache,
+            attributes=not options.no_attrs,
+        )
         self.contents = Contents(options.cache_size)
         self.kernel = KernelCache()
         self.mirror: Mirror | None = None
