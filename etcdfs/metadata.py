@@ -80,8 +80,7 @@ class Metadata:
             NotPermittedError: A mode or an owner cannot be kept.
             StaleError: Another client has replaced the file meanwhile.
         """
-        if change.mtime_ns is not None and self._files.is_being_written(node):
-            self._set_times(node, change)
+        if isinstance(node, File) and self._set_times(node, change):
             change = replace(change, mtime_ns=None, atime_ns=None)
         if change == Change(size=change.size):
             return
@@ -94,11 +93,18 @@ class Metadata:
         else:
             self._remember(node, change)
 
-    def _set_times(self, node: Node, change: Change) -> None:
-        """Set the times of writes that are still to be published."""
-        assert change.mtime_ns is not None
-        self._files.set_times(node, change.mtime_ns, change.atime_ns)
-        node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
+    def _set_times(self, file: File, change: Change) -> bool:
+        """Set the times of writes that are still to be published; False if there are none.
+
+        "Now" is what they have anyway: `touch` of a new file keeps nothing in etcd but the file.
+        """
+        if change.mtime_ns is None or not self._files.is_being_written(file):
+            return False
+        now_ns = self._tree.clock()
+        keep = not 0 <= now_ns - change.mtime_ns < NOW_NS
+        self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=keep)
+        file.ctime_ns = max(now_ns, file.ctime_ns + 1)
+        return True
 
     def _remember(self, node: Node, change: Change) -> None:
         """Change what has no key to keep it with, for as long as the mount lasts."""
