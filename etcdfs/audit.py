@@ -119,6 +119,7 @@ class _Audit:
     seen: set[Node] = field(default_factory=set)
     changed: set[bytes] = field(default_factory=set)
     suspects: dict[bytes, _Expected] = field(default_factory=dict)
+    is_waiting: bool = False
     is_void: bool = False
 
 
@@ -314,12 +315,18 @@ class Auditor:
         if len(audit.suspects) > MAX_CHANGED:
             audit.is_void = True
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an audit has read everything, and waits for the watch to explain some of it."""
+        return self._audit is not None and self._audit.is_waiting
+
     async def _let_catch_up(self, audit: _Audit) -> None:
         """Wait until the watch has brought all it owes us for the pinned revision.
 
         The mirror cannot be expected to reach that revision: the last changes may have been
         outside of its prefix. So it is enough that nothing more comes.
         """
+        audit.is_waiting = True
         while audit.suspects and self._mirror.revision < audit.revision:
             before = self._mirror.revision
             with trio.move_on_after(self._patience_s):

@@ -151,7 +151,7 @@ class Link:
     def _refusal(self) -> StoreError | None:
         if self._denied is not None:
             return MirrorDeniedError(f"etcd no longer lets this mount read: {self._denied}")
-        if self._time_left() < 0:
+        if self._time_left() <= 0:
             return MirrorStaleError(f"etcd has not been heard for {self.max_stale_s:g} s")
         return None
 

@@ -73,6 +73,7 @@ STAGE_SIZE: Final = 250
 
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_CAP_S: Final = 5.0
+BACKOFF_DOUBLINGS: Final = 16  # more than enough for the cap; 2**1024 is no float
 
 
 class KernelCache(Protocol):
@@ -368,13 +369,15 @@ class Mirror:
         return answer
 
     async def _back_off(self, step: BackOff) -> None:
-        log.warning(
+        # Not each one: an outage may last for days.
+        log.log(
+            logging.WARNING if step.attempt.bit_count() <= 1 else logging.DEBUG,
             "%s; %s (attempt %d)",
             step.reason,
             "listing everything again" if step.relist else "trying again",
             step.attempt + 1,
         )
-        longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2**step.attempt)
+        longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(step.attempt, BACKOFF_DOUBLINGS))
         # Jittered, so that the mounts of a cluster do not come back all at once.
         await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
 

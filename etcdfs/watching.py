@@ -54,7 +54,7 @@ class Watching:
         # Asked early enough that a quiet etcd is not taken for a lost one by `--max-stale`.
         half = link.max_stale_s / 2 if link.max_stale_s != UNLIMITED else watch_timeout_s
         self._silence_s = min(watch_timeout_s, half)
-        self._answer_timeout_s = answer_timeout_s
+        self._answer_timeout_s = min(answer_timeout_s, self._silence_s / 2)
         # --- mutable state
         self._stack = AsyncExitStack()
         self._watch: Watch | None = None
@@ -127,8 +127,16 @@ class Watching:
         await watch.request_progress()
         with trio.move_on_after(self._answer_timeout_s):
             return await self._listen(watch)
-        await self._ask_directly()
-        return None
+        newest = await self._ask_directly()
+        if newest <= self._reached:
+            self._link.heard()
+            return None
+        # It may be on its way just now.
+        with trio.move_on_after(self._answer_timeout_s):
+            return await self._listen(watch)
+        raise WatchLostError(
+            f"the watch is silent at revision {self._reached}, and etcd is at {newest}"
+        )
 
     async def _listen(self, watch: Watch) -> WatchMessage | None:
         with trio.CancelScope() as self._interruptible:
@@ -137,21 +145,16 @@ class Watching:
             return message
         return None
 
-    async def _ask_directly(self) -> None:
-        """Find out whether a watch that does not answer has anything to say.
+    async def _ask_directly(self) -> int:
+        """Return etcd's revision, from which follows whether the watch has anything to say.
 
         Raises:
-            WatchLostError: It has, or etcd cannot be asked.
+            WatchLostError: etcd cannot be asked.
         """
         try:
-            page = await self._first_key()
+            return (await self._first_key()).revision
         except StoreError as exc:
             raise WatchLostError(f"etcd does not answer: {exc}") from exc
-        if page.revision > self._reached:
-            raise WatchLostError(
-                f"the watch is silent at revision {self._reached}, and etcd is at {page.revision}"
-            )
-        self._link.heard()
 
     async def _ask_whether_denied(self) -> None:
         """See whether a refused watch means that we may not read either.
