@@ -40,6 +40,7 @@ from etcdfs.loader import load
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.replica import Replica, State
 from etcdfs.sidekeys import is_side_key
+from etcdfs.sidemirror import SideMirror
 from etcdfs.sides import dress
 from etcdfs.steps import (
     Apply,
@@ -150,6 +151,18 @@ class Mirror:
             watch_timeout_s=watch_timeout_s,
             answer_timeout_s=timeout_s,
         )
+        # Where side keys come by the mirror's own watch, they need none of theirs.
+        self.sides = (
+            None
+            if tree.keyspace.holds_sides or not tree.attributes
+            else SideMirror(
+                store,
+                tree,
+                self._switch_over,
+                watch_timeout_s=watch_timeout_s,
+                answer_timeout_s=timeout_s,
+            )
+        )
         # --- constants
         self._settle_timeout_s = settle_timeout_s
         # --- mutable state
@@ -160,6 +173,7 @@ class Mirror:
         self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
         self._advanced = trio.Event()
+        self._switching = trio.Lock()
         self._stir = trio.Event()
         self._held: Counter[int] = Counter()  # directories whose lock a waiting call holds
         self._wanted: Counter[int] = Counter()  # those whose lock the kernel needs, or will
@@ -201,7 +215,10 @@ class Mirror:
     ) -> None:
         """See `View.settle`: wait for the watch, so that revisions are seen in order."""
         with self.holding(locked), trio.move_on_after(self._settle_timeout_s):
-            await self.reached(revision)
+            if self.sides is None or any(not is_side_key(event.key) for event in events):
+                await self.reached(revision)
+            if self.sides is not None and any(is_side_key(event.key) for event in events):
+                await self.sides.reached(revision)
             return
         self._ahead += 1
         self.auditor.saw(events)
@@ -386,6 +403,8 @@ class Mirror:
     async def _try_to_apply(self, applying: Coroutine[Any, Any, None]) -> Message | None:
         try:
             await applying
+        except StoreError as exc:
+            return Doubted(f"the attributes of new keys could not be read: {exc}")
         except Exception:
             log.exception("a batch could not be applied; this is a bug of etcdfs")
             return Doubted("a batch could not be applied")
@@ -448,8 +467,24 @@ class Mirror:
     # --- applying ---------------------------------------------------------------------------
 
     async def _apply(self, events: Sequence[Event], revision: int, *, force: bool = False) -> None:
-        """Make a batch visible, all at once, after the kernel has let go of what it changes."""
+        """Make a batch visible, and say so."""
         self._keep_values(events)
+        if self.sides is not None:
+            events = await self.sides.complete(events)
+        await self._switch_over(events, force)
+        self._batches += 1
+        self._events += len(events)
+        self.revision = revision
+        self.switch.reached(revision)
+        self._advanced.set()
+        self._advanced = trio.Event()
+
+    async def _switch_over(self, events: Sequence[Event], force: bool) -> None:
+        """Change the tree, all at once, after the kernel has let go of what changes."""
+        async with self._switching:
+            await self._switch_now(events, force=force)
+
+    async def _switch_now(self, events: Sequence[Event], *, force: bool) -> None:
         tree = self.switch.tree
         asked: set[Cached] = set()
         plan = self.switch.plan(events, force=force)
@@ -466,12 +501,6 @@ class Mirror:
         self.switch.publish(plan)
         tree.switching.clear()
         self._submit(late)
-        self._batches += 1
-        self._events += len(events)
-        self.revision = revision
-        self.switch.reached(revision)
-        self._advanced.set()
-        self._advanced = trio.Event()
 
     async def _wait_for_kernel(self, stale: set[Cached]) -> None:
         finished = False

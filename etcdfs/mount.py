@@ -247,7 +247,10 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
     gc.disable()
     try:
         with _store_errors():
-            await tasks.start(mirror.run, progress)
+            if not mirror.revision:  # else only what comes after it failed, and is tried again
+                await tasks.start(mirror.run, progress)
+            if mirror.sides is not None:
+                await tasks.start(mirror.sides.run)
         tasks.start_soon(mirror.keep_loaded)
     finally:
         gc.enable()

@@ -679,6 +679,8 @@ class FakeMount:
         nursery.start_soon(self.kernel.run)
         if isinstance(self.view, Mirror):
             await nursery.start(self.view.run, lambda _keys, _size: None)
+            if self.view.sides is not None:
+                await nursery.start(self.view.sides.run)
             nursery.start_soon(watch_over, self.view)
 
     def check_invariants(self) -> None:
