@@ -222,6 +222,15 @@ AllowOther = Annotated[
         help="Let other users in; needs user_allow_other in /etc/fuse.conf unless root.",
     ),
 ]
+NoAttrs = Annotated[
+    bool,
+    typer.Option(
+        "--no-attrs",
+        envvar="ETCDFS_NO_ATTRS",
+        rich_help_panel=_PERMISSIONS,
+        help="Keep no attributes of files in etcd: no chmod, chown or symbolic links.",
+    ),
+]
 LogLevel = Annotated[
     str,
     typer.Option(
@@ -323,6 +332,7 @@ def mount(
     dir_mode: DirMode = "",
     umask: Umask = "",
     allow_other: AllowOther = False,
+    no_attrs: NoAttrs = False,
     log_level: LogLevel = "info",
     log_file: LogFile = "",
     max_file_size: MaxFileSize = "",

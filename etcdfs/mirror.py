@@ -21,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, Protocol, assert_never, final
 
 import trio
@@ -29,6 +30,8 @@ from etcdfs.contents import Contents
 from etcdfs.errors import CompactedError, FutureRevisionError, StoreError
 from etcdfs.loader import load
 from etcdfs.replica import Replica, State
+from etcdfs.sidekeys import is_side_key
+from etcdfs.sides import dress
 from etcdfs.steps import (
     Apply,
     BackOff,
@@ -357,6 +360,7 @@ class Mirror:
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:
             self._is_restored = True
+            dress(self.switch.tree)
             self.revision = revision
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
             return
@@ -371,8 +375,13 @@ class Mirror:
         """Return the events that make the tree what was staged."""
         tree = self.switch.tree
         staged = dict(self._staged)
+        if not tree.attributes:
+            staged = {key: entry for key, entry in staged.items() if not is_side_key(key)}
+        known = tree.facts()
+        if tree.keyspace.holds_sides:
+            known = chain(known, tree.side_facts())
         events: list[Event] = []
-        for key, facts in tree.facts():
+        for key, facts in known:
             entry = staged.pop(key, None)
             if entry is None:
                 events.append(Tombstone(key, revision))
@@ -450,7 +459,7 @@ class Mirror:
 
     def _keep_values(self, events: Sequence[Event]) -> None:
         for event in events:
-            if isinstance(event, KeyValue):
+            if isinstance(event, KeyValue) and not is_side_key(event.key):
                 self._contents.put(event.key, event.mod_revision, event.value)
 
 

@@ -227,11 +227,19 @@ class OpenFiles:
         if not file.handles:
             self._publisher.release(file)
 
-    def set_mtime(self, node: Node, mtime_ns: int) -> None:
-        """Set the mtime as utimens(2) does; of unpublished writes, too."""
-        node.mtime_ns = mtime_ns
-        if isinstance(node, File) and isinstance(node.draft, Draft):
-            node.draft.mtime_ns = mtime_ns
+    def is_being_written(self, node: Node) -> bool:
+        """Say whether there are writes of which etcd does not know yet."""
+        return isinstance(node, File) and isinstance(node.draft, Draft) and node.draft.is_dirty
+
+    def set_times(self, file: File, mtime_ns: int, atime_ns: int | None, *, keep: bool) -> None:
+        """Show the times of unpublished writes as utimens(2) sets them.
+
+        With `keep` they go to etcd along with what was written.
+        """
+        file.mtime_ns = mtime_ns
+        if isinstance(file.draft, Draft):
+            file.draft.mtime_ns = mtime_ns
+            file.draft.times = (mtime_ns, atime_ns) if keep else None
 
     async def flush_all(self) -> list[tuple[File, EtcdfsError]]:
         """Publish every draft, as at unmount; return the failures."""

@@ -20,11 +20,11 @@ from typing import Any, TypeVar, final
 
 import trio
 
-from etcdfs.attributes import Attributes, Defaults
+from etcdfs.attributes import Attributes, Change, Defaults
 from etcdfs.contents import Contents
 from etcdfs.direct import Direct
 from etcdfs.errors import EtcdfsError, NotFoundError
-from etcdfs.filesystem import Change, Filesystem
+from etcdfs.filesystem import Filesystem
 from etcdfs.keys import Keyspace
 from etcdfs.mirror import Mirror
 from etcdfs.openfiles import OpenFiles
