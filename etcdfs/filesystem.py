@@ -165,6 +165,8 @@ class Filesystem:
         """
         node = self._tree.node(inode)
         await self._view.refresh(node)
+        if isinstance(node, File) and node.gone:
+            return self._defaults.of(node, 0.0)  # held by O_PATH: unlinked, no links
         return self.attributes(node)
 
     def attributes(self, node: Node) -> Attributes:
@@ -598,7 +600,7 @@ class Filesystem:
         if mover is None and file.directory is None:
             # Until then the new name leads to it: an open must be sent to look again (ESTALE).
             # It was a version of the old key, which is deleted.
-            file.lost_key = None
+            file.lost_key, file.gone = None, False
         file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
 
     def _moving(self, move: "_Move", mod_revision: int, put: Put, replace: bool) -> Transaction:

@@ -69,21 +69,22 @@ class OpenFiles:
             ReadOnlyError: It is opened for writing on a read-only mount.
             StoreError: Its value is not here and cannot be fetched.
         """
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        if writable and self._read_only:
+        # Linux empties a file that is opened for reading with O_TRUNC, too (open(2), BUGS).
+        changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if changes and self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
         self._view.switch.tree.check_usable(file)
         file.handles += 1  # keeps it while we wait
         try:
             await self._load(file)
-            if writable and flags & os.O_TRUNC:
+            if flags & os.O_TRUNC:
                 async with self._publisher.lock(file):
                     self._draft(file).truncate(0, self._now(file))
         except BaseException:
             self._unpin(file)
             raise
-        return self._add(file, flags, publishes=writable)
+        return self._add(file, flags, publishes=changes)
 
     def open_new(self, file: File, flags: int) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""

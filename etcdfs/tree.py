@@ -77,6 +77,7 @@ class File:
         "directory",
         "draft",
         "facts",
+        "gone",
         "handles",
         "inode",
         "lookups",
@@ -94,6 +95,7 @@ class File:
         self.directory: Directory | None = None
         self.name = b""
         self.lost_key: bytes | None = None
+        self.gone = False  # its name was taken away: no path leads here, an O_PATH may
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
         self.side: Side | None = None
@@ -407,6 +409,7 @@ class Tree:
             directory.subdirectories += 1
         else:
             node.lost_key = None
+            node.gone = False
         self._negatives.pop(Entry(directory.inode, name), None)
         self._touch(directory)
 
@@ -417,6 +420,7 @@ class Tree:
             return None
         if isinstance(node, File):
             node.lost_key = None if gone else self.key_of(node)
+            node.gone = gone
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
             directory.subdirectories -= 1
