@@ -11,7 +11,7 @@ from etcdfs import audit as audit_room
 from etcdfs.errors import StorePermissionError, StoreUnavailableError
 from etcdfs.store import Delete, Put, Transaction
 from tests.service.mirrors import AGAIN, REFUSED, content, quiet
-from tests.support.fake_kernel import FakeMount, open_mount
+from tests.support.fake_kernel import FakeMount, make_mount, open_mount
 from tests.support.fake_store import FakeStore
 
 INTERVAL_S = 100.0
@@ -76,6 +76,24 @@ async def test_lost_events_are_found_and_mended(
         assert (await mount.kernel.stat((b"d", b"same"))).inode == same
         await audited(mount)
         assert found(mount) == (2, 1, 5), "and now all is well"
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_only_the_first_listing_is_reported(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Whoever waited for the mount is gone by the time of the second."""
+    mount = make_mount(store)
+    told: list[int] = []
+    store.put_now(b"/f", b"one")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(mount.mirror.run, lambda keys, _size: told.append(keys))
+        mount.mirror.doubt("a test")
+        await trio.sleep(10)
+        assert mount.mirror.replica is not None
+        assert mount.mirror.replica.statistics().lists == 2
+        assert told == [1]
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.expect_log(AGAIN)
