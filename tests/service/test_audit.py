@@ -1,5 +1,6 @@
 """The audit: what it finds, what it must not be fooled by, and what it costs."""
 
+import itertools
 import random
 
 import pytest
@@ -295,7 +296,7 @@ async def test_intervals_are_jittered(autojump_clock: MockClock, store: FakeStor
         assert 100 / (1 + audit_room.JITTER) <= audits < 95
 
 
-async def test_every_page_is_at_one_revision_and_small(
+async def test_every_page_is_small_at_one_revision_and_only_of_its_own_keys(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     fill(store, 1000)
@@ -305,16 +306,30 @@ async def test_every_page_is_at_one_revision_and_small(
         calls = store.range_calls[before:]
         assert calls[0].revision == 0
         assert {call.revision for call in calls[1:]} == {store.revision}
-        assert {call.limit for call in calls} == {audit_room.PAGE_MIN}
-        assert len(calls) == 4
+        assert {call.limit for call in calls} == {audit_room.PAGE}
+        assert 10 <= len(calls) <= 14
+        for call, following in itertools.pairwise(calls):
+            more = call.end == following.end and call.start < following.start
+            assert more or call.end == following.start, "all of them are everything, once"
+        assert (calls[0].start, calls[-1].end) == (b"/", b"0")
 
 
 async def test_large_values_make_small_pages(autojump_clock: MockClock, store: FakeStore) -> None:
     for n in range(600):
-        store.put_now(b"/%04d" % n, b"x" * 10_000)
+        store.put_now(b"/%04d" % n, b"x" * 100_000)
     async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
         before = len(store.range_calls)
         await audited(mount)
-        assert store.range_calls[-1].limit == audit_room.PAGE_BYTES // 10_001
         assert found(mount) == (1, 0, 0)
-        assert len(store.range_calls) - before == 5
+        assert len(store.range_calls) - before == 600 // 11 + 1
+
+
+async def test_the_whole_keyspace_is_audited_with_its_strangest_keys(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    for key in (b"\0", b"\0\0", b"a", b"a/", b"\xff", b"\xff\xff"):
+        store.put_now(key, b"x" * audit_room.PAGE_BYTES)
+    async with open_mount(store, prefix=b"", audit_interval_s=INTERVAL_S) as mount:
+        await audited(mount)
+        assert found(mount) == (1, 0, 0)
+        assert mount.mirror.auditor.statistics().keys == 6
