@@ -15,8 +15,9 @@ mirror has passed the pinned revision (or nothing has come for a while, as when 
 were outside of the prefix) it is looked at again. What differs then differs for good: etcd owed
 us an event and did not send it.
 
-Cost: one listing's worth of reading for etcd, in pages of about `PAGE_BYTES`; here a slice of
-`SLICE` keys at a time, and for as long as it runs one table entry for each key.
+Cost: one listing's worth of reading for etcd, in pages of at most `PAGE` keys and about
+`PAGE_BYTES`; here a page or a slice of keys at a time, about a millisecond each, and for as long
+as it runs one table entry for each key.
 
 Concurrency: trio thread. `saw` and `void` are called by whoever changes the mirror.
 """
@@ -46,11 +47,8 @@ JITTER: Final = 0.5
 RECHECK_S: Final = 5.0
 """How soon etcd is asked again after it has said that we may not read."""
 
-PAGE_MIN: Final = 250
-PAGE_MAX: Final = 5000
-PAGE_SHARE: Final = 400
-"""A page has at most this fraction of all keys, but `PAGE_MIN`: etcd walks its index of all that
-is left of a range for each page (to count), and we decode each page in one go."""
+PAGE: Final = 100
+"""Keys read at a time, as each page is decoded in one go; about a millisecond."""
 PAGE_BYTES: Final = 1 << 20
 
 SLICE: Final = 100
@@ -257,9 +255,33 @@ class Auditor:
         )
 
     async def _read_all(self, audit: _Audit) -> None:
-        start, end = self._tree.keyspace.start, self._tree.keyspace.end
-        limit, most = PAGE_MIN, max(PAGE_MIN, min(PAGE_MAX, self._keys // PAGE_SHARE))
-        more = True
+        keyspace = self._tree.keyspace
+        # etcd walks its index of all that is asked for, page or not, to count it: asking for the
+        # rest of everything with each page would take it quadratic time.
+        starts = [keyspace.start, *await self._milestones(audit)]
+        for start, end in zip(starts, [*starts[1:], keyspace.end], strict=True):
+            await self._read_range(audit, start, end)
+
+    async def _milestones(self, audit: _Audit) -> list[bytes]:
+        """Return keys that are about a page apart, in order."""
+        found: set[bytes] = set()
+        keys = size = 0
+        for directory in self._tree.directories():
+            children = list(directory.children.values())  # it may change between two slices
+            for first in range(0, len(children), SLICE):
+                for child in children[first : first + SLICE]:
+                    if isinstance(child, Directory) or child.facts is None:
+                        continue
+                    keys += 1
+                    size += child.facts.size
+                    if keys >= PAGE or size >= PAGE_BYTES:
+                        keys = size = 0
+                        found.add(self._tree.key_of(child) or b"")
+                await _let_others(audit)
+        return sorted(key for key in found if key > self._tree.keyspace.start)
+
+    async def _read_range(self, audit: _Audit, start: bytes, end: bytes) -> None:
+        limit, more = PAGE, True
         while more:
             page = await self._store.range(start, end, limit=limit, revision=audit.revision)
             audit.revision = audit.revision or page.revision
@@ -272,7 +294,7 @@ class Auditor:
             if more:
                 start = page.entries[-1].key + b"\0"
                 size = sum(len(entry.value) for entry in page.entries) // len(page.entries)
-                limit = max(1, min(most, PAGE_BYTES // (size + 1)))
+                limit = max(1, min(PAGE, PAGE_BYTES // (size + 1)))
 
     def _compare(self, audit: _Audit, entry: KeyValue) -> None:
         audit.keys += 1
