@@ -11,9 +11,17 @@ Concurrency: synchronous; used on the trio thread only.
 """
 
 import logging
+from collections.abc import Iterator
 
-from etcdfs.keys import VALUE_NAME
-from etcdfs.sidekeys import Record, RecordError, Type, decode
+from etcdfs.sidekeys import (
+    Record,
+    RecordError,
+    Type,
+    decode,
+    is_side_key,
+    owner_of,
+    side_key,
+)
 from etcdfs.store import KeyValue
 from etcdfs.tree import Directory, Facts, File, Node, Side, Tree, facts_of
 
@@ -99,22 +107,33 @@ def renounce(tree: Tree, reason: object) -> None:
 def dress(tree: Tree) -> None:
     """Give the nodes of a new tree their attributes; nobody is told."""
     for key, side in tree.sides.items():
-        node = _node_of(tree, key)
-        if node is not None and holds(side, facts_of_node(node)):
+        found = tree.find(key)
+        if found is not None and holds(side, found[1]):
+            node = found[0]
             mtime_ns = node.mtime_ns
             put_on(node, side)
             if isinstance(node, Directory) and _has_newer(node, side):
                 node.mtime_ns = mtime_ns
 
 
-def _node_of(tree: Tree, key: bytes) -> Node | None:
-    names, is_marker = tree.keyspace.locate(key)
-    node: Node | None = tree.root
-    for name in names:
-        node = node.children.get(name) if isinstance(node, Directory) else None
-    if is_marker:
-        return node if isinstance(node, Directory) else None
-    return node.children.get(VALUE_NAME) if isinstance(node, Directory) else node
+def is_foreign(tree: Tree, key: bytes) -> bool:
+    """Tell whether a key is a side key that says nothing of what this tree shows."""
+    return is_side_key(key) and not (tree.attributes and owner_of(key) in tree.keyspace)
+
+
+def find_facts(tree: Tree, key: bytes) -> tuple[object, Facts] | None:
+    """Return who stands for a key, a side key or any other, and what is known of it."""
+    if not is_side_key(key):
+        return tree.find(key)
+    side = tree.sides.get(owner_of(key))
+    return None if side is None else (side, side.facts)
+
+
+def side_facts(tree: Tree) -> Iterator[tuple[bytes, Facts]]:
+    """Iterate over the side keys that come with the others, and what is known of each."""
+    if tree.keyspace.holds_sides:
+        for key, side in tree.sides.items():
+            yield side_key(key), side.facts
 
 
 def _has_newer(directory: Directory, side: Side) -> bool:
