@@ -17,7 +17,8 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from etcdfs import __version__
-from etcdfs.daemon import run_in_foreground, start_in_background
+from etcdfs.arguments import original_form
+from etcdfs.daemon import dismiss, run_in_foreground, start_in_background
 from etcdfs.errors import AuthUnsupportedError, CommandError, TlsUnsupportedError, UsageError
 from etcdfs.handshake import Failed, Handover, LogSettings, Ready
 from etcdfs.logs import LEVELS
@@ -32,6 +33,7 @@ from etcdfs.option_text import (
     parse_seconds,
     read_options,
 )
+from etcdfs.spawn import Spawned
 
 DEFAULT_ENDPOINTS: Final = "127.0.0.1:2379"  # etcdctl's own default
 
@@ -332,14 +334,15 @@ def mount(
     """Mount etcd. Returns once the mount is usable; the daemon goes on in the background."""
     listed = parse_option_list(",".join(option_lists))
     handover = _handover(mountpoint, _texts(ctx, listed), listed.fuse_options)
-    prepare(handover.options.mountpoint)
+    early: Spawned | None = ctx.obj
+    prepare(handover.options.mountpoint, None if early is None else early.pid)
     if foreground:
         run_in_foreground(handover)
-    match start_in_background(handover):
+    match start_in_background(handover, early):
         case Ready(client_url=str(url)):
             typer.echo(url)
         case Failed(message=message, exit_code=exit_code):
-            _fail(message, exit_code)
+            raise typer.Exit(_say(message, exit_code))
         case Ready():
             return
 
@@ -437,40 +440,35 @@ def _log_file(texts: Mapping[str, str]) -> str | None:
 # --- the way in and out ---------------------------------------------------------------------
 
 
-def original_form(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with `MOUNTPOINT ENDPOINT ...` spelt out as `mount ...`.
+def run(arguments: Sequence[str], early: Spawned | None = None) -> int:
+    """Run a command line and return a documented status.
 
-    A first argument that is no directory, before a second that is no endpoint, is left to
-    fail as the mistyped command it probably is.
+    Args:
+        arguments: What follows the program's name.
+        early: A daemon that was started because one seemed to be wanted; ended if it is not.
     """
-    match arguments:
-        case [mountpoint, endpoint, *rest] if (
-            mountpoint not in {"mount", "umount"}
-            and not mountpoint.startswith("-")
-            and not endpoint.startswith("-")
-            and ("/" in mountpoint or ":" in endpoint)
-        ):
-            return ["mount", mountpoint, "--endpoints", endpoint, *rest]
-        case _:
-            return list(arguments)
+    logging.basicConfig(format="etcdfs: %(message)s", level=logging.WARNING)
+    spelt_out = original_form(list(arguments)) or ["--help"]
+    try:
+        return app(spelt_out, prog_name="etcdfs", standalone_mode=False, obj=early) or 0
+    except CommandError as exc:
+        return _say(str(exc), exc.exit_code)
+    except typer.TyperException as exc:
+        return _say(exc.format_message(), exc.exit_code)
+    finally:
+        if early is not None:
+            dismiss(early)
 
 
 def main() -> NoReturn:
     """Run the command line of this process, and exit with a documented status."""
-    logging.basicConfig(format="etcdfs: %(message)s", level=logging.WARNING)
-    arguments = original_form(sys.argv[1:]) or ["--help"]
-    try:
-        sys.exit(app(arguments, prog_name="etcdfs", standalone_mode=False))
-    except CommandError as exc:
-        _fail(str(exc), exc.exit_code)
-    except typer.TyperException as exc:
-        _fail(exc.format_message(), exc.exit_code)
+    sys.exit(run(sys.argv[1:]))
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
-    """Say what went wrong in one line, whatever the message was made of."""
+def _say(message: str, exit_code: int) -> int:
+    """Say what went wrong in one line, whatever the message was made of; return the status."""
     sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
-    sys.exit(exit_code)
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ what it reports back (one JSON line each, through another). What it must not kno
 whom, and what a mount is.
 
     parent                                child (python -m etcdfs.mount)
-      |  -- Handover (options, logging) -->  |
+      |                                      |   loads its modules
+      |  -- Handover (options, logging) -->  |   or the end of the pipe: it is not wanted
       |  <-- Progress ... Progress --------  |   while keys load
       |  <-- Ready, or Failed -------------  |   the last word; then the child closes its end
 
@@ -113,11 +114,21 @@ def decode_handover(encoded: bytes) -> Handover:
     return Handover(options=decode_options(message["options"]), log=LogSettings(**message["log"]))
 
 
-def send_handover(handover: Handover) -> int:
-    """Return a file descriptor from which the child reads its hand-over.
+def hand_over(handover: Handover, fd: int) -> None:
+    """Write the hand-over into the pipe of a child that waits for it, and close that.
 
-    A file in memory rather than a pipe: it takes any length at once, so that the writer need
-    not outlive the exec of `--foreground`. It is closed on exec unless made inheritable.
+    Raises:
+        BrokenPipeError: The child has ended.
+    """
+    with open(fd, "wb") as pipe:
+        pipe.write(encode_handover(handover))
+
+
+def send_handover(handover: Handover) -> int:
+    """Return a file descriptor from which the program that this process becomes reads it.
+
+    A file in memory rather than a pipe: it takes any length at once, and its writer is gone.
+    It is closed on exec unless made inheritable.
     """
     fd = os.memfd_create("etcdfs-options")
     with open(os.dup(fd), "wb") as file:  # noqa: PTH123 -- a descriptor, not a path
@@ -126,10 +137,15 @@ def send_handover(handover: Handover) -> int:
     return fd
 
 
-def read_options(fd: int) -> Handover:
-    """Read the hand-over in the child, and close the descriptor."""
+def read_options(fd: int) -> Handover | None:
+    """Wait for the hand-over in the child, and close the descriptor.
+
+    Returns:
+        None when the parent has ended, or has found that no daemon is wanted.
+    """
     with open(fd, "rb") as file:
-        return decode_handover(file.read())
+        encoded = file.read()
+    return decode_handover(encoded) if encoded else None
 
 
 # --- the way back ---------------------------------------------------------------------------

@@ -38,6 +38,16 @@ def setup_logging(settings: LogSettings, *, foreground: bool) -> None:
     root = logging.getLogger()
     root.setLevel(settings.level.upper())
     root.addHandler(_handler(settings, foreground=foreground))
+    if settings.file is not None and not foreground:
+        _connect_output(settings.file)
+
+
+def _connect_output(file: str) -> None:
+    """Send what is written past the log, such as the last words of a crash, to its file, too."""
+    fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
 
 
 def _handler(settings: LogSettings, *, foreground: bool) -> logging.Handler:

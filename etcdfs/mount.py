@@ -275,7 +275,11 @@ def main() -> int:
     parser.add_argument("--status-fd", type=int)
     arguments = parser.parse_args()
     handover = read_options(arguments.options_fd)
+    if handover is None:
+        return 0
     reporter = open_reporter(arguments.status_fd)
+    if arguments.status_fd is not None:
+        os.chdir("/")  # a daemon must not keep anybody's disk busy
     try:
         setup_logging(handover.log, foreground=arguments.status_fd is None)
         prepare(handover.options.mountpoint)

@@ -34,13 +34,12 @@ from etcdfs.errors import (
     NotMountedError,
     UnmountError,
 )
+from etcdfs.spawn import DAEMON_MODULE
 
 log = logging.getLogger(__name__)
 
 SUBTYPE: Final = "etcdfs"
 """Mount with `subtype=` this: /proc/mounts then shows the type `fuse.etcdfs`."""
-
-DAEMON_MODULE: Final = "etcdfs.mount"
 
 _TYPE: Final = f"fuse.{SUBTYPE}"
 _DEVICE: Final = Path("/dev/fuse")
@@ -103,20 +102,21 @@ def resolve(path: str) -> str:
     return str(given.resolve())
 
 
-def find_daemon(mountpoint: str) -> int | None:
+def find_daemon(mountpoint: str, but_for: int | None = None) -> int | None:
     """Return the process id of the daemon that serves a mountpoint; None if there is none.
 
-    This process does not count: it may be a daemon that is about to mount.
+    This process does not count: it may be a daemon that is about to mount; nor does `but_for`,
+    which this process may have started.
 
     Processes of other users are found too, unless /proc hides them (its option `hidepid`).
     """
     wanted = [b"-m", DAEMON_MODULE.encode(), os.fsencode(mountpoint)]
-    own = str(os.getpid())
+    not_these = {str(os.getpid()), str(but_for)}
     with os.scandir("/proc") as entries:
         for entry in entries:
             if (
                 entry.name.isdigit()
-                and entry.name != own
+                and entry.name not in not_these
                 and _has_arguments(Path(entry.path), wanted)
             ):
                 return int(entry.name)
@@ -135,18 +135,19 @@ def _has_arguments(process: Path, wanted: list[bytes]) -> bool:
 # --- before mounting ------------------------------------------------------------------------
 
 
-def prepare(mountpoint: str) -> None:
+def prepare(mountpoint: str, early: int | None = None) -> None:
     """Make sure that a directory can be mounted over; clear what a killed daemon left there.
 
     Args:
         mountpoint: As `resolve` returns it.
+        early: A daemon that waits for its options, which may be to mount there.
 
     Raises:
         CommandError: It cannot; the class says why.
     """
     mounted = find_mounted(mountpoint)
     if mounted is not None:
-        _clear_if_stale(mounted)
+        _clear_if_stale(mounted, early)
     _check_directory(mountpoint)
     check_fuse(_DEVICE)
 
@@ -170,7 +171,7 @@ def check_fuse(device: Path = _DEVICE) -> None:
         raise FuseMissingError("there is no fusermount3 on PATH: install the package fuse3")
 
 
-def _clear_if_stale(mounted: Mounted) -> None:
+def _clear_if_stale(mounted: Mounted, early: int | None = None) -> None:
     """Take a dead mount of ours away; anything else that is mounted stays.
 
     Raises:
@@ -180,7 +181,7 @@ def _clear_if_stale(mounted: Mounted) -> None:
     path = mounted.path
     if not mounted.ours:
         raise AlreadyMountedError(f"{path} is a mountpoint already ({mounted.type})")
-    if find_daemon(path) is not None or not _is_dead(path):
+    if find_daemon(path, early) is not None or not _is_dead(path):
         raise AlreadyMountedError(f"etcdfs is mounted on {path} already")
     _unmount(path, lazy=True)
     log.warning("cleared the stale mount that a killed daemon left on %s", path)
@@ -254,7 +255,7 @@ def unmount(mountpoint: str, timeout_s: float) -> None:
             return
         pid, pidfd = daemon
         _unmount(mountpoint, lazy=False)
-        if not _ended(pidfd, timeout_s):
+        if not has_ended(pidfd, timeout_s):
             raise UnmountError(
                 f"{mountpoint} is unmounted, but its daemon (process {pid}) "
                 f"did not end within {timeout_s:g} s"
@@ -278,7 +279,7 @@ def _watched_daemon(mountpoint: str) -> Iterator[tuple[int, int] | None]:
         os.close(pidfd)
 
 
-def _ended(pidfd: int, timeout_s: float) -> bool:
+def has_ended(pidfd: int, timeout_s: float) -> bool:
     """Wait for the end of a process (pidfd_open(2): it is readable then)."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)

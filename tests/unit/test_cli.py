@@ -10,11 +10,13 @@ from typing import NoReturn
 import pytest
 
 import etcdfs.cli
-from etcdfs.cli import main, original_form
+from etcdfs.arguments import original_form
+from etcdfs.cli import main
 from etcdfs.errors import MountpointMissingError
 from etcdfs.handshake import Failed, Handover, LogSettings, Ready
 from etcdfs.option_text import LOGGING, NAMES
 from etcdfs.options import Endpoint, MountOptions
+from etcdfs.spawn import Spawned
 
 LOCAL = (Endpoint("127.0.0.1", 2379),)
 
@@ -33,11 +35,11 @@ class Shell:
         self.foreground = False
         for name in (name for name in os.environ if name.startswith(("ETCDCTL_", "ETCDFS_"))):
             monkeypatch.delenv(name)
-        monkeypatch.setattr(etcdfs.cli, "prepare", lambda _: None)
+        monkeypatch.setattr(etcdfs.cli, "prepare", lambda *_: None)
         monkeypatch.setattr(etcdfs.cli, "start_in_background", self._start)
         monkeypatch.setattr(etcdfs.cli, "run_in_foreground", self._become)
 
-    def _start(self, handover: Handover) -> Ready | Failed:
+    def _start(self, handover: Handover, early: Spawned | None) -> Ready | Failed:
         self.handovers.append(handover)
         return self.word
 
@@ -272,7 +274,7 @@ def test_mistakes_are_one_line_and_a_status(shell: Shell, arguments: list[str], 
 
 
 def test_the_mountpoint_is_looked_at_first(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(_: str) -> NoReturn:
+    def prepare(*_: object) -> NoReturn:
         raise MountpointMissingError("it does not exist")
 
     monkeypatch.setattr(etcdfs.cli, "prepare", prepare)
@@ -298,7 +300,7 @@ def test_version(shell: Shell) -> None:
 
 def run_module(*arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
-        [sys.executable, "-m", "etcdfs.cli", *arguments],
+        [sys.executable, "-m", "etcdfs", *arguments],
         capture_output=True,
         check=False,
         env={**os.environ, **environment},
