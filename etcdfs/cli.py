@@ -7,8 +7,10 @@ starts as another process so that `etcdfs --help` loads neither grpc nor pyfuse3
 Concurrency: none.
 """
 
+import contextlib
 import logging
 import os
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -421,7 +423,10 @@ def _outside(mountpoint: str, name: str, text: str) -> str:
     """
     if not text:
         raise UsageError(f"--{name} is empty")
-    path = Path(text).absolute()
+    try:
+        path = Path(text).absolute()
+    except OSError as exc:
+        raise UsageError(f"--{name} {text}: no current directory: {exc.strerror}") from None
     if path.is_relative_to(mountpoint):
         raise UsageError(f"--{name} {text} is inside the mountpoint")
     return str(path)
@@ -429,11 +434,16 @@ def _outside(mountpoint: str, name: str, text: str) -> str:
 
 def _log_file(texts: Mapping[str, str]) -> str | None:
     file = texts.get("log-file")
-    if file is not None:
-        try:
-            Path(file).open("ab").close()
-        except OSError as exc:
-            raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
+    if file is None:
+        return None
+    try:
+        # O_NONBLOCK: a FIFO would wait for a reader.
+        fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    except OSError as exc:
+        raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
+    with os.fdopen(fd, "wb"):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise UsageError(f"--log-file {file} is a FIFO: the mount would wait for its reader")
     return file
 
 
@@ -455,6 +465,8 @@ def run(arguments: Sequence[str], early: Spawned | None = None) -> int:
         return _say(str(exc), exc.exit_code)
     except typer.TyperException as exc:
         return _say(exc.format_message(), exc.exit_code)
+    except OSError as exc:  # what is printed cannot be written
+        return _say(str(exc), 1)
     finally:
         if early is not None:
             dismiss(early)
@@ -467,7 +479,8 @@ def main() -> NoReturn:
 
 def _say(message: str, exit_code: int) -> int:
     """Say what went wrong in one line, whatever the message was made of; return the status."""
-    sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
+    with contextlib.suppress(OSError):  # nobody can read it; the status still tells
+        sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
     return exit_code
 
 

@@ -11,15 +11,17 @@ whom, and what a mount is.
       |  <-- Ready, or Failed -------------  |   the last word; then the child closes its end
 
 The end of the stream without a last word means that the child died. With `--foreground` there
-is no parent: the reports go to the terminal.
+is no parent: the reports go to the terminal, and to systemd where that started the daemon.
 
 Concurrency: the reporter never blocks the daemon, even when the parent is stopped or gone.
 """
 
 import array
+import contextlib
 import fcntl
 import json
 import os
+import socket
 import sys
 import termios
 from collections.abc import Iterator
@@ -35,6 +37,9 @@ _QUEUED_MAX: Final = 32 * 1024
 A pipe holds 64 KiB (pipe(7)): the other half is for the last word, so that it always fits even
 when the parent is stopped and reads nothing.
 """
+
+_LOADING_PAUSE_US: Final = 60_000_000
+"""How long systemd waits for more of the first listing before it gives up a start."""
 
 _MESSAGE_MAX: Final = 4000
 """Characters of a failure; a last word must fit into the pipe whatever etcd had to say."""
@@ -222,10 +227,16 @@ class PipeReporter:
 
 @final
 class TerminalReporter:
-    """Reports to whoever started the daemon in the foreground."""
+    """Reports to whoever started the daemon in the foreground: a person, or systemd."""
+
+    def __init__(self, notify_socket: str = "") -> None:
+        """Report to stdout and stderr, and to the service manager's socket, if it gave one."""
+        self._notify_socket = notify_socket
 
     def report(self, report: Report) -> None:
         """Print the client URL of an embedded etcd, or the failure; progress is not shown."""
+        if self._notify_socket:
+            _notify(self._notify_socket, _service_state(report))
         match report:
             case Ready(client_url=str(url)):
                 sys.stdout.write(f"{url}\n")
@@ -238,7 +249,29 @@ class TerminalReporter:
 
 def open_reporter(status_fd: int | None) -> Reporter:
     """Return the reporter for `--status-fd`; without one the daemon is in the foreground."""
-    return TerminalReporter() if status_fd is None else PipeReporter(status_fd)
+    if status_fd is not None:
+        return PipeReporter(status_fd)
+    # Taken out: nobody that the daemon starts has anything to say to the service manager.
+    return TerminalReporter(os.environ.pop("NOTIFY_SOCKET", ""))
+
+
+def _service_state(report: Report) -> str:
+    """Return what systemd is told (sd_notify(3)); it waits on while keys are coming in."""
+    match report:
+        case Ready():
+            return "READY=1\nSTATUS=Mounted"
+        case Progress(keys=keys):
+            return f"STATUS=Loading: {keys} keys\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
+        case Failed(message=message):
+            return f"STATUS={' '.join(message.split())}"
+
+
+def _notify(address: str, state: str) -> None:
+    # In NOTIFY_SOCKET an abstract name begins with `@`.
+    path = "\0" + address[1:] if address.startswith("@") else address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.sendto(state.encode(errors="surrogateescape"), path)
 
 
 def _queued(fd: int) -> int:

@@ -105,6 +105,22 @@ def daemon_environment() -> dict[str, str]:
     return {"GRPC_VERBOSITY": "NONE"} | os.environ
 
 
+def fill_standard_descriptors() -> None:
+    """Connect to nothing each of stdin, stdout and stderr that this process was started without.
+
+    Or the next file that it opens becomes one of them, and a child gets that for its stdin.
+    """
+    for fd in _STANDARD:
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
+
+
 def _keep_descriptors() -> None:
     """Have a child inherit nothing that this process was given, but for stdin to stderr."""
     for fd in map(int, os.listdir("/proc/self/fd")):
