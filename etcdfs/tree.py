@@ -69,7 +69,6 @@ class File:
     """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services."""
 
     __slots__ = (
-        "atime_ns",
         "ctime_ns",
         "directory",
         "draft",
