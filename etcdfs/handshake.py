@@ -7,6 +7,7 @@ whom, and what a mount is.
     parent                                child (python -m etcdfs.mount)
       |                                      |   loads its modules
       |  -- Handover (options, logging) -->  |   or the end of the pipe: it is not wanted
+      |  <-- Waiting ... Waiting ----------  |   while etcd does not answer (--wait-for-etcd)
       |  <-- Progress ... Progress --------  |   while keys load
       |  <-- Ready, or Failed -------------  |   the last word; then the child closes its end
 
@@ -75,6 +76,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """etcd does not answer, and is tried again.
+
+    Attributes:
+        reason: What the last attempt came to.
+        left_s: Seconds for which it will be tried.
+    """
+
+    reason: str
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The mount is usable and, with a cache, in step with etcd.
 
@@ -97,10 +111,10 @@ class Failed:
     exit_code: int
 
 
-Report = Progress | Ready | Failed
+Report = Progress | Waiting | Ready | Failed
 
-_KINDS: Final[dict[str, type[Progress] | type[Ready] | type[Failed]]] = {
-    kind.__name__: kind for kind in (Progress, Ready, Failed)
+_KINDS: Final[dict[str, type[Progress] | type[Waiting] | type[Ready] | type[Failed]]] = {
+    kind.__name__: kind for kind in (Progress, Waiting, Ready, Failed)
 }
 
 
@@ -179,7 +193,7 @@ def read_reports(stream: BinaryIO) -> Iterator[Report]:
     for line in stream:
         report = decode_report(line)
         yield report
-        if not isinstance(report, Progress):
+        if not isinstance(report, Progress | Waiting):
             return
 
 
@@ -206,7 +220,9 @@ class PipeReporter:
         After the last word the pipe is closed and what is still connected to the parent's
         terminal is let go: from here on the daemon is on its own.
         """
-        if isinstance(report, Progress):
+        if isinstance(report, Waiting):
+            report = Waiting(reason=report.reason[:_MESSAGE_MAX], left_s=report.left_s)
+        if isinstance(report, Progress | Waiting):
             if _queued(self._fd) < _QUEUED_MAX:
                 self._send(report)
             return
@@ -234,7 +250,7 @@ class TerminalReporter:
         self._notify_socket = notify_socket
 
     def report(self, report: Report) -> None:
-        """Print the client URL of an embedded etcd, or the failure; progress is not shown."""
+        """Print the client URL of an embedded etcd, a failure, a wait; progress is not shown."""
         if self._notify_socket:
             _notify(self._notify_socket, _service_state(report))
         match report:
@@ -243,6 +259,8 @@ class TerminalReporter:
                 sys.stdout.flush()
             case Failed(message=message):
                 sys.stderr.write(f"etcdfs: {message}\n")
+            case Waiting(reason=reason, left_s=left_s):
+                sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
             case Ready() | Progress():
                 return
 
@@ -262,6 +280,8 @@ def _service_state(report: Report) -> str:
             return "READY=1\nSTATUS=Mounted"
         case Progress(keys=keys):
             return f"STATUS=Loading: {keys} keys\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
+        case Waiting(reason=reason):
+            return f"STATUS=Waiting: {reason}\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
         case Failed(message=message):
             return f"STATUS={' '.join(message.split())}"
 
