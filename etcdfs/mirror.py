@@ -242,9 +242,7 @@ class Mirror:
             yield
         finally:
             self._held.subtract(held)
-            for directory in held:
-                if not self._held[directory]:
-                    del self._held[directory]  # or every directory ever changed would stay
+            self._held = +self._held  # or every directory ever changed would stay
 
     def statistics(self) -> MirrorStatistics:
         """Say how far the mirror is."""
