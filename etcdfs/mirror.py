@@ -16,7 +16,6 @@ Concurrency: trio thread; one task applies batches, in order.
 """
 
 import logging
-import random
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -60,20 +59,16 @@ from etcdfs.store import Event, KeyValue, Revision, Store
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 from etcdfs.values import value_of
-from etcdfs.watching import Watching
+from etcdfs.watching import Watching, back_off
 
 log = logging.getLogger(__name__)
 
 SWITCH_ROUNDS: Final = 8
-"""Rounds of letting go before a batch is published. The second round finds what a change of
-this mount added meanwhile; more are not expected, and a batch must not wait for ever."""
+"""Rounds of letting go before a batch is published. The second finds what a change of this mount
+added meanwhile; more are not expected, and a batch must not wait for ever."""
 
 STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
-
-BACKOFF_FIRST_S: Final = 0.05
-BACKOFF_CAP_S: Final = 5.0
-BACKOFF_DOUBLINGS: Final = 16  # more than enough for the cap; 2**1024 is no float
 
 
 class KernelCache(Protocol):
@@ -186,8 +181,8 @@ class Mirror:
         if node is self.switch.tree.root:
             return
         self.link.check()
-        if self.barrier is not None and isinstance(node, File) and node.directory is not None:
-            await self.barrier.entry(node.directory, node.name)
+        if self.barrier is not None and isinstance(node, File):
+            await self.barrier.file(node)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
@@ -217,7 +212,7 @@ class Mirror:
             await self._advanced.wait()
 
     async def advanced(self) -> None:
-        """Return when readers see a newer revision; the caller bounds it."""
+        """Return when readers see a newer revision."""
         await self._advanced.wait()
 
     async def let_go_first(self, stale: Collection[Cached]) -> None:
@@ -289,15 +284,12 @@ class Mirror:
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
                 steps = replica.receive(message or await self._watching.receive())
-                self._turn(connected=replica.state is State.WATCHING)
+                self._note(replica)
 
-    def _turn(self, *, connected: bool) -> None:
-        """Note whether the watch stands and is confirmed."""
-        if connected and not self.link.connected:
-            self.link.allow()
-        if not connected:
-            self.auditor.void()
-        self.link.turn(connected=connected)
+    def _note(self, replica: Replica) -> None:
+        """Tell the others whether the watch is confirmed, and can be believed."""
+        self.link.turn(connected=replica.state is State.WATCHING)
+        self.auditor.note(connected=replica.state is State.WATCHING, dropped=replica.dropped)
 
     def doubt(self, reason: str) -> None:
         """Have everything listed again: what is here is not what etcd has."""
@@ -319,7 +311,7 @@ class Mirror:
             case CloseWatch():
                 await self._watching.aclose()
             case BackOff():
-                await self._back_off(step)
+                await back_off(step)
             case _ as never:
                 assert_never(never)
         return None
@@ -369,19 +361,6 @@ class Mirror:
             raise answer
         return answer
 
-    async def _back_off(self, step: BackOff) -> None:
-        # Not each one: an outage may last for days.
-        log.log(
-            logging.WARNING if step.attempt.bit_count() <= 1 else logging.DEBUG,
-            "%s; %s (attempt %d)",
-            step.reason,
-            "listing everything again" if step.relist else "trying again",
-            step.attempt + 1,
-        )
-        longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(step.attempt, BACKOFF_DOUBLINGS))
-        # Jittered, so that the mounts of a cluster do not come back all at once.
-        await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
-
     async def _try_to_apply(self, applying: Coroutine[Any, Any, None]) -> Message | None:
         try:
             await applying
@@ -406,7 +385,8 @@ class Mirror:
         for start in range(0, len(stage.entries), STAGE_SIZE):
             self._stage_some(stage.entries[start : start + STAGE_SIZE])
             await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
-        progress(self._staged_keys, self._staged_bytes)
+        if not self._is_restored:
+            progress(self._staged_keys, self._staged_bytes)
 
     async def keep_loaded(self) -> None:
         """Keep the values of the first listing, as many as fit, while others work.

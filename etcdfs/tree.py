@@ -158,9 +158,16 @@ Cached = Entry | Listing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeStatistics:
-    """Sizes of the tree's tables."""
+    """Sizes of the tree's tables.
+
+    Attributes:
+        inodes_known: Inodes that the kernel holds.
+        old_versions: Those of them that no path leads to any more: held open, or not forgotten.
+        negatives: Missing names that the kernel may remember.
+    """
 
     inodes_known: int
+    old_versions: int
     negatives: int
 
 
@@ -456,7 +463,10 @@ class Tree:
 
     def statistics(self) -> TreeStatistics:
         """Return the sizes of the tables."""
-        return TreeStatistics(inodes_known=len(self._known), negatives=len(self._negatives))
+        old = sum(node.directory is None for node in self._known.values()) - 1  # the root
+        return TreeStatistics(
+            inodes_known=len(self._known), old_versions=old, negatives=len(self._negatives)
+        )
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two calls."""
