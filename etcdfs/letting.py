@@ -57,6 +57,7 @@ class Letting:
             yield
         finally:
             self._held.subtract(held)
+            self._held = +self._held  # or every directory ever changed would stay
 
     def submit(self, stale: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         """Have the kernel forget; call `done` when it has."""

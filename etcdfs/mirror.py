@@ -279,13 +279,12 @@ class Mirror:
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
                 steps = replica.receive(message or await self._watching.receive())
-                self._turn(connected=replica.state is State.WATCHING)
+                self._note(replica)
 
-    def _turn(self, *, connected: bool) -> None:
-        """Note whether the watch stands and is confirmed."""
-        self.link.turn(connected=connected)
-        if not connected:
-            self.auditor.void()
+    def _note(self, replica: Replica) -> None:
+        """Tell the others whether the watch is confirmed, and can be believed."""
+        self.link.turn(connected=replica.state is State.WATCHING)
+        self.auditor.note(connected=replica.state is State.WATCHING, dropped=replica.dropped)
 
     def doubt(self, reason: str) -> None:
         """Have everything listed again: what is here is not what etcd has."""

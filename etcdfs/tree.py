@@ -18,6 +18,7 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 (`check_invariants`) true.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -205,7 +206,9 @@ class Tree:
         self.numbers = count(ROOT_INODE + 1)
         # INVARIANT: holds exactly the nodes whose lookup count is not 0
         self._known: dict[Inode, Node] = {ROOT_INODE: self.root}
-        self._negatives: dict[Entry, int] = {}
+        # Missing names as told to the kernel, until when; those that end first come first, as
+        # all are told for the same time.
+        self._negatives: OrderedDict[Entry, int] = OrderedDict()
         self.switching: set[Cached] = set()
 
     # --- finding ----------------------------------------------------------------------------
@@ -343,11 +346,16 @@ class Tree:
         if not self.may_cache(entry):
             return False
         now = self.clock()
-        if len(self._negatives) >= MAX_NEGATIVES:
-            self._negatives = {e: end for e, end in self._negatives.items() if end > now}
-            if len(self._negatives) >= MAX_NEGATIVES:
+        negatives = self._negatives
+        # Only those at the front are looked at: looking through all, once there are so many,
+        # took milliseconds at every missing name. And only then: should the clock jump, the
+        # kernel still has them.
+        while len(negatives) >= MAX_NEGATIVES:
+            if next(iter(negatives.values())) > now:
                 return False
-        self._negatives[entry] = now + lifetime_ns
+            negatives.popitem(last=False)
+        negatives[entry] = now + lifetime_ns
+        negatives.move_to_end(entry)
         return True
 
     def is_told(self, directory: Directory, name: bytes) -> bool:

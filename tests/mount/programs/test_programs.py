@@ -113,7 +113,10 @@ def test_jq_and_yq(place: Path) -> None:
     sh(place, "jq '.listen = 8443' c.json > new && mv new c.json")
     assert sh(place, "jq .listen c.json").strip() == "8443"
     (place / "c.yaml").write_text("listen: 443\nname: x\n")
-    sh(place, "yq --help 2>&1 | grep -q -- --in-place && f=-y || f=; yq -i $f '.listen = 8443' c.yaml")
+    sh(
+        place,
+        "yq --help 2>&1 | grep -q -- --in-place && f=-y || f=; yq -i $f '.listen = 8443' c.yaml",
+    )
     assert "8443" in (place / "c.yaml").read_text()
     assert sorted(os.listdir(place)) == ["c.json", "c.yaml"]
 
