@@ -230,9 +230,7 @@ def _check_names(source: End, target: End, *, exchange: bool) -> None:
     if exchange:
         msg = f"{source.names!r} is below {target.names!r}"
         raise InvalidRequestError(msg)
-    if isinstance(source.node, Directory):
-        raise not_empty(target.name)
-    raise is_a_directory(target.name)
+    raise not_empty(target.name)
 
 
 def _with_sides(wanted: Transaction, move: _FileMove) -> Transaction:

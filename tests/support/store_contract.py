@@ -410,8 +410,8 @@ class CommitContract:
             return Transaction(then=(*operations, *([nested(*inner)] if inner else [])))
 
         await lab.store.commit(nested(20, 36, 36, 36))
-        await lab.store.commit(nested(*[1] * 128))
-        for widths in ((21, 36, 36, 36), (*[1] * 129,)):
+        await lab.store.commit(nested(*[4] * 32))
+        for widths in ((21, 36, 36, 36), (*[4] * 32, 1)):
             with pytest.raises(TooManyOperationsError):
                 await lab.store.commit(nested(*widths))
 
