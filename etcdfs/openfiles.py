@@ -8,8 +8,8 @@ while the kernel holds the page lock (FACTS.md 7).
 """
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import NewType, final
 
@@ -249,6 +249,15 @@ class OpenFiles:
     def is_being_written(self, node: Node) -> bool:
         """Say whether there are writes of which etcd does not know yet."""
         return isinstance(node, File) and isinstance(node.draft, Draft) and node.draft.is_dirty
+
+    @property
+    def max_file_size(self) -> int:
+        """See `Publisher.max_file_size`."""
+        return self._publisher.max_file_size
+
+    def still(self, nodes: Collection[Node]) -> AbstractAsyncContextManager[None]:
+        """See `Publisher.still`."""
+        return self._publisher.still(nodes)
 
     def set_times(self, file: File, mtime_ns: int, atime_ns: int | None, *, keep: bool) -> None:
         """Show the times of unpublished writes as utimens(2) sets them.

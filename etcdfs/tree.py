@@ -423,8 +423,17 @@ class Tree:
         self._negatives.pop(Entry(directory.inode, name), None)
         self._touch(directory)
 
-    def detach(self, directory: Directory, name: bytes, *, gone: bool) -> Node | None:
-        """Take a name away; `gone` says that its key is deleted, not merely replaced."""
+    def detach(
+        self, directory: Directory, name: bytes, *, gone: bool, is_moved: bool = False
+    ) -> Node | None:
+        """Take a name away.
+
+        Args:
+            directory: Where it is.
+            name: The name.
+            gone: Whether its key is deleted, not merely replaced.
+            is_moved: Whether a directory will be attached elsewhere with all that is below it.
+        """
         node = directory.children.get(name)
         if node is None:
             return None
@@ -434,8 +443,9 @@ class Tree:
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
             directory.subdirectories -= 1
-            for below in list(node.children):  # or their keys would be made from half a path
-                self.detach(node, below, gone=True)
+            if not is_moved:
+                for below in list(node.children):  # or their keys would be made from half a path
+                    self.detach(node, below, gone=True)
         del directory.children[name]
         node.directory = None
         self._touch(directory)
@@ -502,6 +512,14 @@ class Tree:
     def _touch(self, directory: Directory) -> None:
         now = max(self.clock(), directory.mtime_ns + 1)
         directory.mtime_ns = directory.ctime_ns = now
+
+
+def is_within(node: Node, top: Node) -> bool:
+    """Tell whether a node is another, or somewhere below it."""
+    at: Node | None = node
+    while at is not None and at is not top:
+        at = at.directory
+    return at is top
 
 
 def _is_busy(file: File) -> bool:
