@@ -22,12 +22,15 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, NamedTuple, NewType, final
+from typing import Final, NewType, final
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
+from etcdfs.facts import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes' facts come with them
+from etcdfs.facts import Facts as Facts  # noqa: PLC0414
+from etcdfs.facts import Side as Side  # noqa: PLC0414
+from etcdfs.facts import facts_of as facts_of  # noqa: PLC0414
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
-from etcdfs.sidekeys import Record
-from etcdfs.store import Clock, KeyValue, Revision
+from etcdfs.store import Clock
 
 Inode = NewType("Inode", int)
 
@@ -36,33 +39,6 @@ MAX_NEGATIVES: Final = 65_536
 """Missing names remembered as told to the kernel; past it, further ones are not cached."""
 SUPERSEDED_GRACE_NS: Final = 1_000_000_000
 """How long a call may take from looking a path up to using the inode, before it looks again."""
-
-
-class Facts(NamedTuple):  # as `KeyValue`: one per key
-    """What etcd says of a key, without its value. `size` in bytes."""
-
-    create_revision: Revision
-    mod_revision: Revision
-    version: int
-    lease: int
-    size: int
-
-
-def facts_of(entry: KeyValue) -> Facts:
-    """Return the facts of a key that was read with its value."""
-    return Facts(
-        entry.create_revision, entry.mod_revision, entry.version, entry.lease, len(entry.value)
-    )
-
-
-class Side(NamedTuple):
-    """Attributes of a key's own, and what etcd says of the side key that has them."""
-
-    record: Record
-    facts: Facts
-
-
-NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)  # not yet, or no longer
 
 
 @final
