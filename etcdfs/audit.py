@@ -26,6 +26,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, Protocol, final
 
 import trio
@@ -33,6 +34,8 @@ import trio
 from etcdfs.contents import Contents
 from etcdfs.errors import StoreError, StorePermissionError
 from etcdfs.link import Link
+from etcdfs.sidekeys import is_side_key
+from etcdfs.sides import find_facts, is_foreign, side_facts
 from etcdfs.store import Event, KeyValue, Revision, Store, Tombstone
 from etcdfs.tree import Directory, Facts, Node, Tree, facts_of
 
@@ -115,7 +118,7 @@ class _Audit:
 
     revision: int = 0
     keys: int = 0
-    seen: set[Node] = field(default_factory=set)
+    seen: set[object] = field(default_factory=set)
     changed: set[bytes] = field(default_factory=set)
     suspects: dict[bytes, _Expected] = field(default_factory=dict)
     is_waiting: bool = False
@@ -309,9 +312,11 @@ class Auditor:
 
     def _compare(self, audit: _Audit, entry: KeyValue) -> None:
         audit.keys += 1
-        found = self._tree.find(entry.key)
+        if is_foreign(self._tree, entry.key):
+            return
+        found = find_facts(self._tree, entry.key)
         if found is not None:
-            audit.seen.add(found[0])
+            audit.seen.add(entry.key if is_side_key(entry.key) else found[0])
         if entry.key in audit.changed:
             return
         expected = _Expected(facts_of(entry))
@@ -334,6 +339,10 @@ class Auditor:
                 for child in children[first : first + SLICE]:
                     self._check_ghost(audit, child)
                 await _let_others(audit)
+
+        for key, facts in list(side_facts(self._tree)):
+            if key not in audit.seen:
+                self._suspect_ghost(audit, key, facts)
 
     def _check_ghost(self, audit: _Audit, child: Node) -> None:
         if isinstance(child, Directory) or child.facts is None or child in audit.seen:
@@ -382,7 +391,7 @@ class Auditor:
         return [key for key in convicted if key in audit.suspects]
 
     def _agrees(self, key: bytes, expected: _Expected) -> bool:
-        found = self._tree.find(key)
+        found = find_facts(self._tree, key)
         if found is None or expected.facts is None:
             return found is None and expected.facts is None
         held = self._contents.peek(key, expected.facts.mod_revision)
@@ -393,9 +402,9 @@ def difference(
     tree: Tree, contents: Contents, listed: Mapping[bytes, KeyValue], revision: Revision
 ) -> list[Event]:
     """Return the events that make a tree what was listed at a revision."""
-    listed = dict(listed)
+    listed = {key: entry for key, entry in listed.items() if not is_foreign(tree, key)}
     events: list[Event] = []
-    for key, facts in tree.facts():
+    for key, facts in chain(tree.facts(), side_facts(tree)):
         entry = listed.pop(key, None)
         if entry is None:
             events.append(Tombstone(key, revision))

@@ -58,7 +58,7 @@ from etcdfs.kernel import KernelCache
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
 from etcdfs.mirror import Mirror
-from etcdfs.mountpoint import SUBTYPE, prepare
+from etcdfs.mountpoint import SUBTYPE, claimed
 from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.publisher import Publisher
@@ -85,7 +85,12 @@ class Rooms:
         """Put the rooms together; nothing runs yet."""
         self.options = options
         self.store = store
-        self.tree = Tree(Keyspace(options.prefix), time.time_ns, complete=options.cache)
+        self.tree = Tree(
+            Keyspace(options.prefix),
+            time.time_ns,
+            complete=options.cache,
+            attributes=not options.no_attrs,
+        )
         self.contents = Contents(options.cache_size)
         self.kernel = KernelCache()
         self.mirror: Mirror | None = None
@@ -127,7 +132,9 @@ class Rooms:
             read_only=options.read_only,
             statistics=self.statistics,
         )
-        self.operations = Operations(self.filesystem, self.files, keep_cache=options.cache)
+        self.operations = Operations(
+            self.filesystem, self.files, self.filesystem.xattrs, keep_cache=options.cache
+        )
 
     def statistics(self) -> Mapping[str, Any]:
         """Return all counters, by room; what `user.etcdfs.statistics` and SIGUSR1 show."""
@@ -240,7 +247,10 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
     gc.disable()
     try:
         with _store_errors():
-            await tasks.start(mirror.run, progress)
+            if not mirror.revision:  # else only what comes after it failed, and is tried again
+                await tasks.start(mirror.run, progress)
+            if mirror.sides is not None:
+                await tasks.start(mirror.sides.run)
         tasks.start_soon(mirror.keep_loaded)
     finally:
         gc.enable()
@@ -337,18 +347,26 @@ def main() -> int:
     parser.add_argument("--status-fd", type=int)
     arguments = parser.parse_args()
     handover = read_options(arguments.options_fd)
+    if handover is None:
+        return 0
     reporter = open_reporter(arguments.status_fd)
+    if arguments.status_fd is not None:
+        os.chdir("/")  # a daemon must not keep anybody's disk busy
     try:
         setup_logging(handover.log, foreground=arguments.status_fd is None)
-        prepare(handover.options.mountpoint)
-        trio.run(serve, handover.options, reporter)
+        with claimed(handover.options.mountpoint):
+            trio.run(serve, handover.options, reporter)
     except BaseExceptionGroup as group:
         failure = _command_error(group)
         if failure is None:
+            log.critical("the daemon dies; this is a bug of etcdfs", exc_info=group)
             raise
         return _fail(reporter, failure)
     except CommandError as exc:
         return _fail(reporter, exc)
+    except Exception as exc:
+        log.critical("the daemon dies; this is a bug of etcdfs", exc_info=exc)
+        raise
     return 0
 
 

@@ -20,11 +20,11 @@ from typing import Any, TypeVar, final
 
 import trio
 
-from etcdfs.attributes import Attributes, Defaults
+from etcdfs.attributes import Attributes, Change, Defaults
 from etcdfs.contents import Contents
 from etcdfs.direct import Direct
 from etcdfs.errors import EtcdfsError, NotFoundError
-from etcdfs.filesystem import Change, Filesystem
+from etcdfs.filesystem import Filesystem
 from etcdfs.guard import watch_over
 from etcdfs.keys import Keyspace
 from etcdfs.mirror import Mirror
@@ -679,6 +679,8 @@ class FakeMount:
         nursery.start_soon(self.kernel.run)
         if isinstance(self.view, Mirror):
             await nursery.start(self.view.run, lambda _keys, _size: None)
+            if self.view.sides is not None:
+                await nursery.start(self.view.sides.run)
             nursery.start_soon(watch_over, self.view)
 
     def check_invariants(self) -> None:

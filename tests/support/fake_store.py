@@ -81,6 +81,7 @@ class FakeStore:
         self.range_calls: list[RangeCall] = []
         self.commit_calls: list[Transaction] = []
         self.leases: set[int] = set()
+        self._lease_ends: dict[int, float] = {}
         self._live: dict[bytes, KeyValue] = {}
         self._keys: list[bytes] = []  # every key that ever was, sorted
         self._versions: dict[bytes, list[Event]] = {}
@@ -140,6 +141,29 @@ class FakeStore:
             yield watch
         finally:
             self._watchers.discard(watch)
+
+    async def lease_grant(self, ttl_s: int) -> int:
+        """Make a lease; see the port. It ends only by `lease_revoke`."""
+        await trio.lowlevel.checkpoint()
+        lease = 0x1000 + len(self._lease_ends)
+        self.leases.add(lease)
+        self._lease_ends[lease] = trio.current_time() + ttl_s
+        return lease
+
+    async def lease_time_to_live(self, lease: int) -> int | None:
+        """Return the seconds a lease has left; see the port."""
+        await trio.lowlevel.checkpoint()
+        if lease not in self.leases:
+            return None
+        return int(self._lease_ends[lease] - trio.current_time())
+
+    async def lease_revoke(self, lease: int) -> None:
+        """End a lease; see the port."""
+        await trio.lowlevel.checkpoint()
+        self.leases.discard(lease)
+        held = [kv.key for kv in self._live.values() if kv.lease == lease]
+        if held:
+            self.commit_now(Transaction(then=tuple(Delete(key) for key in held)))
 
     async def status(self) -> StoreStatus:
         """Return a member's status."""
