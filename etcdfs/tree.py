@@ -56,16 +56,13 @@ def facts_of(entry: KeyValue) -> Facts:
 
 
 class Side(NamedTuple):
-    """Attributes of a key's own: the record, and what etcd says of the side key that has it.
-
-    With revision 0 it is not in etcd: it belongs to what is not there yet, or no longer.
-    """
+    """Attributes of a key's own, and what etcd says of the side key that has them."""
 
     record: Record
     facts: Facts
 
 
-NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)
+NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)  # not yet, or no longer
 
 
 @final
@@ -73,7 +70,6 @@ class File:
     """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services."""
 
     __slots__ = (
-        "atime_ns",
         "ctime_ns",
         "directory",
         "draft",
@@ -200,8 +196,7 @@ class Tree:
         self.complete = complete
         # --- mutable state
         self.attributes = attributes
-        # What is in side keys, by the key that it belongs to; only in a complete tree. Not all
-        # of it holds: some is older than its key, or its key is not there.
+        # Side keys by the key each belongs to, void ones too; only in a complete tree.
         self.sides: dict[bytes, Side] = {}
         self.root = Directory(ROOT_INODE, clock())
         self.root.lookups = 1
