@@ -60,6 +60,7 @@ class World:
     values: int = 0
     shown: int = 0  # the revision
     lists: int = 1
+    settled_lists: int = 1  # when it came to rest last
     inodes: dict[tuple[tuple[bytes, ...], int], int] = field(default_factory=dict)
     lied: bool = False  # the watch has done what no client can see yet
     must_list: bool = False
@@ -132,11 +133,12 @@ class World:
                 return
 
     def reorder(self, which: list[int], how: int, *, at_once: bool) -> None:
+        others = [n for n in range(len(PATHS)) if n not in which]
         with self.store.losing_events():
-            first, second = self.commit(which, how), self.commit(which[::-1], how + 1)
+            first, second = self.commit(which, 0), self.commit(others if how % 2 else which, how)
         if at_once:  # seen at once, and not applied
             self.must_list = True
-            self.store.deliver_now([second, first])
+            self.lied |= not self.store.deliver_now([second, first])
         else:
             self.lied = True
             self.store.deliver_now([second], [first])
@@ -188,17 +190,17 @@ class World:
 
     async def settle(self) -> None:
         """Let it all come to rest: etcd is quiet, and honest."""
-        lists = self.lists
         self.store.release_watches()
         await trio.sleep(20)
         if self.lied:
-            await trio.sleep(AUDIT_S * 2 + 20)
+            await trio.sleep(AUDIT_S * 4)
         elif not self.must_list:
             replica = self.mount.mirror.replica
             assert replica is not None
-            assert replica.statistics().lists == lists, "resumable"
+            assert replica.statistics().lists == self.settled_lists, "resumable"
         self.lied = self.must_list = False
         await self.check()
+        self.settled_lists = self.lists
         assert await self.see() == self.histories[-1][self.store.revision], "reliable"
         self.histories = self.histories[-1:]
         self.inodes.clear()

@@ -279,15 +279,14 @@ class FakeStore:
             for watch in self._watchers:
                 watch.skip()
 
-    def deliver_now(self, *messages: Sequence[int]) -> None:
-        """Have every watch told of revisions, whether or not that was done.
+    def deliver_now(self, *messages: Sequence[int]) -> bool:
+        """Have every watch told of revisions, whether or not that was done; say if there is one.
 
         Args:
             messages: The revisions of each message, in their order.
         """
-        for watch in self._watchers:
-            for revisions in messages:
-                watch.send(revisions)
+        told = [watch.send(revisions) for watch in self._watchers for revisions in messages]
+        return all(told) and bool(told)
 
     def go_back_now(self, revision: int) -> None:
         """Become what a snapshot of `revision` was: another history from there on."""
@@ -457,12 +456,13 @@ class FakeWatch:
             self._questions = 0
         self._changed.set()
 
-    def send(self, revisions: Sequence[int]) -> None:
-        """Tell of some revisions in one message."""
+    def send(self, revisions: Sequence[int]) -> bool:
+        """Tell of some revisions in one message; say if the watch stands."""
         events = tuple(e for revision in revisions for e in self._events_of(revision))
         if events and self._opened and self._error is None:
             self._on_its_way.append(WatchEvents(events, events[-1].mod_revision))
             self._changed.set()
+        return self._opened and self._error is None
 
     def skip(self) -> None:
         """Go on after the newest revision."""
