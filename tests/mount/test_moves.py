@@ -22,6 +22,7 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
 RACERS = 50
+FEWER = 12
 
 
 def tree_of(directory: Path) -> dict[str, bytes | None]:
@@ -183,8 +184,7 @@ def test_b160_one_revision_of_any_keys(lab: Lab) -> None:
     del found[b""]
     assert {key: f.value for key, f in found.items()} == {b"e" + name: name for name in names}
     assert {f.mod_revision for f in found.values()} == {before + 1}
-    if lab.mounted.statistics()["mirror"] is not None:
-        lab.shown(before + 1)
+    lab.shown(before + 1)
     assert (lab.path / "e" / "%value").read_bytes() == b""
     assert (lab.path / "e" / "x").read_bytes() == b"/x"
 
@@ -227,7 +227,7 @@ def test_b160_nothing_a_foreign_writer_does_meanwhile_is_lost(lab: Lab) -> None:
 
     def write() -> None:
         with closing(Client(lab.etcd.endpoint)) as client:
-            for n in range(100_000):
+            for n in range(1500):
                 key = lab.key(f"d/{n % 20}")
                 puts[key] = client.put(key, b"%d" % n)
                 if done.is_set():
@@ -342,7 +342,8 @@ def test_b163_what_may_not_be_changes_nothing(lab: Lab) -> None:
     assert (lab.own_keys(), lab.client.revision()) == before
 
 
-def test_b32_a_read_only_mount_moves_nothing(lab: Lab, pool: Pool, etcd_binary: Path) -> None:
+def test_b32_a_read_only_mount_moves_nothing(cached: Lab, pool: Pool) -> None:
+    lab = cached
     sh(lab.path, "mkdir d e; echo 1 > d/f")
     before = lab.client.revision()
     with pool.private(lab.etcd, "--cache", "--read-only") as mounted:
