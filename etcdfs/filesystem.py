@@ -445,6 +445,7 @@ class Filesystem:
         file = file_in(directory, name)
         if file.facts is None and not await self._is_published(file, directory):
             self._view.let_go(self._view.switch.withdraw(directory, name, gone=True))
+            self._files.give_up_name(key)
             return
         if name == MARKER_NAME:
             await self._unlink_marker(directory, key)
@@ -459,6 +460,7 @@ class Filesystem:
                 await self._settle(committed, events_of(removal, committed), locked)
             finally:
                 self._view.switch.withdraw_intent(key, intent)
+        self._files.give_up_name(key)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         """Delete an empty directory's marker.

@@ -145,6 +145,7 @@ class Moves:
                     replaced_side=self._side(new, target.node) is not None,
                 )
                 await self._move(file, move)
+        self._files.give_up_name(old)
 
     async def _move(self, file: File, move: _FileMove) -> None:
         intents = self._view.switch.intents

@@ -971,6 +971,12 @@ class FilesystemMachine(RuleBasedStateMachine):
             assert not [k for k in self.live() if k.startswith(marker)]
             self.check_parent_stays(marker)
 
+    @property
+    def shown_revision(self) -> int:
+        """What the mount shows is at least that new."""
+        view = self.mount.view
+        return view.revision if isinstance(view, Mirror) else self.store.revision
+
     @precondition(lambda self: self.may_lock)
     @rule(choice=st.integers(0, 20), path=_paths, race=_races, early=st.booleans())
     def unlink(self, choice: int, path: Path, race: list[Foreign] | None, early: bool) -> None:
@@ -987,9 +993,10 @@ class FilesystemMachine(RuleBasedStateMachine):
         current = self.store.current(key)
         if path[-1] == b"%marker":
             assert current is None or not current.value
-        else:
+        elif current is None or current.mod_revision <= self.shown_revision:
             assert current is None
             self.check_parent_stays(key)
+        # Else what went was made here, and never reached etcd; the key is not seen here yet.
         for version in self.versions.values():
             if version.key == key and (version.published is not None) == (key in self.raced):
                 version.key = None
@@ -1075,8 +1082,8 @@ class FilesystemMachine(RuleBasedStateMachine):
                 continue
             now = self.store.current(new_key(key, known))
             if version.published is None:
-                if self.mount.tree.is_attached(self.mount.tree.node(inode.number)):
-                    version.key = new_key(key, known)
+                is_shown = self.mount.tree.is_attached(self.mount.tree.node(inode.number))
+                version.key = new_key(key, known) if is_shown else None
             elif (
                 key in known
                 and now is not None
@@ -1105,24 +1112,28 @@ class FilesystemMachine(RuleBasedStateMachine):
                     version.published = now
                 else:
                     version.key = None
+            elif version.key == source:
+                version.key = None  # it was never in etcd, and its name was taken away
 
     def rename_error(self, old: Path, new: Path, flags: int, view: View) -> int:
         found = self.parent_error(old, view) or self.parent_error(new, view)
+        if not found and old not in view:
+            found = errno.ENOENT
+        if not found and new[: len(old)] == old:
+            found = errno.EINVAL
+        if not found and old[: len(new)] == new:
+            found = errno.EINVAL if flags == EXCHANGE else errno.ENOTEMPTY
         if found:
             return found
-        if old not in view:
-            return errno.ENOENT
-        if new[: len(old)] == old:
-            return errno.EINVAL
-        if old[: len(new)] == new:
-            return errno.EINVAL if flags == EXCHANGE else errno.ENOTEMPTY
         if flags == EXCHANGE:
             return self.exchange_error(old, new, view)
-        if new in view:
-            if flags:
-                return errno.EEXIST
-            if (view[old] is None) != (view[new] is None):
-                return errno.EISDIR if view[new] is None else errno.ENOTDIR
+        if new in view and flags:
+            return errno.EEXIST
+        return self.replacing_error(old, new, view)
+
+    def replacing_error(self, old: Path, new: Path, view: View) -> int:
+        if new in view and (view[old] is None) != (view[new] is None):
+            return errno.EISDIR if view[new] is None else errno.ENOTDIR
         if view[old] is not None:
             return 0 if is_possible_file(new) else errno.EPERM
         if new in view and any(path[:-1] == new for path in view if path):
