@@ -234,9 +234,17 @@ class OpenFiles:
 
         Such a file was never in etcd, so that nothing there tells its late flush of the removal.
         """
+        self._give_up(lambda lost: lost == key)
+
+    def give_up_below(self, prefix: bytes) -> None:
+        """Note that all names below a prefix were taken away; see `give_up_name`."""
+        self._give_up(lambda lost: lost.startswith(prefix))
+
+    def _give_up(self, is_given_up: Callable[[bytes], bool]) -> None:
         for opened in self._open.values():
-            if opened.file.facts is None and opened.file.lost_key == key:
-                opened.file.lost_key = None
+            file = opened.file
+            if file.facts is None and file.lost_key is not None and is_given_up(file.lost_key):
+                file.lost_key = None
 
     @asynccontextmanager
     async def settled(self, file: File) -> AsyncIterator[None]:

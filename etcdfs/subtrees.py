@@ -199,6 +199,10 @@ class Subtrees:
             return await self._try_to_move(node, source, target, replace=replace)
 
         await self._carry_out(attempt, source, target)
+        if source.own is not None:
+            self._files.give_up_name(source.own)
+        if source.prefix is not None:
+            self._files.give_up_below(source.prefix)
         if target.node is not node:
             self._view.let_go(_entries(source, target))
         node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)

@@ -12,17 +12,16 @@ import multiprocessing.synchronize
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import MutableSequence, Sequence
 
 _TIMEOUT_S = 45.0
 
 
-def race(calls: Sequence[tuple[str | Path, ...]]) -> list[int]:
+def race(calls: Sequence[tuple[str, ...]]) -> list[int]:
     """Make all calls at once; return the errno of each, 0 for success."""
     done = subprocess.run(
         [sys.executable, "-P", __file__],
-        input=json.dumps([[str(part) for part in call] for call in calls]),
+        input=json.dumps(calls),
         capture_output=True,
         text=True,
         check=True,
@@ -46,14 +45,17 @@ _CALLS = {
 
 
 def _run(
-    call: list[str], ready: multiprocessing.synchronize.Barrier, found: Sequence[int], at: int
+    call: list[str],
+    ready: multiprocessing.synchronize.Barrier,
+    found: MutableSequence[int],
+    at: int,
 ) -> None:
     name, *arguments = call
     ready.wait(_TIMEOUT_S)
     try:
         _CALLS[name](*arguments)  # type: ignore[operator]
     except OSError as exc:
-        found[at] = exc.errno or -1  # type: ignore[index]
+        found[at] = exc.errno or -1
 
 
 def _main() -> None:
@@ -69,7 +71,7 @@ def _main() -> None:
     for runner in runners:
         runner.join(_TIMEOUT_S)
         assert runner.exitcode == 0, "a runner hung or died"
-    json.dump(list(found), sys.stdout)
+    json.dump(found[:], sys.stdout)
 
 
 if __name__ == "__main__":
