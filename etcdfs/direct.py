@@ -32,12 +32,11 @@ from etcdfs.store import (
     KeyValue,
     Page,
     Store,
-    Transaction,
     range_end,
 )
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree, facts_of
-from etcdfs.values import value_of
+from etcdfs.values import read_together, value_of
 
 FIRST_LIMIT: Final = 64
 MAX_LIMIT: Final = 4096
@@ -97,8 +96,8 @@ class Direct:
             return found
 
     async def _answers(self, questions: list[Question]) -> Found:
-        gets = tuple(get for _, get in questions)
-        return answers_to(questions, await self._store.commit(Transaction((), gets)))
+        gets = [get for _, get in questions]
+        return answers_to(questions, await read_together(self._store, gets))
 
     async def listing(self, directory: Directory) -> None:
         """See `View.listing`: as many requests as the level has entries, whatever is below."""

@@ -91,7 +91,7 @@ class OpenFiles:
         file.handles += 1
         if file.facts is None:
             draft = Draft(b"", whole=True)
-            draft.is_bare = not flags & os.O_TRUNC
+            draft.is_bare = draft.is_added = not flags & os.O_TRUNC
             draft.mtime_ns = file.mtime_ns
             file.draft = draft
         else:
@@ -158,7 +158,13 @@ class OpenFiles:
                 except FileTooLargeError:
                     draft.is_torn = True
                     raise
-            draft.write(offset, data, append=opened.append, now_ns=self._now(file))
+            draft.write(
+                offset,
+                data,
+                append=opened.append,
+                now_ns=self._now(file),
+                blind=not opened.readable,
+            )
         return len(data)
 
     async def truncate(self, file: File, size: int) -> None:
@@ -202,7 +208,13 @@ class OpenFiles:
             return  # a reader's close publishes nobody else's writes
         if isinstance(opened.file.draft, Draft) and not len(opened.file.draft) and is_held():
             return
-        await self._publisher.publish(opened.file)
+        draft = opened.file.draft
+        try:
+            await self._publisher.publish(opened.file)
+        except EtcdfsError:
+            if isinstance(draft, Draft):
+                draft.is_refused = True
+            raise
         self._drop_clean_draft(opened.file)
 
     async def release(self, handle: int) -> None:

@@ -188,7 +188,6 @@ class Publisher:
                 _check_whole(draft, key)
                 await self._publish(file, draft, key)
             except (StoreError, WriteConflictError, FileTooLargeError):
-                draft.is_refused = True
                 await self._abandon(file)
                 raise
 
@@ -263,25 +262,31 @@ class Publisher:
     ) -> _Done | None:
         match draft.kind:
             case Kind.WHOLE if file.facts is None:
-                return await self._put_new(draft, key, intent, company)
+                return await self._put_new(file, draft, key, intent, company)
             case Kind.WHOLE:
                 return await self._replace(file, draft, key, intent, company)
             case _:
                 return await self._change(file, draft, key, intent, company)
 
-    async def _put_new(self, draft: Draft, key: bytes, intent: Intent, company: Company) -> _Done:
+    async def _put_new(
+        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+    ) -> _Done | None:
         """Publish a file made here: it takes the name, whoever else took it meanwhile.
 
-        Unless nothing was written: what O_CREAT finds stays as it is.
+        Unless nothing was written, for what O_CREAT finds stays as it is, or all was appended:
+        then it is added to what is there.
         """
         value = intent.value = draft.value
         is_marker = key.endswith(b"/")  # it is there with its directory, and means no file then
-        when = (absent(key),) if draft.is_bare and not is_marker else ()
+        yields = (draft.is_bare or draft.is_added) and not is_marker
+        when = (absent(key),) if yields else ()
         put = Transaction(when, (*_put(key, value), *company.changed), (Get(key),))
         committed = await self._send(draft, put, value)
         if not committed.succeeded:
             (found,) = page_of(committed.results[0]).entries
-            return _Done(facts_of(found), found.value, merged=True)
+            if draft.is_bare:
+                return _Done(facts_of(found), found.value, merged=True)
+            return await self._change(file, draft, key, intent, company, found)
         return _done(put, committed, value)
 
     async def _replace(
@@ -310,14 +315,23 @@ class Publisher:
         return _done(put, committed, value)
 
     async def _change(
-        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+        self,
+        file: File,
+        draft: Draft,
+        key: bytes,
+        intent: Intent,
+        company: Company,
+        others: KeyValue | None = None,
     ) -> _Done | None:
-        """Append to the newest value, or overwrite part of the one that was read."""
-        assert file.facts is not None
-        facts, base = file.facts, draft.base
-        merged = False
+        """Append to the newest value, or overwrite part of the one that was read.
+
+        Start from `others`, if the file is a new one and they were first.
+        """
+        facts = file.facts if others is None else facts_of(others)
+        assert facts is not None
+        base, merged = (draft.base, False) if others is None else (others.value, True)
         for _ in range(MAX_REBASES):
-            value = intent.value = base + draft.tail if draft.kind is Kind.APPEND else draft.value
+            value = intent.value = base + draft.tail if draft.adds else draft.value
             self.check_size(file, len(value))
             if merged:
                 intent.file = None
@@ -340,7 +354,7 @@ class Publisher:
                 return _Done(facts_of(found), found.value, merged=found.value != arrived)
             if arrived is not None:
                 draft.published(arrived)
-            if draft.kind is not Kind.APPEND and found.value != arrived:
+            if not draft.adds and found.value != arrived:
                 msg = f"{key!r} was changed by another client (revision {found.mod_revision})"
                 raise WriteConflictError(msg)
             facts = facts_of(found)
@@ -385,7 +399,7 @@ class Publisher:
         for sent, meant in reversed(draft.tries):
             if found.value == sent:
                 return meant
-            if draft.kind is Kind.APPEND and found.value.startswith(sent):
+            if draft.adds and found.value.startswith(sent):
                 return meant
         return None
 

@@ -146,15 +146,20 @@ class Version:
     handles: int = 0
     failed: bool = False
     is_bare: bool = False
+    is_added: bool = False
+    is_blind: bool = True
+    is_refused: bool = False
     made_at: int = 0
 
     def __post_init__(self) -> None:
         self.origin = list(range(len(self.base)))
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes, *, appends: bool, blind: bool) -> None:
         if not data:
             return
-        self.is_bare = False
+        self.is_bare = self.is_refused = False
+        self.is_added = self.is_added and appends
+        self.is_blind = self.is_blind and blind
         if offset != len(self.content):
             self.only_appends = False
         gap = max(0, offset - len(self.content))
@@ -170,7 +175,7 @@ class Version:
             self.is_emptied = True
         elif size == len(self.content):
             return
-        self.is_bare = False
+        self.is_bare = self.is_added = self.is_refused = False
         self.only_appends = False
         grown = max(0, size - len(self.content))
         self.content = self.content[:size] + bytes(grown)
@@ -187,7 +192,8 @@ class Version:
         kept = len(self.base)
         if self.origin[:kept] == list(range(kept)):
             return {"append", "partial"}
-        return {"partial"} if any(o is not None for o in self.origin) else {"whole", "partial"}
+        kept_any = any(o is not None for o in self.origin) or not self.is_blind
+        return {"partial"} if kept_any else {"whole", "partial"}
 
     def outcomes(self, current: KeyValue | None) -> list[tuple[int, bytes | None]]:
         """Return the acceptable (errno, value put; None for nothing) of a flush."""
@@ -195,6 +201,8 @@ class Version:
             return [(0, None)]
         if self.published is None:
             stays = self.is_bare and current is not None and not self.key.endswith(b"/")
+            if self.is_added and current is not None and not stays and not self.key.endswith(b"/"):
+                return [(0, current.value + self.content)]
             return [(0, None if stays else self.content)]
         if current is None or current.create_revision != self.published.create_revision:
             return [(0, None)]
@@ -219,8 +227,8 @@ class Version:
             self.published = found
         self.base = self.content
         self.origin = list(range(len(self.base)))
-        self.is_dirty = self.is_emptied = False
-        self.only_appends = True
+        self.is_dirty = self.is_emptied = self.is_added = False
+        self.only_appends = self.is_blind = True
 
 
 @dataclass(eq=False)
@@ -739,7 +747,7 @@ class FilesystemMachine(RuleBasedStateMachine):
                 version = Version(self.mount.tree.key_of(node), b"", b"", None)
                 version.made_at = self.store.revision
                 version.is_dirty = True
-                version.is_bare = not handle.flags & os.O_TRUNC
+                version.is_bare = version.is_added = not handle.flags & os.O_TRUNC
             else:
                 key = self.mount.tree.key_of(node) or key_at(path)
                 found = self.store._at(key, node.facts.mod_revision)
@@ -782,7 +790,8 @@ class FilesystemMachine(RuleBasedStateMachine):
             return
         call = self.call(lambda: self.mount.kernel.write(opened.handle, offset, data))
         assert call.value == len(data)
-        version.write(offset, data)
+        blind = opened.handle.flags & os.O_ACCMODE == os.O_WRONLY
+        version.write(offset, data, appends=bool(appends), blind=blind)
 
     def is_locked(self, opened: Open) -> bool:
         """Say whether a publication of the file is waiting, so that writers wait, too."""
@@ -859,7 +868,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         self, version: Version, error: int, before: KeyValue | None, now: KeyValue | None
     ) -> None:
         """Take note of what a flush did."""
-        version.failed = bool(error)
+        version.failed = version.is_refused = bool(error)
         if error or version.key is None:
             return
         if version.key.endswith(b"/") and not version.content:
@@ -889,7 +898,7 @@ class FilesystemMachine(RuleBasedStateMachine):
             assert call.errno == 0
         now = None if key is None else self.store.current(key)
         put = now.value if now is not None and now != current else None
-        if (opened.is_writable or opened.is_creator) and not writers:
+        if (opened.is_writable or opened.is_creator) and not writers and not version.is_refused:
             acceptable = [value for _, value in version.outcomes(current)]
             assert put in acceptable, f"release put {put!r}, expected one of {acceptable}"
             if version.is_dirty:

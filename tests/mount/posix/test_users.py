@@ -29,6 +29,11 @@ def owner_of(path: Path) -> tuple[int, int]:
     return found.st_uid, found.st_gid
 
 
+def make_two() -> None:
+    Path("f").touch()
+    os.mkdir("d")
+
+
 # --- what is stored -------------------------------------------------------------------------
 
 
@@ -112,7 +117,7 @@ def test_writing_clears_set_id_bits(place: Path) -> None:
 def test_a_set_gid_directory_hands_its_group_down(place: Path) -> None:
     os.chown(place, -1, OTHER)
     place.chmod(0o2777)
-    as_user(place, lambda: (Path("f").touch(), os.mkdir("d")))
+    as_user(place, make_two)
     assert owner_of(place / "f") == (NOBODY, OTHER)
     assert owner_of(place / "d") == (NOBODY, OTHER)
     assert mode_of(place / "d") & stat.S_ISGID
@@ -223,7 +228,7 @@ def test_who_makes_it_owns_it(place: Path) -> None:
 
 def test_a_sticky_directory(place: Path) -> None:
     place.chmod(0o1777)
-    as_user(place, lambda: (Path("f").touch(), os.mkdir("d")))
+    as_user(place, make_two)
 
     def attempt() -> list[str | None]:
         return [

@@ -253,7 +253,7 @@ def test_tempfile(place: Path) -> None:
         assert Path(named.name).read_bytes() == b"value"
     with tempfile.TemporaryDirectory(dir=place) as directory:
         (Path(directory) / "f").touch()
-    with tempfile.SpooledTemporaryFile(max_size=10, dir=place) as spooled:
+    with tempfile.SpooledTemporaryFile(10, "w+b", dir=place) as spooled:
         spooled.write(b"x" * 100)
         spooled.seek(0)
         assert len(spooled.read()) == 100
@@ -288,7 +288,7 @@ def test_mailbox_mbox(place: Path) -> None:
         for n in range(3):
             box.add(f"Subject: {n}\n\nbody {n}\n")
     with locked(box):
-        box.remove(1)
+        box.discard(box.keys()[1])
     box.close()
     with closing(mailbox.mbox(place / "mbox")) as again:
         assert [message["subject"] for message in again] == ["0", "2"]
