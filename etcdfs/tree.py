@@ -242,11 +242,7 @@ class Tree:
         raise StaleError(msg)
 
     def find(self, key: bytes) -> tuple[Node, Facts] | None:
-        """Return who stands for a key of the keyspace, and what is known of it.
-
-        That is a file, or the directory whose marker it is; None if etcd is not known to have
-        such a key.
-        """
+        """Return who stands for a key, a file or the marker's directory, and what is known."""
         names, is_marker = self.keyspace.locate(key)
         node: Node | None = self.root
         for name in names:
