@@ -33,6 +33,8 @@ class Draft:
         base: The published value the draft starts from.
         kind: What the changes since `base` amount to.
         mtime_ns: When it was last changed.
+        times: What utimens(2) set mtime and atime to (None: not atime); they hold for the
+            version that is yet to be published, unless it was changed after that.
         tries: What was sent to etcd without an answer, to be recognised later, each with all
             that the draft was then (others' bytes may come before ours in what was sent).
         is_bare: Whether the file was only made, neither emptied nor written to: it must not
@@ -49,6 +51,7 @@ class Draft:
         "is_torn",
         "kind",
         "mtime_ns",
+        "times",
         "tries",
     )
 
@@ -57,6 +60,7 @@ class Draft:
         self.base = base
         self.kind = Kind.WHOLE if whole else Kind.NONE
         self.mtime_ns = 0
+        self.times: tuple[int, int | None] | None = None
         self.tries: list[tuple[bytes, bytes]] = []
         self.is_bare = False
         self.is_torn = False
@@ -81,6 +85,11 @@ class Draft:
     def tail(self) -> bytes:
         """What was added past the old end."""
         return bytes(self._buffer[len(self.base) :])
+
+    @property
+    def times_set(self) -> tuple[int, int | None] | None:
+        """The times that were set, if nothing was written since."""
+        return self.times if self.times is not None and self.times[0] == self.mtime_ns else None
 
     def read(self, offset: int, size: int) -> bytes:
         """Return up to `size` bytes from `offset` on."""

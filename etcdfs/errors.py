@@ -106,6 +106,18 @@ class NotPermittedError(CallerError):
     errno = errno.EPERM
 
 
+class NoAttributeError(CallerError):
+    """There is no extended attribute of that name."""
+
+    errno = errno.ENODATA
+
+
+class AttributesFullError(CallerError):
+    """No more extended attributes fit beside those that are there (setxattr(2): ENOSPC)."""
+
+    errno = errno.ENOSPC
+
+
 class InvalidRequestError(CallerError):
     """The arguments make no sense together."""
 
@@ -170,6 +182,18 @@ class StorePermissionError(StoreError):
     """etcd's roles do not allow it, or it wants a user and was given none."""
 
     errno = errno.EACCES
+
+
+class MirrorStaleError(StoreError):
+    """etcd has not been heard for so long that what is known must not be shown any more."""
+
+    level = logging.DEBUG  # said once, when it begins
+
+
+class MirrorDeniedError(StorePermissionError):
+    """etcd no longer lets this mount read what it knows, so it must not be shown any more."""
+
+    level = logging.DEBUG  # said once, when it begins
 
 
 class StoreFullError(StoreError):

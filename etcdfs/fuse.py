@@ -40,10 +40,11 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from etcdfs.attributes import BLOCK_SIZE, Attributes
+from etcdfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError, FuseRefusedError
-from etcdfs.filesystem import Change, Filesystem
+from etcdfs.filesystem import Filesystem
 from etcdfs.openfiles import OpenFiles
+from etcdfs.xattrs import Xattrs
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +88,15 @@ def handler(
 class Operations(pyfuse3.Operations):
     """What pyfuse3 calls."""
 
-    def __init__(self, filesystem: Filesystem, files: OpenFiles, *, keep_cache: bool) -> None:
+    def __init__(
+        self, filesystem: Filesystem, files: OpenFiles, xattrs: Xattrs, *, keep_cache: bool
+    ) -> None:
         """Serve `filesystem`; `keep_cache` lets pages outlive the last close of a file."""
         super().__init__()
         # --- dependencies
         self._filesystem = filesystem
         self._files = files
+        self._xattrs = xattrs
         # --- constants
         self._keep_cache = keep_cache
         # --- mutable state
@@ -130,13 +134,13 @@ class Operations(pyfuse3.Operations):
         rdev: int,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        return _pack(await self._filesystem.mknod(parent_inode, name, mode))
+        return _pack(await self._filesystem.mknod(parent_inode, name, mode, _caller(ctx)))
 
     @handler
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> EntryAttributes:
-        return _pack(await self._filesystem.mkdir(parent_inode, name))
+        return _pack(await self._filesystem.mkdir(parent_inode, name, mode, _caller(ctx)))
 
     @handler
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
@@ -162,11 +166,12 @@ class Operations(pyfuse3.Operations):
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        raise FUSEError(errno.EPERM)  # symlink(2): the filesystem does not support it
+        made = await self._filesystem.symlink(parent_inode, name, target, _caller(ctx))
+        return _pack(made)
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        raise FUSEError(errno.EINVAL)  # readlink(2): not a symbolic link
+        return FileNameT(await self._filesystem.readlink(inode))
 
     @handler
     async def link(
@@ -217,24 +222,21 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        value = await self._filesystem.getxattr(inode, name)
-        if value is None:
-            raise FUSEError(pyfuse3.ENOATTR)
-        return value
+        return await self._xattrs.getxattr(inode, name)
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        return ()
+        return [XAttrNameT(name) for name in await self._xattrs.listxattr(inode)]
 
     @handler
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        raise FUSEError(errno.ENOTSUP)
+        await self._xattrs.setxattr(inode, name, value)
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        raise FUSEError(errno.ENOTSUP)
+        await self._xattrs.removexattr(inode, name)
 
     # --- files ------------------------------------------------------------------------------
 
@@ -254,7 +256,9 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
-        handle, attributes = await self._filesystem.create(parent_inode, name, flags)
+        handle, attributes = await self._filesystem.create(
+            parent_inode, name, flags, mode, _caller(ctx)
+        )
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self._openers[handle] = (ctx.pid, InodeT(attributes.inode))
         info = FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
@@ -381,6 +385,10 @@ def _is_writer_of(inode: int, fdinfo: str) -> bool:
 
 
 _DOTS: Final = 2  # "." and ".." come first in every listing
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid)
 
 
 def _pack(attributes: Attributes) -> EntryAttributes:

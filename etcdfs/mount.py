@@ -21,11 +21,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 import trio
 
@@ -43,7 +44,16 @@ from etcdfs.errors import (
 from etcdfs.etcd import open_store
 from etcdfs.filesystem import Filesystem
 from etcdfs.fuse import FuseMount, Operations
-from etcdfs.handshake import Failed, Progress, Ready, Reporter, open_reporter, read_options
+from etcdfs.guard import watch_over
+from etcdfs.handshake import (
+    Failed,
+    Progress,
+    Ready,
+    Reporter,
+    Waiting,
+    open_reporter,
+    read_options,
+)
 from etcdfs.kernel import KernelCache
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
@@ -58,6 +68,11 @@ from etcdfs.view import View
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+RETRY_S: Final = 1.0
+"""Pause between two attempts to reach an etcd that is waited for."""
+
 FLUSH_TIMEOUTS: Final = 2
 """Times `--timeout` that drafts may take to be published when the mount is taken down."""
 
@@ -70,7 +85,12 @@ class Rooms:
         """Put the rooms together; nothing runs yet."""
         self.options = options
         self.store = store
-        self.tree = Tree(Keyspace(options.prefix), time.time_ns, complete=options.cache)
+        self.tree = Tree(
+            Keyspace(options.prefix),
+            time.time_ns,
+            complete=options.cache,
+            attributes=not options.no_attrs,
+        )
         self.contents = Contents(options.cache_size)
         self.kernel = KernelCache()
         self.mirror: Mirror | None = None
@@ -82,6 +102,11 @@ class Rooms:
                 self.tree,
                 self.kernel,
                 settle_timeout_s=options.settle_timeout_s,
+                timeout_s=options.timeout_s,
+                watch_timeout_s=options.watch_timeout_s,
+                max_stale_s=options.max_stale_s,
+                audit_interval_s=options.audit_interval_s,
+                linearizable=options.linearizable,
             )
         else:
             self.view = Direct(store, self.contents, self.tree)
@@ -102,12 +127,14 @@ class Rooms:
                 dir_mode=options.dir_mode,
                 umask=options.umask,
             ),
-            kernel_timeout_s=options.kernel_timeout_s if options.cache else 0.0,
+            kernel_timeout_s=_kernel_timeout_s(options),
             timeout_s=options.timeout_s,
             read_only=options.read_only,
             statistics=self.statistics,
         )
-        self.operations = Operations(self.filesystem, self.files, keep_cache=options.cache)
+        self.operations = Operations(
+            self.filesystem, self.files, self.filesystem.xattrs, keep_cache=options.cache
+        )
 
     def statistics(self) -> Mapping[str, Any]:
         """Return all counters, by room; what `user.etcdfs.statistics` and SIGUSR1 show."""
@@ -122,6 +149,8 @@ class Rooms:
         }
         if self.mirror is not None:
             counters["mirror"] = asdict(self.mirror.statistics())
+            counters["link"] = asdict(self.mirror.link.statistics())
+            counters["audit"] = asdict(self.mirror.auditor.statistics())
             if self.mirror.replica is not None:
                 counters["replica"] = asdict(self.mirror.replica.statistics())
         return counters
@@ -145,11 +174,13 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
         ending = _Ending(nursery.cancel_scope)
         await nursery.start(ending.run)
         async with AsyncExitStack() as stack:
-            rooms, client_url = await _open_rooms(stack, options)
+            waiting = _Waiting(options.wait_for_etcd_s, reporter)
+            rooms, client_url = await _open_rooms(stack, options, waiting)
             tasks = await stack.enter_async_context(trio.open_nursery())
             stack.callback(tasks.cancel_scope.cancel)
             if rooms.mirror is not None:
-                await _sync(tasks, rooms.mirror, reporter)
+                await waiting.until_done(partial(_sync, tasks, rooms.mirror, reporter))
+                tasks.start_soon(watch_over, rooms.mirror)
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:
                 rooms.kernel.start()
@@ -162,16 +193,49 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def _open_rooms(stack: AsyncExitStack, options: MountOptions) -> tuple[Rooms, str | None]:
+async def _open_rooms(
+    stack: AsyncExitStack, options: MountOptions, waiting: "_Waiting"
+) -> tuple[Rooms, str | None]:
     endpoints: tuple[Endpoint, ...] = options.endpoints
     client_url = None
     if options.embedded:
         directory = default_data_dir() if options.data_dir is None else Path(options.data_dir)
         embedded = await stack.enter_async_context(open_embedded(directory))
         endpoints, client_url = (embedded,), f"http://{embedded}"
-    with _store_errors():
-        store = await stack.enter_async_context(open_store(endpoints, timeout_s=options.timeout_s))
-    return Rooms(options, store), client_url
+
+    async def connect() -> Store:
+        with _store_errors():
+            opening = open_store(endpoints, timeout_s=options.timeout_s)
+            return await stack.enter_async_context(opening)
+
+    return Rooms(options, await waiting.until_done(connect)), client_url
+
+
+@final
+class _Waiting:
+    """Tries again what etcd does not answer, for `--wait-for-etcd` from now on."""
+
+    def __init__(self, patience_s: float, reporter: Reporter) -> None:
+        self._deadline = trio.current_time() + patience_s
+        self._reporter = reporter
+
+    async def until_done(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return what the attempt returns; what etcd refuses is not tried again.
+
+        Raises:
+            EtcdUnreachableError: It did not answer in time.
+            EtcdRefusedError: It refused.
+        """
+        while True:
+            try:
+                return await attempt()
+            except EtcdUnreachableError as exc:
+                left_s = self._deadline - trio.current_time()
+                if left_s <= 0:
+                    raise
+                log.info("waiting for etcd, for another %.0f s: %s", left_s, exc)
+                self._reporter.report(Waiting(reason=str(exc), left_s=left_s))
+                await trio.sleep(min(RETRY_S, left_s))
 
 
 async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None:
@@ -183,7 +247,10 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
     gc.disable()
     try:
         with _store_errors():
-            await tasks.start(mirror.run, progress)
+            if not mirror.revision:  # else only what comes after it failed, and is tried again
+                await tasks.start(mirror.run, progress)
+            if mirror.sides is not None:
+                await tasks.start(mirror.sides.run)
         tasks.start_soon(mirror.keep_loaded)
     finally:
         gc.enable()
@@ -234,6 +301,11 @@ class _Ending:
                     rooms, mount = self._serving
                     await rooms.flush()
                     mount.stop()
+
+
+def _kernel_timeout_s(options: MountOptions) -> float:
+    """Return how long the kernel may go without asking; not at all if each answer must be new."""
+    return options.kernel_timeout_s if options.cache and not options.linearizable else 0.0
 
 
 def _kernel_options(options: MountOptions) -> set[str]:

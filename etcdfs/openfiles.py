@@ -69,21 +69,22 @@ class OpenFiles:
             ReadOnlyError: It is opened for writing on a read-only mount.
             StoreError: Its value is not here and cannot be fetched.
         """
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        if writable and self._read_only:
+        # Linux empties a file that is opened for reading with O_TRUNC, too (open(2), BUGS).
+        changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if changes and self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
         self._view.switch.tree.check_usable(file)
         file.handles += 1  # keeps it while we wait
         try:
             await self._load(file)
-            if writable and flags & os.O_TRUNC:
+            if flags & os.O_TRUNC:
                 async with self._publisher.lock(file):
                     self._draft(file).truncate(0, self._now(file))
         except BaseException:
             self._unpin(file)
             raise
-        return self._add(file, flags, publishes=writable)
+        return self._add(file, flags, publishes=changes)
 
     def open_new(self, file: File, flags: int) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""
@@ -122,7 +123,12 @@ class OpenFiles:
     # --- using ------------------------------------------------------------------------------
 
     def read(self, handle: int, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes at `offset`; fewer only at the end of the file."""
+        """Return up to `size` bytes at `offset`; fewer only at the end of the file.
+
+        Raises:
+            StoreError: What is known must not be shown; see `View.check`.
+        """
+        self._view.check()
         file = self._opened(handle).file
         if isinstance(file.draft, Draft):
             return file.draft.read(offset, size)
@@ -226,11 +232,19 @@ class OpenFiles:
         if not file.handles:
             self._publisher.release(file)
 
-    def set_mtime(self, node: Node, mtime_ns: int) -> None:
-        """Set the mtime as utimens(2) does; of unpublished writes, too."""
-        node.mtime_ns = mtime_ns
-        if isinstance(node, File) and isinstance(node.draft, Draft):
-            node.draft.mtime_ns = mtime_ns
+    def is_being_written(self, node: Node) -> bool:
+        """Say whether there are writes of which etcd does not know yet."""
+        return isinstance(node, File) and isinstance(node.draft, Draft) and node.draft.is_dirty
+
+    def set_times(self, file: File, mtime_ns: int, atime_ns: int | None, *, keep: bool) -> None:
+        """Show the times of unpublished writes as utimens(2) sets them.
+
+        With `keep` they go to etcd along with what was written.
+        """
+        file.mtime_ns = mtime_ns
+        if isinstance(file.draft, Draft):
+            file.draft.mtime_ns = mtime_ns
+            file.draft.times = (mtime_ns, atime_ns) if keep else None
 
     async def flush_all(self) -> list[tuple[File, EtcdfsError]]:
         """Publish every draft, as at unmount; return the failures."""

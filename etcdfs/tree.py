@@ -24,7 +24,8 @@ from itertools import count
 from typing import Final, NamedTuple, NewType, final
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
-from etcdfs.keys import MARKER_NAME, Keyspace
+from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
+from etcdfs.sidekeys import Record
 from etcdfs.store import Clock, KeyValue, Revision
 
 Inode = NewType("Inode", int)
@@ -53,14 +54,17 @@ def facts_of(entry: KeyValue) -> Facts:
     )
 
 
-@dataclass(slots=True)
-class Overrides:
-    """Attributes set through this mount; None where the default holds."""
+class Side(NamedTuple):
+    """Attributes of a key's own: the record, and what etcd says of the side key that has it.
 
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    atime_ns: int | None = None
+    With revision 0 it is not in etcd: it belongs to what is not there yet, or no longer.
+    """
+
+    record: Record
+    facts: Facts
+
+
+NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)
 
 
 @final
@@ -73,13 +77,14 @@ class File:
         "directory",
         "draft",
         "facts",
+        "gone",
         "handles",
         "inode",
         "lookups",
         "lost_key",
         "mtime_ns",
         "name",
-        "overrides",
+        "side",
         "told",
         "value",
     )
@@ -90,9 +95,10 @@ class File:
         self.directory: Directory | None = None
         self.name = b""
         self.lost_key: bytes | None = None
+        self.gone = False  # its name was taken away: no path leads here, an O_PATH may
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
-        self.overrides: Overrides | None = None
+        self.side: Side | None = None
         self.lookups = 0
         self.told = False  # the kernel may have the name cached
         self.handles = 0
@@ -113,7 +119,7 @@ class Directory:
         "marker",
         "mtime_ns",
         "name",
-        "overrides",
+        "side",
         "subdirectories",
         "told",
     )
@@ -126,7 +132,7 @@ class Directory:
         self.marker: Facts | None = None
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
-        self.overrides: Overrides | None = None
+        self.side: Side | None = None
         self.subdirectories = 0
         self.lookups = 0
         self.told = False
@@ -145,7 +151,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A directory's own attributes; `within` is its entry, None for the root."""
+    """The attributes of an inode; `within` is its entry, None for the root."""
 
     inode: Inode
     within: Entry | None
@@ -167,7 +173,9 @@ class TreeStatistics:
 class Tree:
     """All nodes, by name and by inode number."""
 
-    def __init__(self, keyspace: Keyspace, clock: Clock, *, complete: bool) -> None:
+    def __init__(
+        self, keyspace: Keyspace, clock: Clock, *, complete: bool, attributes: bool = True
+    ) -> None:
         """Make an empty tree.
 
         Args:
@@ -175,6 +183,7 @@ class Tree:
             clock: Nanoseconds since the epoch.
             complete: Whether the tree will hold every key (a mirror), so that the kernel may
                 cache what it says and an empty directory without a marker is known to be gone.
+            attributes: Whether keys have attributes of their own, in side keys.
         """
         # --- dependencies
         self.keyspace = keyspace
@@ -182,6 +191,10 @@ class Tree:
         # --- constants
         self.complete = complete
         # --- mutable state
+        self.attributes = attributes
+        # What is in side keys, by the key that it belongs to; only in a complete tree. Not all
+        # of it holds: some is older than its key, or its key is not there.
+        self.sides: dict[bytes, Side] = {}
         self.root = Directory(ROOT_INODE, clock())
         self.root.lookups = 1
         self.root.told = True
@@ -246,6 +259,26 @@ class Tree:
             return
         msg = f"inode {file.inode} is an old version"
         raise StaleError(msg)
+
+    def find(self, key: bytes) -> tuple[Node, Facts] | None:
+        """Return who stands for a key of the keyspace, and what is known of it.
+
+        That is a file, or the directory whose marker it is; None if etcd is not known to have
+        such a key.
+        """
+        names, is_marker = self.keyspace.locate(key)
+        node: Node | None = self.root
+        for name in names:
+            if not isinstance(node, Directory):
+                return None
+            node = node.children.get(name)
+        if isinstance(node, Directory):
+            if is_marker:
+                return None if node.marker is None else (node, node.marker)
+            node = node.children.get(VALUE_NAME)
+        if is_marker or not isinstance(node, File) or node.facts is None:
+            return None
+        return node, node.facts
 
     def names(self, node: Node, *more: bytes) -> tuple[bytes, ...]:
         """Return the path of an attached node as names, and `more` below it."""
@@ -324,11 +357,24 @@ class Tree:
             Entry(directory.inode, name) in self._negatives
         )
 
-    def listing_of(self, directory: Directory) -> Listing:
-        """Return how to tell the kernel of a directory's changed attributes."""
-        parent = directory.directory
-        within = None if parent is None else Entry(parent.inode, directory.name)
-        return Listing(directory.inode, within)
+    def listing_of(self, node: Node) -> Listing:
+        """Return how to tell the kernel of a node's changed attributes."""
+        parent = node.directory
+        within = None if parent is None else Entry(parent.inode, node.name)
+        return Listing(node.inode, within)
+
+    def told(self) -> list[Cached]:
+        """Return everything that the kernel may have cached, attributes of open files too."""
+        told: list[Cached] = list(self._negatives)
+        for node in self._known.values():
+            parent = node.directory
+            if parent is not None:
+                told.append(Entry(parent.inode, node.name))
+            if isinstance(node, Directory):
+                told.append(self.listing_of(node))
+            elif node.handles:
+                told.append(Listing(node.inode, None))
+        return told
 
     # --- changing ---------------------------------------------------------------------------
 
@@ -339,7 +385,7 @@ class Tree:
     def new_version(self, old: File | None, facts: Facts) -> File:
         """Make the file for a version that another client wrote over `old`.
 
-        Its mtime is later than the old one's even if the clock went back; mode and owner stay
+        Its mtime is later than the old one's even if the clock went back; its attributes stay
         as long as it is the same incarnation of the key.
         """
         file = self.new_file(facts)
@@ -347,7 +393,7 @@ class Tree:
             if file.mtime_ns <= old.mtime_ns:
                 file.mtime_ns = file.ctime_ns = old.mtime_ns + 1
             same = old.facts is not None and old.facts.create_revision == facts.create_revision
-            file.overrides = old.overrides if same else None
+            file.side = old.side if same else None
         return file
 
     def new_directory(self) -> Directory:
@@ -363,6 +409,7 @@ class Tree:
             directory.subdirectories += 1
         else:
             node.lost_key = None
+            node.gone = False
         self._negatives.pop(Entry(directory.inode, name), None)
         self._touch(directory)
 
@@ -373,6 +420,7 @@ class Tree:
             return None
         if isinstance(node, File):
             node.lost_key = None if gone else self.key_of(node)
+            node.gone = gone
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
             directory.subdirectories -= 1
@@ -389,10 +437,14 @@ class Tree:
         self.root.children.clear()
         self.root.subdirectories = 0
         self.root.marker = None
+        self.sides.clear()
 
-    def facts(self) -> Iterator[tuple[bytes, Facts]]:
-        """Iterate over all keys of the tree, markers included, and what is known of each."""
-        for directory in self.directories():
+    def facts(self, top: Directory | None = None) -> Iterator[tuple[bytes, Facts]]:
+        """Iterate over all keys of the tree, markers included, and what is known of each.
+
+        Or only over those in and below the directory `top`.
+        """
+        for directory in self.directories(top):
             names = self.names(directory)
             if directory.marker is not None:
                 yield self.keyspace.directory_prefix(names), directory.marker
@@ -402,9 +454,9 @@ class Tree:
                 if child.facts is not None:
                     yield self.keyspace.file_key((*names, name)), child.facts
 
-    def directories(self) -> Iterator[Directory]:
-        """Iterate over all attached directories, the root first."""
-        pending = [self.root]
+    def directories(self, top: Directory | None = None) -> Iterator[Directory]:
+        """Iterate over all attached directories, the root (or `top`) first."""
+        pending = [top or self.root]
         while pending:
             directory = pending.pop()
             yield directory

@@ -241,9 +241,9 @@ def test_attributes_stay_with_the_incarnation(created: int, kept: bool) -> None:
     tree = tree_of(b"/f")
     old = at(tree, b"f")
     assert isinstance(old, File)
-    old.overrides = overrides = object()  # type: ignore[assignment]
+    old.side = side = object()  # type: ignore[assignment]
     new = tree.new_version(old, Facts(Revision(created), Revision(5), 1, 0, 1))
-    assert (new.overrides is overrides) == kept
+    assert (new.side is side) == kept
 
 
 def test_directory_times_never_go_back() -> None:
