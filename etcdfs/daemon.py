@@ -37,6 +37,7 @@ _END_TIMEOUT_S: Final = 15.0
 
 _ENDING_SIGNALS: Final = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 _DIED: Final = 1
+_SECRETS: Final = ("ETCDCTL_PASSWORD", "ETCDCTL_USER", "ETCDFS_PASSWORD", "ETCDFS_USER")
 
 
 class _InterruptedError(BaseException):
@@ -78,7 +79,11 @@ def _command(handover: Handover, options_fd: int, status_fd: int | None = None) 
 def _environment() -> dict[str, str]:
     # gRPC's core writes to stderr, in its own form and for every broken connection; what matters
     # of that reaches our log as an error of a call. It reads this when it is loaded.
-    return {"GRPC_VERBOSITY": "NONE"} | os.environ
+    environment = {"GRPC_VERBOSITY": "NONE"} | os.environ
+    # What the daemon is to know is handed over; /proc/PID/environ need not show a password.
+    for name in _SECRETS:
+        environment.pop(name, None)
+    return environment
 
 
 @contextlib.contextmanager

@@ -38,8 +38,12 @@ from etcdfs.errors import (
     CommandError,
     EtcdRefusedError,
     EtcdUnreachableError,
+    LoginError,
     StoreError,
+    StoreLoginError,
     StorePermissionError,
+    StoreTlsError,
+    TlsError,
 )
 from etcdfs.etcd import open_store
 from etcdfs.filesystem import Filesystem
@@ -205,7 +209,7 @@ async def _open_rooms(
 
     async def connect() -> Store:
         with _store_errors():
-            opening = open_store(endpoints, timeout_s=options.timeout_s)
+            opening = open_store(endpoints, timeout_s=options.timeout_s, security=options.security)
             return await stack.enter_async_context(opening)
 
     return Rooms(options, await waiting.until_done(connect)), client_url
@@ -333,6 +337,10 @@ def _store_errors() -> Iterator[None]:
     """Turn what etcd says at the start into what a person is told."""
     try:
         yield
+    except StoreLoginError as exc:
+        raise LoginError(str(exc)) from exc
+    except StoreTlsError as exc:
+        raise TlsError(str(exc)) from exc
     except StorePermissionError as exc:
         raise EtcdRefusedError(str(exc)) from exc
     except StoreError as exc:

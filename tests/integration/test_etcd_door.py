@@ -226,15 +226,23 @@ async def test_a_write_without_an_answer_is_unknown_and_not_sent_again(
     [
         (Code.UNAVAILABLE, "etcdserver: no leader"),
         (Code.RESOURCE_EXHAUSTED, "etcdserver: too many requests"),
+        (Code.UNAVAILABLE, "etcdserver: rpc not supported for learner"),
     ],
 )
-async def test_a_write_refused_before_it_is_looked_at_was_not_executed(
-    store: EtcdStore, server: ScriptedEtcd, code: Any, details: str
+async def test_a_write_refused_before_it_is_looked_at_is_sent_again(
+    server: ScriptedEtcd, code: Any, details: str
 ) -> None:
-    server.refusals.put((code, details))
-    with pytest.raises(StoreUnavailableError, match=details):
-        await store.commit(PUT)
-    assert server.transactions == 1
+    with trio.fail_after(BOUND_S):
+        async with open_store([server.endpoint], timeout_s=0.3) as store:
+            server.refusals.put((code, details))
+            with pytest.raises(OutcomeUnknownError, match="answered a transaction with None"):
+                await store.commit(PUT)
+            assert server.transactions == 2
+            for _ in range(100):
+                server.refusals.put((code, details))
+            with pytest.raises(StoreUnavailableError, match=details):
+                await store.commit(PUT)
+    assert 2 < server.transactions < 20
 
 
 async def test_a_write_under_way_when_the_connection_ends_is_unknown(
