@@ -22,7 +22,7 @@ from typing import Any, Final, TypeVar
 import grpc
 import trio
 
-from etcdfs.errors import StoreLoginError, StoreTimeoutError, StoreTlsError
+from etcdfs.errors import StoreLoginError, StoreTimeoutError, StoreTlsError, StoreUnavailableError
 from etcdfs.options import Endpoint, Security
 
 Credentials = Any
@@ -176,10 +176,13 @@ def _handshake(
             ) as secured,
         ):
             return secured.getpeercert(binary_form=True) or b"", secured.getpeercert() or {}
+    except (ConnectionResetError, ssl.SSLEOFError) as exc:
+        raise StoreTlsError(f"{endpoint}: it does not speak TLS") from exc
     except ssl.SSLError as exc:
-        raise StoreTlsError(f"{endpoint}: {_why(exc)}") from exc
+        why = "it does not speak TLS" if exc.reason == "WRONG_VERSION_NUMBER" else _why(exc)
+        raise StoreTlsError(f"{endpoint}: {why}") from exc
     except OSError as exc:
-        raise StoreTlsError(f"{endpoint}: {_why(exc).lower()}") from exc
+        raise StoreUnavailableError(f"{endpoint}: {_why(exc).lower()}") from exc
 
 
 def _name_of(certificate: dict[str, Any]) -> str | None:

@@ -284,6 +284,10 @@ _WANTS_LOGIN = (
 _TLS_FAILURES = (
     ("Hostname Verification Check failed", "its certificate is for another name"),
     ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
+    ("Handshake read failed", "it does not speak TLS"),
+    ("TSI_DATA_CORRUPTED", "it does not accept our certificate, or wants one (--cert)"),
+    ("CERTIFICATE_REQUIRED", "it wants a certificate of ours (--cert)"),
+    ("BAD_CERTIFICATE", "it does not accept our certificate, or wants one (--cert)"),
     ("Failed to create security handshaker", "the certificates cannot be used"),
 )
 
