@@ -94,6 +94,9 @@ class EtcdStore(LeaseCalls):
         self._transactions += 1
         request = wire.txn_request(transaction)
         deadline = self._deadline()
+        if transaction.only_reads:
+            answer = await self._read(lambda c: c.txn(request, deadline), deadline)
+            return wire.committed(answer)
         for pause in _pauses():
             connection = await self._trusted(deadline)
             known = self._members.horizon.known
