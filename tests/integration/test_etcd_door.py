@@ -289,13 +289,6 @@ async def test_a_read_is_sent_again(store: EtcdStore, server: ScriptedEtcd) -> N
 
 
 @pytest.mark.parametrize(
-    ("details", "error"),
-    [
-        ("etcdserver: no leader", StoreUnavailableError),
-        ("etcdserver: request timed out", StoreTimeoutError),
-    ],
-)
-@pytest.mark.parametrize(
     "operation", [Get(b"a"), Transaction((), (Get(b"a"),), (Get(b"b"),))], ids=["flat", "nested"]
 )
 async def test_a_transaction_that_only_reads_is_sent_again(
@@ -307,6 +300,13 @@ async def test_a_transaction_that_only_reads_is_sent_again(
     assert server.transactions == 2
 
 
+@pytest.mark.parametrize(
+    ("details", "error"),
+    [
+        ("etcdserver: no leader", StoreUnavailableError),
+        ("etcdserver: request timed out", StoreTimeoutError),
+    ],
+)
 async def test_a_read_is_not_sent_again_for_ever(
     server: ScriptedEtcd, details: str, error: type[StoreError]
 ) -> None:
