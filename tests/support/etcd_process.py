@@ -308,6 +308,7 @@ class EtcdProcess:
             [
                 self._etcdctl_binary(),
                 f"--endpoints={self.client_url}",
+                f"--command-timeout={_COMMAND_TIMEOUT_S - 5:.0f}s",  # its default is 5 s
                 *self.secured.client,
                 *arguments,
             ],

@@ -51,8 +51,17 @@ class Mounted:
         log_file: What the daemon logs.
     """
 
-    def __init__(self, etcd: EtcdProcess, *options: str) -> None:
-        """Mount with `options` of the command line, `--cache` or `--no-cache` among them."""
+    def __init__(
+        self, etcd: EtcdProcess, *options: str, urls: str | None = None, **environment: str
+    ) -> None:
+        """Mount with `options` of the command line, `--cache` or `--no-cache` among them.
+
+        Args:
+            etcd: The etcd behind it.
+            options: Of the command line.
+            urls: The endpoints, if not that etcd's.
+            environment: What the command's environment has besides.
+        """
         self._etcd = etcd
         self._home = Path(tempfile.mkdtemp(prefix="etcdfs-test-mount-"))
         self.path = self._home / "mnt"
@@ -65,12 +74,13 @@ class Mounted:
                 "mount",
                 str(self.path),
                 "--endpoints",
-                etcd.client_url,
+                urls or etcd.client_url,
                 "--log-file",
                 str(self.log_file),
                 "--log-level",
                 "info",
                 *options,
+                **environment,
             )
             assert done.returncode == 0, f"etcdfs mount: {done.returncode} {done.stderr}"
         except BaseException:
