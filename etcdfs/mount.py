@@ -210,9 +210,21 @@ async def _open_rooms(
     async def connect() -> Store:
         with _store_errors():
             opening = open_store(endpoints, timeout_s=options.timeout_s, security=options.security)
-            return await stack.enter_async_context(opening)
+            store = await stack.enter_async_context(opening)
+            if not options.cache:  # a listing comes next, else
+                await _check_readable(store, Keyspace(options.prefix))
+            return store
 
     return Rooms(options, await waiting.until_done(connect)), client_url
+
+
+async def _check_readable(store: Store, keyspace: Keyspace) -> None:
+    """Ask for what the mount is about: who may read nothing of it should hear so at once.
+
+    Raises:
+        StoreError: It may not be read, or etcd does not answer.
+    """
+    await store.range(keyspace.start, keyspace.end, limit=1, keys_only=True)
 
 
 @final

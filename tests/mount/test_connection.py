@@ -15,7 +15,7 @@ from tests.support.secured import Authority, add_user, short_tokens, switch_user
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
-FAILOVER = ("trying again", "no answer in time")
+FAILOVER = ("trying again", "flush: ")
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +58,9 @@ def test_b101_a_user_may_mount_what_its_role_covers(
     secured: EtcdProcess, tls: dict[str, str], mode: str
 ) -> None:
     """Every call stays within the prefix, and no secret is in sight of others."""
-    flags, said = ("--user=app:top secret",), dict[str, str]()
+    flags, said = ["--user=app:top secret"], dict[str, str]()
     if mode == "--cache":
-        flags, said = (), {"ETCDCTL_USER": "app", "ETCDCTL_PASSWORD": "top secret"}
+        flags, said = [], {"ETCDCTL_USER": "app", "ETCDCTL_PASSWORD": "top secret"}
     with Mounted(
         secured,
         mode,
@@ -145,7 +145,7 @@ def test_b103_a_changed_password_refuses_and_the_changed_file_lets_in_again(
         ({"ETCDCTL_CACERT": "/nowhere"}, 23, "/nowhere: No such file or directory"),
         ({"ETCDCTL_CACERT": ""}, 23, "not trusted"),
         ({"ETCDCTL_USER": "app:wrong"}, 24, "the user 'app' is not let in"),
-        ({"ETCDCTL_USER": ""}, 21, "user name is empty"),
+        ({"ETCDCTL_USER": ""}, 21, "permission denied"),
         ({"ETCDFS_PREFIX": "/other", "ETCDFS_CACHE": "1"}, 21, "permission denied"),
     ],
 )
