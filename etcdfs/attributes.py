@@ -44,7 +44,10 @@ class Attributes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A change of attributes; None leaves one as it is."""
+    """A change of attributes; None leaves one as it is.
+
+    With `is_now` the mtime is that of the call itself, as after UTIME_NOW.
+    """
 
     size: int | None = None
     mode: int | None = None
@@ -52,6 +55,7 @@ class Change:
     gid: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    is_now: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ class Draft:
             that the draft was then (others' bytes may come before ours in what was sent).
         is_bare: Whether the file was only made, neither emptied nor written to: it must not
             replace what another client has made meanwhile.
+        is_refused: Whether the last attempt to publish what is here failed, and whoever flushed
+            was told: a release, which can tell nobody, does not try again.
         is_torn: Whether a write did not fit: what is here is half of what was meant, and must
             not be published. A truncation says that the writer has taken note.
     """
@@ -48,6 +50,7 @@ class Draft:
         "_overwritten",
         "base",
         "is_bare",
+        "is_refused",
         "is_torn",
         "kind",
         "mtime_ns",
@@ -63,6 +66,7 @@ class Draft:
         self.times: tuple[int, int | None] | None = None
         self.tries: list[tuple[bytes, bytes]] = []
         self.is_bare = False
+        self.is_refused = False
         self.is_torn = False
         self._buffer = bytearray() if whole else bytearray(base)
         # INVARIANT: all old bytes before this offset have been replaced
@@ -104,7 +108,7 @@ class Draft:
         """Put `data` at `offset` (at the end with `append`); a gap is filled with NUL."""
         if not data:
             return
-        self.is_bare = False
+        self.is_bare = self.is_refused = False
         if append:
             offset = len(self._buffer)
         self._classify(offset, len(data))
@@ -115,7 +119,7 @@ class Draft:
 
     def truncate(self, size: int, now_ns: int) -> None:
         """Cut to `size`, or extend to it with NUL."""
-        self.is_bare = self.is_torn = False
+        self.is_bare = self.is_refused = self.is_torn = False
         if size == 0:
             self.kind = Kind.WHOLE
         elif size != len(self._buffer) and self.kind is not Kind.WHOLE:

@@ -451,6 +451,7 @@ class Filesystem:
         file = self._file(directory, name)
         if file.facts is None and not await self._is_published(file, directory):
             self._view.let_go(self._view.switch.withdraw(directory, name, gone=True))
+            self._files.give_up_name(key)
             return
         if name == MARKER_NAME:
             await self._unlink_marker(directory, key)
@@ -465,6 +466,7 @@ class Filesystem:
                 await self._settle(committed, events_of(removal, committed), locked)
             finally:
                 self._view.switch.withdraw_intent(key, intent)
+        self._files.give_up_name(key)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         """Delete an empty directory's marker.
@@ -561,6 +563,7 @@ class Filesystem:
                 raise _missing(old_name)
             async with self._files.settled(file):
                 await self._move(file, move, replace=not flags & RENAME_NOREPLACE)
+        self._files.give_up_name(source)
 
     async def _move(self, file: File, move: "_Move", *, replace: bool) -> None:
         value = await self._view.value(file)

@@ -15,9 +15,10 @@ import errno
 import functools
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -53,6 +54,13 @@ SECTOR_SIZE: Final = 512  # the unit of st_blocks (stat(2))
 MAX_TASKS: Final = 1024
 """Requests handled at once. A writer that waits for etcd holds one; pyfuse3's default of 99
 would let a hundred of them stop cached stats as well (FACTS.md 7, worker limit)."""
+
+MAX_TICKS: Final = 5
+"""Ticks of the coarse clock, of 1 to 10 ms, that a request may take to reach us."""
+
+TICK_ERROR_NS: Final = 1000
+
+_REALTIME_COARSE: Final = 5  # include/uapi/linux/time.h; Python lacks it
 
 MAX_FDS: Final = 256
 """Descriptors of a process that are looked at when it closes a file it has not written to."""
@@ -205,6 +213,7 @@ class Operations(pyfuse3.Operations):
             gid=attr.st_gid if fields.update_gid else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            is_now=fields.update_mtime and _is_now(attr.st_mtime_ns),
         )
         return _pack(await self._filesystem.setattr(inode, change))
 
@@ -337,11 +346,16 @@ class FuseMount:
         Raises:
             FuseRefusedError: The kernel or fusermount3 said no.
         """
+        said: list[str] = []
         try:
-            pyfuse3.init(self._operations, self._mountpoint, self._options)
+            with _listening_to_stderr(said):
+                pyfuse3.init(self._operations, self._mountpoint, self._options)
         except RuntimeError as exc:
-            msg = f"the kernel refused to mount on {self._mountpoint}: {exc}"
+            why = said[-1] if said else exc
+            msg = f"the kernel refused to mount on {self._mountpoint}: {why}"
             raise FuseRefusedError(msg) from exc
+        for line in said:
+            log.info("%s", line)
         return self
 
     def __exit__(
@@ -361,6 +375,21 @@ class FuseMount:
     def stop(self) -> None:
         """Make `run` return once the requests under way are answered."""
         pyfuse3.terminate()
+
+
+@contextmanager
+def _listening_to_stderr(said: list[str]) -> Iterator[None]:
+    """Collect the lines that are written to stderr: libfuse and fusermount3 say why only there."""
+    ours = os.dup(2)
+    with os.fdopen(os.memfd_create("etcdfs-fuse"), "rb") as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(ours, 2)
+            os.close(ours)
+            heard.seek(0)
+            said += filter(None, heard.read().decode(errors="replace").split("\n"))
 
 
 def _has_open(pid: int, inode: int) -> bool:
@@ -385,6 +414,18 @@ def _is_writer_of(inode: int, fdinfo: str) -> bool:
 
 
 _DOTS: Final = 2  # "." and ".." come first in every listing
+
+
+def _is_now(time_ns: int) -> bool:
+    """Say whether a time is the one that Linux gives to a call that was just made.
+
+    It sends UTIME_NOW together with the time, and pyfuse3 then passes on only that. It is the
+    time of a tick of the coarse clock: the last one, or one shortly before.
+    """
+    age_ns = time.clock_gettime_ns(_REALTIME_COARSE) - time_ns
+    tick_ns = round(time.clock_getres(_REALTIME_COARSE) * 1e9)
+    ticks = round(age_ns / tick_ns)
+    return 0 <= ticks <= MAX_TICKS and abs(age_ns - ticks * tick_ns) < TICK_ERROR_NS
 
 
 def _caller(ctx: RequestContext) -> Caller:

@@ -43,9 +43,6 @@ from etcdfs.view import View
 MAX_RETRIES: Final = 16
 """Lost races before a change gives up; each loss means that somebody changed the attributes."""
 
-NOW_NS: Final = 1_000_000
-"""A time that is less than this ago is "now": FUSE's own word for it does not reach us."""
-
 MAX_NAMES_SIZE: Final = 64 * 1024
 """Bytes of all names of a file's xattrs: more cannot be listed (XATTR_LIST_MAX)."""
 
@@ -82,7 +79,7 @@ class Metadata:
         """
         if isinstance(node, File) and self._set_times(node, change):
             change = replace(change, mtime_ns=None, atime_ns=None)
-        if change == Change(size=change.size):
+        if change == Change(size=change.size, is_now=change.is_now):
             return
 
         def edit(node: Node) -> Record:
@@ -100,10 +97,8 @@ class Metadata:
         """
         if change.mtime_ns is None or not self._files.is_being_written(file):
             return False
-        now_ns = self._tree.clock()
-        keep = not 0 <= now_ns - change.mtime_ns < NOW_NS
-        self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=keep)
-        file.ctime_ns = max(now_ns, file.ctime_ns + 1)
+        self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=not change.is_now)
+        file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
         return True
 
     def _remember(self, node: Node, change: Change) -> None:

@@ -208,13 +208,18 @@ class OpenFiles:
     async def release(self, handle: int) -> None:
         """Close for good; what a memory map wrote after the last flush is published now.
 
+        Not what that flush could not publish: its caller was told that it failed, and must not
+        find it done after all.
+
         Raises:
             EtcdfsError: As `Publisher.publish`; nobody is told by the kernel.
         """
         opened = self._opened(handle)
         del self._open[Handle(handle)]
         try:
-            if opened.publishes and not self._has_publisher(opened.file):
+            draft = opened.file.draft
+            refused = isinstance(draft, Draft) and draft.is_refused
+            if opened.publishes and not refused and not self._has_publisher(opened.file):
                 await self.publish(opened.file)
         finally:
             self._unpin(opened.file)
@@ -223,6 +228,15 @@ class OpenFiles:
         """Publish a file's draft although nobody flushes it (before a rename)."""
         await self._publisher.publish(file)
         self._drop_clean_draft(file)
+
+    def give_up_name(self, key: bytes) -> None:
+        """Note that a name was taken away: no file whose making failed there takes it again.
+
+        Such a file was never in etcd, so that nothing there tells its late flush of the removal.
+        """
+        for opened in self._open.values():
+            if opened.file.facts is None and opened.file.lost_key == key:
+                opened.file.lost_key = None
 
     @asynccontextmanager
     async def settled(self, file: File) -> AsyncIterator[None]:

@@ -153,6 +153,7 @@ class Publisher:
                 _check_whole(draft, key)
                 await self._publish(file, draft, key)
             except (StoreError, WriteConflictError, FileTooLargeError):
+                draft.is_refused = True
                 await self._abandon(file)
                 raise
 

@@ -18,6 +18,7 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 (`check_invariants`) true.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -55,16 +56,13 @@ def facts_of(entry: KeyValue) -> Facts:
 
 
 class Side(NamedTuple):
-    """Attributes of a key's own: the record, and what etcd says of the side key that has it.
-
-    With revision 0 it is not in etcd: it belongs to what is not there yet, or no longer.
-    """
+    """Attributes of a key's own, and what etcd says of the side key that has them."""
 
     record: Record
     facts: Facts
 
 
-NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)
+NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)  # not yet, or no longer
 
 
 @final
@@ -72,7 +70,6 @@ class File:
     """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services."""
 
     __slots__ = (
-        "atime_ns",
         "ctime_ns",
         "directory",
         "draft",
@@ -163,9 +160,16 @@ Cached = Entry | Listing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeStatistics:
-    """Sizes of the tree's tables."""
+    """Sizes of the tree's tables.
+
+    Attributes:
+        inodes_known: Inodes that the kernel holds.
+        old_versions: Those of them that no path leads to any more: held open, or not forgotten.
+        negatives: Missing names that the kernel may remember.
+    """
 
     inodes_known: int
+    old_versions: int
     negatives: int
 
 
@@ -192,8 +196,7 @@ class Tree:
         self.complete = complete
         # --- mutable state
         self.attributes = attributes
-        # What is in side keys, by the key that it belongs to; only in a complete tree. Not all
-        # of it holds: some is older than its key, or its key is not there.
+        # Side keys by the key each belongs to, void ones too; only in a complete tree.
         self.sides: dict[bytes, Side] = {}
         self.root = Directory(ROOT_INODE, clock())
         self.root.lookups = 1
@@ -203,7 +206,9 @@ class Tree:
         self.numbers = count(ROOT_INODE + 1)
         # INVARIANT: holds exactly the nodes whose lookup count is not 0
         self._known: dict[Inode, Node] = {ROOT_INODE: self.root}
-        self._negatives: dict[Entry, int] = {}
+        # Missing names as told to the kernel, until when; those that end first come first, as
+        # all are told for the same time.
+        self._negatives: OrderedDict[Entry, int] = OrderedDict()
         self.switching: set[Cached] = set()
 
     # --- finding ----------------------------------------------------------------------------
@@ -341,11 +346,16 @@ class Tree:
         if not self.may_cache(entry):
             return False
         now = self.clock()
-        if len(self._negatives) >= MAX_NEGATIVES:
-            self._negatives = {e: end for e, end in self._negatives.items() if end > now}
-            if len(self._negatives) >= MAX_NEGATIVES:
+        negatives = self._negatives
+        # Only those at the front are looked at: looking through all, once there are so many,
+        # took milliseconds at every missing name. And only then: should the clock jump, the
+        # kernel still has them.
+        while len(negatives) >= MAX_NEGATIVES:
+            if next(iter(negatives.values())) > now:
                 return False
-        self._negatives[entry] = now + lifetime_ns
+            negatives.popitem(last=False)
+        negatives[entry] = now + lifetime_ns
+        negatives.move_to_end(entry)
         return True
 
     def is_told(self, directory: Directory, name: bytes) -> bool:
@@ -464,7 +474,10 @@ class Tree:
 
     def statistics(self) -> TreeStatistics:
         """Return the sizes of the tables."""
-        return TreeStatistics(inodes_known=len(self._known), negatives=len(self._negatives))
+        old = sum(node.directory is None for node in self._known.values()) - 1  # the root
+        return TreeStatistics(
+            inodes_known=len(self._known), old_versions=old, negatives=len(self._negatives)
+        )
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two calls."""

@@ -178,7 +178,7 @@ def test_b100_a_member_that_fails_is_replaced_by_another(
     """A mount goes on through reads, writes and the watch, whichever member is lost."""
     with (
         Cluster(etcd_binary) as cluster,
-        Mounted(cluster.members[0], mode, "--timeout=10", urls=cluster.client_urls) as mounted,
+        Mounted(cluster.members[0], mode, "--timeout=10", via=cluster.client_urls) as mounted,
     ):
         mounted.expect_log(*FAILOVER)
         (mounted.path / "a").write_text("1")

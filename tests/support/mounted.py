@@ -21,7 +21,7 @@ from typing import Any, final
 from etcdfs.mountpoint import find_daemon
 from tests.support.etcd_process import EtcdProcess
 
-COMMAND = (sys.executable, "-P", "-c", "from etcdfs.cli import main; main()")
+COMMAND = (sys.executable, "-P", "-m", "etcdfs")
 """`etcdfs` of this very environment."""
 
 _TIMEOUT_S = 50.0
@@ -52,14 +52,14 @@ class Mounted:
     """
 
     def __init__(
-        self, etcd: EtcdProcess, *options: str, urls: str | None = None, **environment: str
+        self, etcd: EtcdProcess, *options: str, via: str | None = None, **environment: str
     ) -> None:
         """Mount with `options` of the command line, `--cache` or `--no-cache` among them.
 
         Args:
             etcd: The etcd behind it.
             options: Of the command line.
-            urls: The endpoints, if not that etcd's.
+            via: The address to give to etcdfs, if that is not etcd's own.
             environment: What the command's environment has besides.
         """
         self._etcd = etcd
@@ -74,7 +74,7 @@ class Mounted:
                 "mount",
                 str(self.path),
                 "--endpoints",
-                urls or etcd.client_url,
+                via or etcd.client_url,
                 "--log-file",
                 str(self.log_file),
                 "--log-level",

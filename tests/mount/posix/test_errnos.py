@@ -80,7 +80,10 @@ FAMILIES: dict[str, dict[str, tuple[Call, str]]] = {
             "EBADF",
         ),
         "read an O_PATH": (lambda p: use(p / "f", os.O_PATH, lambda fd: os.read(fd, 1)), "EBADF"),
-        "chmod an O_PATH": (lambda p: use(p / "f", os.O_PATH, lambda fd: os.fchmod(fd, 0)), "EBADF"),
+        "chmod an O_PATH": (
+            lambda p: use(p / "f", os.O_PATH, lambda fd: os.fchmod(fd, 0)),
+            "EBADF",
+        ),
         "read a directory": (lambda p: use(p / "d", R, lambda fd: os.read(fd, 1)), "EISDIR"),
         "pread before the start": (
             lambda p: use(p / "f", R, lambda fd: os.pread(fd, 1, -1)),
@@ -132,7 +135,9 @@ FAMILIES: dict[str, dict[str, tuple[Call, str]]] = {
             "EINVAL",
         ),
         "copy a range into an O_APPEND": (
-            lambda p: use(p / "f", RW | os.O_APPEND, lambda fd: os.copy_file_range(fd, fd, 2, 0, 5)),
+            lambda p: use(
+                p / "f", RW | os.O_APPEND, lambda fd: os.copy_file_range(fd, fd, 2, 0, 5)
+            ),
             "EBADF",
         ),
     },

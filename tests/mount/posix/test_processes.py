@@ -127,9 +127,7 @@ def test_posix_locks(place: Path) -> None:
         fcntl.lockf(fd, fcntl.LOCK_EX, 4, 2)
 
         def try_lock(start: int, length: int) -> Callable[[], str | None]:
-            return attempt(
-                lambda: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
-            )
+            return attempt(lambda: fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start))
 
         assert [in_child(try_lock(*area)) for area in [(0, 2), (2, 1), (5, 1), (6, 0)]] == [
             None,
