@@ -38,8 +38,12 @@ from etcdfs.errors import (
     CommandError,
     EtcdRefusedError,
     EtcdUnreachableError,
+    LoginError,
     StoreError,
+    StoreLoginError,
     StorePermissionError,
+    StoreTlsError,
+    TlsError,
 )
 from etcdfs.etcd import open_store
 from etcdfs.filesystem import Filesystem
@@ -205,10 +209,22 @@ async def _open_rooms(
 
     async def connect() -> Store:
         with _store_errors():
-            opening = open_store(endpoints, timeout_s=options.timeout_s)
-            return await stack.enter_async_context(opening)
+            opening = open_store(endpoints, timeout_s=options.timeout_s, security=options.security)
+            store = await stack.enter_async_context(opening)
+            if not options.cache:  # a listing comes next, else
+                await _check_readable(store, Keyspace(options.prefix))
+            return store
 
     return Rooms(options, await waiting.until_done(connect)), client_url
+
+
+async def _check_readable(store: Store, keyspace: Keyspace) -> None:
+    """Ask for what the mount is about: who may read nothing of it should hear so at once.
+
+    Raises:
+        StoreError: It may not be read, or etcd does not answer.
+    """
+    await store.range(keyspace.start, keyspace.end, limit=1, keys_only=True)
 
 
 @final
@@ -333,6 +349,10 @@ def _store_errors() -> Iterator[None]:
     """Turn what etcd says at the start into what a person is told."""
     try:
         yield
+    except StoreLoginError as exc:
+        raise LoginError(str(exc)) from exc
+    except StoreTlsError as exc:
+        raise TlsError(str(exc)) from exc
     except StorePermissionError as exc:
         raise EtcdRefusedError(str(exc)) from exc
     except StoreError as exc:
