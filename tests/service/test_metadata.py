@@ -12,7 +12,7 @@ from trio.testing import MockClock
 from etcdfs.attributes import Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError, OutcomeUnknownError, StorePermissionError
 from etcdfs.sidekeys import is_side_key, side_key
-from etcdfs.store import Delete, Get, Operation, Put, Transaction
+from etcdfs.store import Delete, Operation, Put, Transaction
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore, FakeWatch
 

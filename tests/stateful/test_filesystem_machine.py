@@ -989,8 +989,13 @@ class FilesystemMachine(RuleBasedStateMachine):
             assert current is None
             self.check_parent_stays(key)
         for version in self.versions.values():
-            if version.key == key and (version.published is not None) == (key in self.raced):
+            is_it = (version.published is not None) == (key in self.raced)
+            if version.key == key and (is_it or self.has_lost_its_name(version)):
                 version.key = None
+
+    def has_lost_its_name(self, version: Version) -> bool:
+        """Say whether it was never in etcd, and its name shows another file or none."""
+        return version.published is None and version.failed
 
     def check_parent_stays(self, key: bytes) -> None:
         parent = parent_marker(key)
@@ -1054,6 +1059,8 @@ class FilesystemMachine(RuleBasedStateMachine):
                     version.published = now
                 else:
                     version.key = None
+            elif version.key == source and self.has_lost_its_name(version):
+                version.key = None
 
     def rename_error(self, old: Path, new: Path, flags: int, view: View) -> int | None:
         found = self.parent_error(old, view) or self.parent_error(new, view)
