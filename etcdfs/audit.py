@@ -19,7 +19,7 @@ Cost: one listing's worth of reading for etcd, in pages of at most `PAGE` keys a
 `PAGE_BYTES`; here a page or a slice of keys at a time, about a millisecond each, and for as long
 as it runs one table entry for each key.
 
-Concurrency: trio thread. `saw` and `void` are called by whoever changes the mirror.
+Concurrency: trio thread. `saw` and `note` are called by whoever changes the mirror.
 """
 
 import logging
@@ -45,7 +45,8 @@ JITTER: Final = 0.5
 """An interval is up to so much longer, so that the mounts of a cluster do not come all at once."""
 
 RECHECK_S: Final = 5.0
-"""How soon etcd is asked again after it has said that we may not read."""
+"""How soon after one audit there may be another, if there is a reason for it: etcd has said that
+we may not read, or has repeated events."""
 
 PAGE: Final = 100
 """Keys read at a time, as each page is decoded in one go; about a millisecond."""
@@ -163,6 +164,8 @@ class Auditor:
         self._patience_s = patience_s
         # --- mutable state
         self._audit: _Audit | None = None
+        self._hurry = trio.Event()
+        self._dropped = 0
         self._audits = self._void = self._failed = self._differing = self._differences = 0
         self._revision = self._keys = 0
         self._seconds = 0.0
@@ -180,10 +183,16 @@ class Auditor:
         if len(audit.changed) > MAX_CHANGED:
             audit.is_void = True
 
-    def void(self) -> None:
-        """Note that the watch was lost, or everything is listed again."""
-        if self._audit is not None:
+    def note(self, *, connected: bool, dropped: int) -> None:
+        """Note whether there is a confirmed watch, and how many events were dropped as repeated.
+
+        Any of those may have been a late one: an audit is made soon.
+        """
+        if not connected and self._audit is not None:
             self._audit.is_void = True
+        if dropped > self._dropped:
+            self._hurry.set()
+        self._dropped = dropped
 
     # --- auditing ---------------------------------------------------------------------------
 
@@ -192,7 +201,7 @@ class Auditor:
         if not self._interval_s:
             return
         while True:
-            await trio.sleep(self._pause())
+            await self._pause()
             try:
                 verdict = await self.audit()
             except AuditVoidError as exc:
@@ -208,10 +217,15 @@ class Auditor:
                 if verdict.differing:
                     doubt(_sentence(verdict))
 
-    def _pause(self) -> float:
+    async def _pause(self) -> None:
+        soon_s = min(RECHECK_S, self._interval_s)
+        longest_s = self._interval_s * random.uniform(1, 1 + JITTER)  # noqa: S311 - no secret
+        await trio.sleep(soon_s)
         if self._link.denied:
-            return min(RECHECK_S, self._interval_s)
-        return self._interval_s * random.uniform(1, 1 + JITTER)  # noqa: S311 - no secret
+            return
+        with trio.move_on_after(longest_s - soon_s):
+            await self._hurry.wait()
+        self._hurry = trio.Event()
 
     async def audit(self) -> Verdict:
         """Compare everything once.

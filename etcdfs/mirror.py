@@ -7,20 +7,18 @@ Each batch of the watch becomes visible by *switching* (DESIGN.md 4.2): the kern
 what will be untrue while lookups still answer the old state with no lifetime; then the tree
 changes in one step. So nobody sees part of a revision, and nothing older after something newer.
 
-A call of this mount that changes a name holds its directory's lock in the kernel until it
-returns, and it returns when the batch with its change is published (`settle`). If that batch, or
-one before it, must invalidate another name in the same directory, the kernel would wait for the
-call and the call for the batch; then the batch is published first and the kernel let go after.
+A call of this mount returns when the batch with its change is published (`settle`). What if that
+batch waits for a lock which the call holds, see `etcdfs.letting`.
 
 Concurrency: trio thread; one task applies batches, in order.
 """
 
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, assert_never, final
+from typing import Any, Final, assert_never, final
 
 import trio
 
@@ -34,6 +32,7 @@ from etcdfs.errors import (
     StorePermissionError,
     WatchLostError,
 )
+from etcdfs.letting import KernelCache, Letting
 from etcdfs.link import UNLIMITED, Link
 from etcdfs.loader import load
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
@@ -72,14 +71,6 @@ added meanwhile; more are not expected, and a batch must not wait for ever."""
 
 STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
-
-
-class KernelCache(Protocol):
-    """The kernel's caches, as the mirror needs them."""
-
-    def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        """Have the kernel forget; never blocks; call `done` on the trio thread afterwards."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,7 +117,7 @@ class Mirror:
         # --- dependencies
         self._store = store
         self._contents = contents
-        self._kernel = kernel
+        self._letting = Letting(kernel)
         self.switch = Switch(tree)
         self.link = Link(max_stale_s=max_stale_s)
         self.auditor = Auditor(
@@ -169,10 +160,7 @@ class Mirror:
         self._staged_keys = self._staged_bytes = 0
         self._advanced = trio.Event()
         self._switching = trio.Lock()
-        self._stir = trio.Event()
-        self._held: Counter[int] = Counter()  # directories whose lock a waiting call holds
-        self._wanted: Counter[int] = Counter()  # those whose lock the kernel needs, or will
-        self._batches = self._events = self._early = self._ahead = 0
+        self._batches = self._events = self._ahead = 0
 
     # --- the view ---------------------------------------------------------------------------
 
@@ -223,7 +211,7 @@ class Mirror:
             revision,
         )
         self._keep_values(events)
-        self._submit(self.switch.apply_ahead(events, remember=True))
+        self._letting.submit(self.switch.apply_ahead(events, remember=True))
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`; the caller bounds it."""
@@ -236,26 +224,15 @@ class Mirror:
 
     async def let_go_first(self, stale: Collection[Cached]) -> None:
         """See `View.let_go_first`."""
-        done = trio.Event()
-        self._submit(stale, done.set)
-        if not self._is_held():
-            with trio.move_on_after(self._settle_timeout_s):
-                await done.wait()
+        await self._letting.first(stale, timeout_s=self._settle_timeout_s)
 
     def let_go(self, stale: Collection[Cached]) -> None:
         """See `View.let_go`."""
-        self._submit(stale)
+        self._letting.submit(stale)
 
-    @contextmanager
-    def holding(self, locked: Sequence[Entry]) -> Iterator[None]:
+    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
         """See `View.holding`."""
-        held = {entry.directory for entry in locked}
-        self._held.update(held)
-        self._stir.set()
-        try:
-            yield
-        finally:
-            self._held.subtract(held)
+        return self._letting.holding(locked)
 
     def statistics(self) -> MirrorStatistics:
         """Say how far the mirror is."""
@@ -265,7 +242,7 @@ class Mirror:
             connected=self.link.connected,
             batches=self._batches,
             events=self._events,
-            early=self._early,
+            early=self._letting.early,
             ahead=self._ahead,
         )
 
@@ -302,13 +279,12 @@ class Mirror:
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
                 steps = replica.receive(message or await self._watching.receive())
-                self._turn(connected=replica.state is State.WATCHING)
+                self._note(replica)
 
-    def _turn(self, *, connected: bool) -> None:
-        """Note whether the watch stands and is confirmed."""
-        self.link.turn(connected=connected)
-        if not connected:
-            self.auditor.void()
+    def _note(self, replica: Replica) -> None:
+        """Tell the others whether the watch is confirmed, and can be believed."""
+        self.link.turn(connected=replica.state is State.WATCHING)
+        self.auditor.note(connected=replica.state is State.WATCHING, dropped=replica.dropped)
 
     def doubt(self, reason: str) -> None:
         """Have everything listed again: what is here is not what etcd has."""
@@ -476,56 +452,14 @@ class Mirror:
             tree.switching |= self.switch.untold(plan)
             asked |= stale
             # checkpoint: anything may have happened to the tree; it is planned again
-            await self._wait_for_kernel(stale)
+            await self._letting.wait(stale)
             plan = self.switch.plan(events, force=force)
         late = self.switch.invalidations(plan) - asked
         self.switch.publish(plan)
         tree.switching.clear()
-        self._submit(late)
-
-    async def _wait_for_kernel(self, stale: set[Cached]) -> None:
-        finished = False
-
-        def finish() -> None:
-            nonlocal finished
-            finished = True
-            self._stir.set()
-
-        self._submit(stale, finish)
-        while not finished:
-            if self._is_held():
-                self._early += 1
-                return
-            self._stir = trio.Event()
-            await self._stir.wait()
-
-    def _submit(self, stale: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        locks = {_lock_of(cached) for cached in stale}
-
-        def finish() -> None:
-            self._wanted.subtract(locks)
-            self._wanted = +self._wanted
-            if done is not None:
-                done()
-
-        self._wanted.update(locks)
-        self._kernel.submit(stale, finish)
-
-    def _is_held(self) -> bool:
-        """Say whether a call that waits for us holds a lock that the kernel waits for.
-
-        Not for this batch alone: the kernel is told in order, so that what was asked of it
-        before stands in the way as well.
-        """
-        return any(self._held[lock] > 0 for lock in self._wanted)
+        self._letting.submit(late)
 
     def _keep_values(self, events: Sequence[Event]) -> None:
         for event in events:
             if isinstance(event, KeyValue) and not is_side_key(event.key):
                 self._contents.put(event.key, event.mod_revision, event.value)
-
-
-def _lock_of(cached: Cached) -> int:
-    """Return the directory whose lock the kernel needs to let go of it; 0 for none."""
-    entry = cached if isinstance(cached, Entry) else cached.within
-    return 0 if entry is None else entry.directory

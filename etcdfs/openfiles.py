@@ -8,8 +8,8 @@ while the kernel holds the page lock (FACTS.md 7).
 """
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import NewType, final
 
@@ -246,9 +246,17 @@ class OpenFiles:
 
         Such a file was never in etcd, so that nothing there tells its late flush of the removal.
         """
+        self._give_up(lambda lost: lost == key)
+
+    def give_up_below(self, prefix: bytes) -> None:
+        """Note that all names below a prefix were taken away; see `give_up_name`."""
+        self._give_up(lambda lost: lost.startswith(prefix))
+
+    def _give_up(self, is_given_up: Callable[[bytes], bool]) -> None:
         for opened in self._open.values():
-            if opened.file.facts is None and opened.file.lost_key == key:
-                opened.file.lost_key = None
+            file = opened.file
+            if file.facts is None and file.lost_key is not None and is_given_up(file.lost_key):
+                file.lost_key = None
 
     @asynccontextmanager
     async def settled(self, file: File) -> AsyncIterator[None]:
@@ -261,6 +269,15 @@ class OpenFiles:
     def is_being_written(self, node: Node) -> bool:
         """Say whether there are writes of which etcd does not know yet."""
         return isinstance(node, File) and isinstance(node.draft, Draft) and node.draft.is_dirty
+
+    @property
+    def max_file_size(self) -> int:
+        """See `Publisher.max_file_size`."""
+        return self._publisher.max_file_size
+
+    def still(self, nodes: Collection[Node]) -> AbstractAsyncContextManager[None]:
+        """See `Publisher.still`."""
+        return self._publisher.still(nodes)
 
     def set_times(self, file: File, mtime_ns: int, atime_ns: int | None, *, keep: bool) -> None:
         """Show the times of unpublished writes as utimens(2) sets them.

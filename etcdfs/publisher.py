@@ -11,6 +11,8 @@ Concurrency: trio thread. One publication of a file at a time, under the file's 
 writers take too: a draft does not change while it is on its way.
 """
 
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -42,7 +44,7 @@ from etcdfs.store import (
     unchanged,
 )
 from etcdfs.switch import Intent
-from etcdfs.tree import Cached, Entry, Facts, File, facts_of
+from etcdfs.tree import Cached, Entry, Facts, File, Node, facts_of, is_within
 from etcdfs.view import View
 
 MAX_REBASES: Final = 1000
@@ -95,6 +97,8 @@ class Publisher:
         self._max_file_size = max_file_size
         # --- mutable state
         self._locks: dict[File, trio.Lock] = {}
+        self._moving: list[Node] = []
+        self._moved = trio.Event()
         self._puts = self._unchanged = self._rebased = self._dropped = self._resolved = 0
 
     def statistics(self) -> PublisherStatistics:
@@ -120,6 +124,35 @@ class Publisher:
         if found is not None and not found.locked():
             del self._locks[file]
 
+    @asynccontextmanager
+    async def still(self, nodes: Collection[Node]) -> AsyncIterator[None]:
+        """Hold back every draft of these nodes, and of all below them, while their keys change.
+
+        Those on their way to etcd arrive first.
+        """
+        self._moving.extend(nodes)
+        try:
+            for file, lock in list(self._locks.items()):
+                if lock.locked() and self._is_moving(file):
+                    async with lock:
+                        pass
+                    if not file.handles:
+                        self.release(file)
+            yield
+        finally:
+            for node in nodes:
+                self._moving.remove(node)
+            self._moved.set()
+            self._moved = trio.Event()
+
+    def _is_moving(self, file: File) -> bool:
+        return any(is_within(file, node) for node in self._moving)
+
+    @property
+    def max_file_size(self) -> int:
+        """What fits into a request, as far as we are told."""
+        return self._max_file_size
+
     def check_size(self, file: File, size: int) -> None:
         """Refuse a value that etcd would refuse, at the write that makes it so large.
 
@@ -141,6 +174,8 @@ class Publisher:
             StoreError: etcd refused it, or could not be asked. The draft stays, and so does
                 the published value; the path shows the published value again.
         """
+        while self._is_moving(file):
+            await self._moved.wait()
         async with self.lock(file):
             draft = file.draft
             if not isinstance(draft, Draft) or not draft.is_dirty:

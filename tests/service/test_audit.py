@@ -129,6 +129,21 @@ async def test_a_key_that_no_file_can_have_is_compared_too(
         assert found(mount) == (2, 1, 3)
 
 
+@pytest.mark.expect_log(AGAIN)
+async def test_a_late_event_hastens_the_audit(autojump_clock: MockClock, store: FakeStore) -> None:
+    """It looks like a repeated one, and is dropped (FAULTS 12)."""
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        with store.losing_events():
+            first, second = store.put_now(b"/a", b"1"), store.put_now(b"/b", b"2")
+        store.deliver_now([second], [first])
+        await quiet(mount)
+        assert await content(mount, (b"b",)) == b"2"
+        assert await content(mount, (b"a",)) is None
+        await trio.sleep(2 * audit_room.RECHECK_S + 1)
+        assert found(mount)[1:] == (1, 1)
+        assert await content(mount, (b"a",)) == b"1"
+
+
 # --- what is no difference ------------------------------------------------------------------
 
 

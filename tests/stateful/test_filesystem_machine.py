@@ -47,6 +47,7 @@ T = TypeVar("T")
 
 PREFIX = b"/p/"
 OUTSIDE = b"/other"
+EXCHANGE = 2
 
 # --- names, once more -----------------------------------------------------------------------
 
@@ -108,6 +109,16 @@ def is_possible_file(path: Path) -> bool:
     if path[-1] == b"%value":
         return len(path) > 1 and path[-2] != b"%="
     return path[-1] != b"%="
+
+
+def is_possible_directory(path: Path) -> bool:
+    """Say whether keys can be below a path."""
+    return path[-1] not in (b"%value", b"%marker")
+
+
+def own_key(path: Path) -> bytes:
+    """Return the key of a file at a path, or of the value of a directory; one that is not, else."""
+    return b"" if path[-1] == b"%=" else key_at(path)
 
 
 def parent_marker(key: bytes) -> bytes | None:
@@ -969,6 +980,12 @@ class FilesystemMachine(RuleBasedStateMachine):
             assert not [k for k in self.live() if k.startswith(marker)]
             self.check_parent_stays(marker)
 
+    @property
+    def shown_revision(self) -> int:
+        """What the mount shows is at least that new."""
+        view = self.mount.view
+        return view.revision if isinstance(view, Mirror) else self.store.revision
+
     @precondition(lambda self: self.may_lock)
     @rule(choice=st.integers(0, 20), path=_paths, race=_races, early=st.booleans())
     def unlink(self, choice: int, path: Path, race: list[Foreign] | None, early: bool) -> None:
@@ -985,9 +1002,10 @@ class FilesystemMachine(RuleBasedStateMachine):
         current = self.store.current(key)
         if path[-1] == b"%marker":
             assert current is None or not current.value
-        else:
+        elif current is None or current.mod_revision <= self.shown_revision:
             assert current is None
             self.check_parent_stays(key)
+        # Else what went was made here, and never reached etcd; the key is not seen here yet.
         for version in self.versions.values():
             is_it = (version.published is not None) == (key in self.raced)
             if version.key == key and (is_it or self.has_lost_its_name(version)):
@@ -1007,7 +1025,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         choices=st.tuples(st.integers(0, 20), st.integers(0, 9)),
         old=_paths,
         new=_paths,
-        flags=st.sampled_from([0, 0, 1]),
+        flags=st.sampled_from([0, 0, 1, EXCHANGE, EXCHANGE]),
         race=_races,
         early=st.booleans(),
     )
@@ -1026,20 +1044,69 @@ class FilesystemMachine(RuleBasedStateMachine):
         if b"%marker" in (old[-1], new[-1]):
             return
         view = self.view()
+        if old == new or self.is_written_at(old, view) or self.is_written_at(new, view):
+            return  # nothing happens, or it would be published first
         expected = self.rename_error(old, new, flags, view)
-        if expected is None or old == new or self.is_dirty_at(old, view):
-            return  # of a directory, of a file onto itself, or it would be published first
 
         async def call() -> None:
             await self.mount.kernel.rename(old, new, flags)
 
-        if self.changes_name(call, expected, race, early) and key_at(old) != key_at(new):
+        if not self.changes_name(call, expected, race, early):
+            return
+        if flags == EXCHANGE or view.get(old, b"") is None:
+            self.note_move(old, new, exchange=flags == EXCHANGE)
+        elif key_at(old) != key_at(new):
             self.note_rename(key_at(old), key_at(new))
 
-    def is_dirty_at(self, path: Path, view: View) -> bool:
+    def is_written_at(self, path: Path, view: View) -> bool:
         if view.get(path) is None:
             return False
-        return any(v.is_dirty and v.key == key_at(path) for v in self.versions.values())
+        return any(
+            (v.is_dirty or v.published is None) and v.key == key_at(path)
+            for v in self.versions.values()
+        )
+
+    def note_move(self, old: Path, new: Path, *, exchange: bool) -> None:
+        """Check and take note of a directory's move, or of two names that swapped."""
+
+        def new_key(key: bytes, known: dict[bytes, KeyValue]) -> bytes:
+            for source, target in ((old, new), (new, old)) if exchange else ((old, new),):
+                if key == own_key(source):
+                    return own_key(target)
+                below = marker_of(source) if is_possible_directory(source) else None
+                if below is not None and key.startswith(below):
+                    return marker_of(target) + key[len(below) :]
+            return key
+
+        known = self.raced
+        expected = {
+            new_key(key, known): (entry.value, entry.lease)
+            for key, entry in known.items()
+            if exchange or key != marker_of(new)
+        }
+        found = {key: (entry.value, entry.lease) for key, entry in self.live().items()}
+        parent = parent_marker(marker_of(old)) if not exchange else None
+        if parent is not None and parent not in expected:
+            assert [k for k in found if k.startswith(parent)], "the directory went too"
+            found.pop(parent, None)
+        assert found == expected
+        for inode, version in self.versions.items():
+            key = version.key
+            if key is None or new_key(key, known) == key:
+                continue
+            now = self.store.current(new_key(key, known))
+            if version.published is None:
+                is_shown = self.mount.tree.is_attached(self.mount.tree.node(inode.number))
+                version.key = new_key(key, known) if is_shown else None
+            elif (
+                key in known
+                and now is not None
+                and version.published.mod_revision == known[key].mod_revision
+            ):
+                version.key = new_key(key, known)
+                version.published = now
+            else:
+                version.key = None
 
     def note_rename(self, source: bytes, target: bytes) -> None:
         """Check and take note of what a rename did."""
@@ -1059,24 +1126,59 @@ class FilesystemMachine(RuleBasedStateMachine):
                     version.published = now
                 else:
                     version.key = None
-            elif version.key == source and self.has_lost_its_name(version):
-                version.key = None
+            elif version.key == source:
+                version.key = None  # it was never in etcd, and its name was taken away
 
-    def rename_error(self, old: Path, new: Path, flags: int, view: View) -> int | None:
+    def rename_error(self, old: Path, new: Path, flags: int, view: View) -> int:
         found = self.parent_error(old, view) or self.parent_error(new, view)
+        if not found and old not in view:
+            found = errno.ENOENT
+        if not found and new[: len(old)] == old:
+            found = errno.EINVAL
+        if not found and old[: len(new)] == new:
+            found = errno.EINVAL if flags == EXCHANGE else errno.ENOTEMPTY
         if found:
             return found
-        if old not in view:
-            return errno.ENOENT
+        if flags == EXCHANGE:
+            return self.exchange_error(old, new, view)
         if new in view and flags:
             return errno.EEXIST
-        if view[old] is None:
-            if new in view:
-                return None if view[new] is None else errno.ENOTDIR
-            return None
-        if new in view:
-            return errno.EISDIR if view[new] is None else 0
-        return 0 if is_possible_file(new) else errno.EPERM
+        return self.replacing_error(old, new, view)
+
+    def replacing_error(self, old: Path, new: Path, view: View) -> int:
+        if new in view and (view[old] is None) != (view[new] is None):
+            return errno.EISDIR if view[new] is None else errno.ENOTDIR
+        if view[old] is not None:
+            return 0 if is_possible_file(new) else errno.EPERM
+        if new in view and any(path[:-1] == new for path in view if path):
+            return errno.ENOTEMPTY
+        return self.directory_error(old, new)
+
+    def exchange_error(self, old: Path, new: Path, view: View) -> int:
+        if new not in view:
+            return errno.ENOENT
+        for source in (old, new):
+            if view[source] is None and not self.keys_below(source):
+                return errno.ENOENT  # another client has deleted all but what is not there yet
+        for source, target in ((old, new), (new, old)):
+            if view[source] is None:
+                found = self.directory_error(source, target)
+            else:
+                found = 0 if is_possible_file(target) else errno.EPERM
+            if found:
+                return found
+        return 0
+
+    def directory_error(self, old: Path, new: Path) -> int:
+        if not is_possible_directory(new):
+            return errno.EPERM
+        if not self.keys_below(old):
+            return errno.ENOENT
+        has_value = old[-1] != b"%=" and key_at(old) in self.live()
+        return errno.EPERM if has_value and not is_possible_file(new) else 0
+
+    def keys_below(self, path: Path) -> list[bytes]:
+        return [key for key in self.live() if key.startswith(marker_of(path))]
 
     # --- what must hold ---------------------------------------------------------------------
 

@@ -279,6 +279,27 @@ class FakeStore:
             for watch in self._watchers:
                 watch.skip()
 
+    def deliver_now(self, *messages: Sequence[int]) -> bool:
+        """Have every watch told of revisions, whether or not that was done; say if there is one.
+
+        Args:
+            messages: The revisions of each message, in their order.
+        """
+        told = [watch.send(revisions) for watch in self._watchers for revisions in messages]
+        return all(told) and bool(told)
+
+    def go_back_now(self, revision: int) -> None:
+        """Become what a snapshot of `revision` was: another history from there on."""
+        del self._history[revision - self._first + 1 :]
+        self._compacted = min(self._compacted, revision)
+        self._live.clear()
+        for key in list(self._versions):
+            kept = [e for e in self._versions[key] if e.mod_revision <= revision]
+            self._versions[key] = kept
+            if kept and isinstance(kept[-1], KeyValue):
+                self._live[key] = kept[-1]
+        self.break_watches()
+
     def mute(self, *, muted: bool) -> None:
         """Leave questions for progress unanswered, as some releases of etcd do."""
         self._muted = muted
@@ -434,6 +455,14 @@ class FakeWatch:
             self._on_its_way.extend([progress] * self._questions)
             self._questions = 0
         self._changed.set()
+
+    def send(self, revisions: Sequence[int]) -> bool:
+        """Tell of some revisions in one message; say if the watch stands."""
+        events = tuple(e for revision in revisions for e in self._events_of(revision))
+        if events and self._opened and self._error is None:
+            self._on_its_way.append(WatchEvents(events, events[-1].mod_revision))
+            self._changed.set()
+        return self._opened and self._error is None
 
     def skip(self) -> None:
         """Go on after the newest revision."""
