@@ -33,7 +33,7 @@ from tests.soak.etcds import Etcds, run
 from tests.soak.events import event_of
 from tests.soak.history import Event, Kind, Read, Verdict, Write, judge
 from tests.soak.mounts import ROOT, Mount
-from tests.soak.proxy import Proxy
+from tests.soak.proxy import Mode, Proxy
 from tests.soak.tamper import Tamper
 from tests.soak.values import Label, encode, encode_counter, encode_line
 from tests.soak.workers import Task
@@ -63,6 +63,9 @@ class Conditions:
         chance: Where all that is random comes from.
         defect: The seeded defect, if there is one.
         options: Further options of every mount.
+        verdict: How what was read and written is judged, so far.
+        raw: How long after it was sent, and after it was answered, a put was seen by a watch.
+        mount: The same for who reads the file again and again.
     """
 
     release: str
@@ -71,8 +74,8 @@ class Conditions:
     defect: str = ""
     options: tuple[str, ...] = ()
     verdict: Verdict = field(default_factory=Verdict)
-    raw_s: list[float] = field(default_factory=list)
-    mount_s: list[float] = field(default_factory=list)
+    raw: list[tuple[float, float]] = field(default_factory=list)
+    mount: list[tuple[float, float]] = field(default_factory=list)
 
 
 @final
@@ -94,7 +97,7 @@ class Arena:
         self.kind = kind
         self.home = Path(tempfile.mkdtemp(prefix="etcdfs-soak-", dir="/dev/shm"))
         self._stack = contextlib.ExitStack()
-        self._stack.callback(shutil.rmtree, self.home, ignore_errors=True)
+        self._stack.callback(self._remove)
         self._hung = False
         self._mounts: list[Mount] = []
         self._read_errors = 0
@@ -114,6 +117,14 @@ class Arena:
     def __exit__(self, *_exc: object) -> None:
         self._stack.close()
 
+    def _remove(self) -> None:
+        keep = os.environ.get("SOAK_KEEP_LOGS")
+        if keep:
+            for log in self.home.rglob("*log*"):
+                if log.is_file():
+                    shutil.copy(log, Path(keep) / f"{self.home.name}.{log.parent.name}.{log.name}")
+        shutil.rmtree(self.home, ignore_errors=True)
+
     def _open(self) -> None:
         size = 3 if self.kind == "cluster" else 1
         isolated = self.kind == "cluster"
@@ -121,7 +132,7 @@ class Arena:
         self._stack.callback(self.etcds.close)
         self.first = self._preload()
         reader_url = author_url = self.etcds.url
-        if self.kind == "single":
+        if self.kind in {"single", "apart"}:
             self.wire, self.author_wire = (self._proxy() for _ in range(2))
             reader_url, author_url = self.wire.url, self.author_wire.url
         if self.kind == "tamper":
@@ -145,6 +156,18 @@ class Arena:
         self._mounts.append(mount)
         self._stack.callback(mount.close)
         return mount
+
+    def wires_down(self) -> None:
+        """Cut the mounts off."""
+        for wire in (self.wire, self.author_wire):
+            if wire is not None:
+                wire.set(Mode.REFUSE)
+
+    def wires_up(self) -> None:
+        """Connect them again."""
+        for wire in (self.wire, self.author_wire):
+            if wire is not None:
+                wire.set(Mode.PASS)
 
     def _preload(self) -> int:
         """Put every key that is always there; return the revision."""
@@ -248,10 +271,32 @@ class Arena:
             if self._hung:
                 raise FaultError(f"it hung for {seconds:.0f} s: the daemons were killed")
 
+    def revive(self) -> None:
+        """Mount again what a fault that failed has left without a daemon."""
+        for mount in (self.reader, self.author):
+            if not os.path.exists(f"/proc/{mount.daemon}"):
+                mount.mount()
+
     def bugs(self) -> list[str]:
         """Return what the daemons logged that says they are wrong."""
         lines = (line for mount in self._mounts for line in mount.log().splitlines())
         return [line for line in lines if any(bug in line for bug in BUGS)]
+
+    def control_file_system(self) -> Callable[[Mount], int] | None:
+        """Return how to count a mount's requests that nobody has answered; None if it is hidden."""
+        directory = self.home / "fusectl"
+        directory.mkdir()
+        try:
+            run("mount", "-t", "fusectl", "none", directory)
+        except RuntimeError:
+            return None
+        self._stack.callback(run, "umount", directory)
+
+        def waiting(mount: Mount) -> int:
+            number = os.minor(os.stat(mount.path).st_dev)
+            return int((directory / str(number) / "waiting").read_text())
+
+        return waiting
 
     # --- propagation ------------------------------------------------------------------------
 
@@ -268,8 +313,8 @@ class Arena:
             for _ in range(4):
                 read = writer.seen_by_reading(key, path, puts // 4)
                 watched = writer.seen_by_watching(key, puts // 4)
-                self.conditions.mount_s += [max(0, s.seen - s.answered) for s in read]
-                self.conditions.raw_s += [max(0, s.seen - s.answered) for s in watched]
+                self.conditions.mount += map(_delays, read)
+                self.conditions.raw += map(_delays, watched)
 
 
 # --- the load -------------------------------------------------------------------------------
@@ -354,9 +399,16 @@ class Load:
             HOLD_S,
         )
 
-    def until_recorded(self) -> None:
-        """Return when the recorder knows all that happened; for writers that are held."""
-        revision = self._arena.etcds.ask(lambda client: client.put((b"/soak/mark", b"")))
+    def until_recorded(self, *, mark: bool = True) -> None:
+        """Return when the recorder knows all that happened; for writers that are held.
+
+        Without `mark`, the last thing that happened must have been to a key of the run.
+        """
+        etcds = self._arena.etcds
+        if mark:
+            revision = etcds.ask(lambda client: client.put((layout.key("mark"), b"")))
+        else:
+            revision = etcds.ask(lambda client: client.revision())
         until(
             lambda: self.control.flag(Flag.RECORDED) >= revision, "the recorder is in step", HOLD_S
         )
@@ -425,15 +477,5 @@ class Load:
         return verdict
 
 
-def fusectl(directory: Path) -> Callable[[Mount], int] | None:
-    """Mount the FUSE control file system; return how to count the requests nobody answered."""
-    try:
-        run("mount", "-t", "fusectl", "none", directory)
-    except RuntimeError:
-        return None
-
-    def waiting(mount: Mount) -> int:
-        number = os.minor(os.stat(mount.path).st_dev)
-        return int((directory / str(number) / "waiting").read_text())
-
-    return waiting
+def _delays(sight: Any) -> tuple[float, float]:
+    return sight.seen - sight.sent, max(0.0, sight.seen - sight.answered)

@@ -36,6 +36,7 @@ class Tamper(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
         self._channel = grpc.insecure_channel(target, options=_OPTIONS)
         self._lie: Lie | None = None
         self.told = 0
+        self._streams: set[Message] = set()
         self._server = grpc.server(ThreadPoolExecutor(32), options=_OPTIONS)
         self._server.add_generic_rpc_handlers((self,))
         self.endpoint = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
@@ -49,6 +50,11 @@ class Tamper(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
         """Put `lie` in the place of what etcd says from now on; None is the truth."""
         self._lie = lie
         self.told = 0
+
+    def break_watches(self) -> None:
+        """End every watch there is."""
+        for stream in list(self._streams):
+            stream.cancel()
 
     def close(self) -> None:
         self._server.stop(0).wait(10)
@@ -75,6 +81,7 @@ class Tamper(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
     def _watch(self, requests: Iterator[bytes], context: Message) -> Iterator[bytes]:
         stream = self._channel.stream_stream(_WATCH)(requests, metadata=_metadata(context))
         context.add_callback(stream.cancel)
+        self._streams.add(stream)
         try:
             for data in stream:
                 lie = self._lie
@@ -86,7 +93,9 @@ class Tamper(grpc.GenericRpcHandler):  # type: ignore[misc] # grpc has no types
                     yield response.SerializeToString()
         except grpc.RpcError as exc:
             if context.is_active():
-                context.abort(exc.code(), exc.details())
+                context.abort(grpc.StatusCode.UNAVAILABLE, exc.details())
+        finally:
+            self._streams.discard(stream)
 
 
 def _metadata(context: Message) -> tuple[tuple[str, str], ...]:
