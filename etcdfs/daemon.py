@@ -21,7 +21,15 @@ from types import FrameType
 from typing import BinaryIO, Final, NoReturn, final
 
 from etcdfs.errors import UnmountError
-from etcdfs.handshake import Failed, Handover, Progress, Ready, read_reports, send_handover
+from etcdfs.handshake import (
+    Failed,
+    Handover,
+    Progress,
+    Ready,
+    Waiting,
+    read_reports,
+    send_handover,
+)
 from etcdfs.mountpoint import DAEMON_MODULE, clear_dead
 
 _END_TIMEOUT_S: Final = 15.0
@@ -139,6 +147,9 @@ def _await_word(
             match report:
                 case Progress():
                     line.show(report)
+                case Waiting(reason=reason, left_s=left_s):
+                    line.close()
+                    sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
                 case Ready():
                     _let_go(process)
                     return report
@@ -212,6 +223,7 @@ class _ProgressLine:
 
     def close(self) -> None:
         self._stack.close()
+        self._shown = False
 
 
 # --- ending ---------------------------------------------------------------------------------

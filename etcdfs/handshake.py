@@ -6,6 +6,7 @@ whom, and what a mount is.
 
     parent                                child (python -m etcdfs.mount)
       |  -- Handover (options, logging) -->  |
+      |  <-- Waiting ... Waiting ----------  |   while etcd does not answer (--wait-for-etcd)
       |  <-- Progress ... Progress --------  |   while keys load
       |  <-- Ready, or Failed -------------  |   the last word; then the child closes its end
 
@@ -69,6 +70,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """etcd does not answer, and is tried again.
+
+    Attributes:
+        reason: What the last attempt came to.
+        left_s: Seconds for which it will be tried.
+    """
+
+    reason: str
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The mount is usable and, with a cache, in step with etcd.
 
@@ -91,10 +105,10 @@ class Failed:
     exit_code: int
 
 
-Report = Progress | Ready | Failed
+Report = Progress | Waiting | Ready | Failed
 
-_KINDS: Final[dict[str, type[Progress] | type[Ready] | type[Failed]]] = {
-    kind.__name__: kind for kind in (Progress, Ready, Failed)
+_KINDS: Final[dict[str, type[Progress] | type[Waiting] | type[Ready] | type[Failed]]] = {
+    kind.__name__: kind for kind in (Progress, Waiting, Ready, Failed)
 }
 
 
@@ -158,7 +172,7 @@ def read_reports(stream: BinaryIO) -> Iterator[Report]:
     for line in stream:
         report = decode_report(line)
         yield report
-        if not isinstance(report, Progress):
+        if not isinstance(report, Progress | Waiting):
             return
 
 
@@ -185,7 +199,9 @@ class PipeReporter:
         After the last word the pipe is closed and what is still connected to the parent's
         terminal is let go: from here on the daemon is on its own.
         """
-        if isinstance(report, Progress):
+        if isinstance(report, Waiting):
+            report = Waiting(reason=report.reason[:_MESSAGE_MAX], left_s=report.left_s)
+        if isinstance(report, Progress | Waiting):
             if _queued(self._fd) < _QUEUED_MAX:
                 self._send(report)
             return
@@ -209,13 +225,15 @@ class TerminalReporter:
     """Reports to whoever started the daemon in the foreground."""
 
     def report(self, report: Report) -> None:
-        """Print the client URL of an embedded etcd, or the failure; progress is not shown."""
+        """Print the client URL of an embedded etcd, a failure, a wait; progress is not shown."""
         match report:
             case Ready(client_url=str(url)):
                 sys.stdout.write(f"{url}\n")
                 sys.stdout.flush()
             case Failed(message=message):
                 sys.stderr.write(f"etcdfs: {message}\n")
+            case Waiting(reason=reason, left_s=left_s):
+                sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
             case Ready() | Progress():
                 return
 
