@@ -15,7 +15,7 @@ from tests.soak.conductor import Conductor
 from tests.soak.table import FAULTS
 
 
-NO_AUDIT: Final[tuple[str, ...]] = ()
+NO_AUDIT: Final = ("--audit-interval", "0")
 """Without the audit, which would mend what these defects do before anybody has looked."""
 
 
