@@ -7,8 +7,10 @@ starts as another process so that `etcdfs --help` loads neither grpc nor pyfuse3
 Concurrency: none.
 """
 
+import contextlib
 import logging
 import os
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from etcdfs import __version__
-from etcdfs.daemon import run_in_foreground, start_in_background
+from etcdfs.arguments import original_form
+from etcdfs.daemon import dismiss, run_in_foreground, start_in_background
 from etcdfs.errors import AuthUnsupportedError, CommandError, TlsUnsupportedError, UsageError
 from etcdfs.flags import (
     DEFAULT_ENDPOINTS,
@@ -64,6 +67,7 @@ from etcdfs.option_text import (
     parse_seconds,
     read_options,
 )
+from etcdfs.spawn import Spawned
 
 _UNSUPPORTED: Final[Mapping[str, tuple[type[CommandError], str]]] = {
     "ETCDCTL_CACERT": (TlsUnsupportedError, "TLS"),
@@ -140,14 +144,15 @@ def mount(
     """Mount etcd. Returns once the mount is usable; the daemon goes on in the background."""
     listed = parse_option_list(",".join(option_lists))
     handover = _handover(mountpoint, _texts(ctx, listed), listed.fuse_options)
-    prepare(handover.options.mountpoint)
+    early: Spawned | None = ctx.obj
+    prepare(handover.options.mountpoint, None if early is None else early.pid)
     if foreground:
         run_in_foreground(handover)
-    match start_in_background(handover):
+    match start_in_background(handover, early):
         case Ready(client_url=str(url)):
             typer.echo(url)
         case Failed(message=message, exit_code=exit_code):
-            _fail(message, exit_code)
+            raise typer.Exit(_say(message, exit_code))
         case Ready():
             return
 
@@ -226,7 +231,10 @@ def _outside(mountpoint: str, name: str, text: str) -> str:
     """
     if not text:
         raise UsageError(f"--{name} is empty")
-    path = Path(text).absolute()
+    try:
+        path = Path(text).absolute()
+    except OSError as exc:
+        raise UsageError(f"--{name} {text}: no current directory: {exc.strerror}") from None
     if path.is_relative_to(mountpoint):
         raise UsageError(f"--{name} {text} is inside the mountpoint")
     return str(path)
@@ -234,51 +242,54 @@ def _outside(mountpoint: str, name: str, text: str) -> str:
 
 def _log_file(texts: Mapping[str, str]) -> str | None:
     file = texts.get("log-file")
-    if file is not None:
-        try:
-            Path(file).open("ab").close()
-        except OSError as exc:
-            raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
+    if file is None:
+        return None
+    try:
+        # O_NONBLOCK: a FIFO would wait for a reader.
+        fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    except OSError as exc:
+        raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
+    with os.fdopen(fd, "wb"):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise UsageError(f"--log-file {file} is a FIFO: the mount would wait for its reader")
     return file
 
 
 # --- the way in and out ---------------------------------------------------------------------
 
 
-def original_form(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments with `MOUNTPOINT ENDPOINT ...` spelt out as `mount ...`.
+def run(arguments: Sequence[str], early: Spawned | None = None) -> int:
+    """Run a command line and return a documented status.
 
-    A first argument that is no directory, before a second that is no endpoint, is left to
-    fail as the mistyped command it probably is.
+    Args:
+        arguments: What follows the program's name.
+        early: A daemon that was started because one seemed to be wanted; ended if it is not.
     """
-    match arguments:
-        case [mountpoint, endpoint, *rest] if (
-            mountpoint not in {"mount", "umount"}
-            and not mountpoint.startswith("-")
-            and not endpoint.startswith("-")
-            and ("/" in mountpoint or ":" in endpoint)
-        ):
-            return ["mount", mountpoint, "--endpoints", endpoint, *rest]
-        case _:
-            return list(arguments)
+    logging.basicConfig(format="etcdfs: %(message)s", level=logging.WARNING)
+    spelt_out = original_form(list(arguments)) or ["--help"]
+    try:
+        return app(spelt_out, prog_name="etcdfs", standalone_mode=False, obj=early) or 0
+    except CommandError as exc:
+        return _say(str(exc), exc.exit_code)
+    except typer.TyperException as exc:
+        return _say(exc.format_message(), exc.exit_code)
+    except OSError as exc:  # what is printed cannot be written
+        return _say(str(exc), 1)
+    finally:
+        if early is not None:
+            dismiss(early)
 
 
 def main() -> NoReturn:
     """Run the command line of this process, and exit with a documented status."""
-    logging.basicConfig(format="etcdfs: %(message)s", level=logging.WARNING)
-    arguments = original_form(sys.argv[1:]) or ["--help"]
-    try:
-        sys.exit(app(arguments, prog_name="etcdfs", standalone_mode=False))
-    except CommandError as exc:
-        _fail(str(exc), exc.exit_code)
-    except typer.TyperException as exc:
-        _fail(exc.format_message(), exc.exit_code)
+    sys.exit(run(sys.argv[1:]))
 
 
-def _fail(message: str, exit_code: int) -> NoReturn:
-    """Say what went wrong in one line, whatever the message was made of."""
-    sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
-    sys.exit(exit_code)
+def _say(message: str, exit_code: int) -> int:
+    """Say what went wrong in one line, whatever the message was made of; return the status."""
+    with contextlib.suppress(OSError):  # nobody can read it; the status still tells
+        sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
+    return exit_code
 
 
 if __name__ == "__main__":

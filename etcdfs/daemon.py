@@ -1,10 +1,7 @@
-"""The parent of the daemon: starts it, waits for its word, and leaves it alone.
+"""The parent of the daemon: tells it its options, waits for its word, and leaves it alone.
 
-What this room knows: how the daemon's process is started and how its start can end. What it
-must not know: what the daemon does (it must not even import it: the command line stays quick).
-
-The daemon is a re-executed Python, not a fork of this one: threads, and libraries that have
-them (grpc), do not survive a fork.
+What this room knows: how the start of a daemon can end. What it must not know: what the daemon
+does (it must not even import it: the command line stays quick).
 
 Concurrency: plain blocking code in a process of its own.
 """
@@ -12,11 +9,9 @@ Concurrency: plain blocking code in a process of its own.
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 from typing import BinaryIO, Final, NoReturn, final
 
@@ -27,10 +22,12 @@ from etcdfs.handshake import (
     Progress,
     Ready,
     Waiting,
+    hand_over,
     read_reports,
     send_handover,
 )
-from etcdfs.mountpoint import DAEMON_MODULE, clear_dead
+from etcdfs.mountpoint import clear_dead, has_ended
+from etcdfs.spawn import Spawned, daemon_command, daemon_environment, spawn
 
 _END_TIMEOUT_S: Final = 15.0
 """How long a daemon that is told to end may take to unmount and to stop an embedded etcd."""
@@ -51,97 +48,93 @@ def run_in_foreground(handover: Handover) -> NoReturn:
     """Become the daemon."""
     options_fd = send_handover(handover)
     os.set_inheritable(options_fd, True)
-    os.execve(sys.executable, _command(handover, options_fd), _environment())
+    command = daemon_command(handover.options.mountpoint, options_fd)
+    os.execve(sys.executable, command, daemon_environment())
 
 
-def start_in_background(handover: Handover) -> Ready | Failed:
-    """Start the daemon and wait for its last word, showing its progress on a terminal.
+def start_in_background(handover: Handover, early: Spawned | None = None) -> Ready | Failed:
+    """Have a daemon mount and wait for its last word, showing its progress on a terminal.
 
     A signal that ends this process while it waits ends the daemon too.
+
+    Args:
+        handover: What the daemon is told.
+        early: One that waits for its options; it is taken if it was started for this mountpoint.
+            The caller dismisses it afterwards, whatever became of it.
     """
+    mountpoint = handover.options.mountpoint
+    fits = early is not None and early.mountpoint == mountpoint
+    daemon = early if early is not None and fits else spawn(mountpoint)
     try:
-        with _signals_raise(), _daemon(handover) as (process, reports, errors):
-            return _await_word(process, reports, errors)
+        with _signals_raise(), _told(daemon, handover) as (reports, errors):
+            word = _await_word(reports)
+            if isinstance(word, Ready):
+                daemon.released = True
+                return word
+            _wait(daemon, _END_TIMEOUT_S)  # it ends by itself; it may have an etcd to stop
+            return word or _how_it_died(daemon, errors, handover.log.file)
     except _InterruptedError as exc:
-        _clear_quietly(handover.options.mountpoint)
+        _clear_quietly(mountpoint)
         name = signal.Signals(exc.number).name
         return Failed(message=f"interrupted by {name}; not mounted", exit_code=128 + exc.number)
 
 
-def _command(handover: Handover, options_fd: int, status_fd: int | None = None) -> list[str]:
-    # -P: the current directory must not get a say in what is imported.
-    command = [sys.executable, "-P", "-m", DAEMON_MODULE, handover.options.mountpoint]
-    command += ["--options-fd", str(options_fd)]
-    return command if status_fd is None else [*command, "--status-fd", str(status_fd)]
-
-
-def _environment() -> dict[str, str]:
-    # gRPC's core writes to stderr, in its own form and for every broken connection; what matters
-    # of that reaches our log as an error of a call. It reads this when it is loaded.
-    return {"GRPC_VERBOSITY": "NONE"} | os.environ
+def dismiss(daemon: Spawned) -> None:
+    """End a daemon that waits for its options; nothing if it was told them."""
+    if daemon.told:
+        return
+    os.kill(daemon.pid, signal.SIGKILL)  # it has done nothing yet that would have to be undone
+    os.waitpid(daemon.pid, 0)
+    for fd in (daemon.options, daemon.reports, daemon.errors):
+        os.close(fd)
+    daemon.told = True
 
 
 @contextlib.contextmanager
-def _daemon(
-    handover: Handover,
-) -> Iterator[tuple["subprocess.Popen[bytes]", BinaryIO, BinaryIO]]:
-    """Start the daemon; yield it, its reports, and what it writes to stderr.
+def _told(daemon: Spawned, handover: Handover) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Tell a daemon its options; yield its reports, and what it writes to stderr.
 
-    It is ended when the body raises, or returns while it has not been let go.
+    It is ended when the body raises, or returns while it has not been released.
     """
     with contextlib.ExitStack() as stack:
-        options_fd = send_handover(handover)
-        stack.callback(os.close, options_fd)
-        status_read, status_write = os.pipe()
-        reports = stack.enter_context(os.fdopen(status_read, "rb"))
-        errors = stack.enter_context(_errors_file(handover.log.file))
-        try:
-            process = subprocess.Popen(
-                _command(handover, options_fd, status_write),
-                cwd="/",  # it must not keep anybody's disk busy
-                env=_environment(),
-                pass_fds=(options_fd, status_write),
-                start_new_session=True,
-                stderr=errors,
-                stdin=subprocess.DEVNULL,
-                stdout=errors,
-            )
-        finally:
-            os.close(status_write)  # or the end of the daemon would not end the reports
-        stack.callback(_end, process)
-        yield process, reports, errors
+        stack.callback(_end, daemon)
+        daemon.told = True
+        reports = stack.enter_context(os.fdopen(daemon.reports, "rb"))
+        errors = stack.enter_context(os.fdopen(daemon.errors, "rb"))
+        with contextlib.suppress(BrokenPipeError):  # it has died, which its reports tell
+            hand_over(handover, daemon.options)
+        yield reports, errors
 
 
-def _errors_file(log_file: str | None) -> BinaryIO:
-    """Return where the daemon's stderr goes: its log, or memory until it is `Ready`."""
-    if log_file is not None:
-        return Path(log_file).open("ab")
-    return os.fdopen(os.memfd_create("etcdfs-errors"), "w+b")
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End a daemon that was not let go."""
-    if process.returncode is not None:
+def _end(daemon: Spawned) -> None:
+    """End a daemon that was not released."""
+    if daemon.released:
         return
-    process.terminate()
-    try:
-        process.wait(_END_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    if _wait(daemon, 0) is None:
+        os.kill(daemon.pid, signal.SIGTERM)
+    if _wait(daemon, _END_TIMEOUT_S) is None:
+        os.kill(daemon.pid, signal.SIGKILL)
+        os.waitpid(daemon.pid, 0)
 
 
-def _let_go(process: "subprocess.Popen[bytes]") -> None:
-    # Popen would warn that the process still runs; that is what a daemon is for.
-    process.returncode = 0
+def _wait(daemon: Spawned, timeout_s: float) -> int | None:
+    """Wait for a daemon's end and return its status, as of `subprocess.Popen`."""
+    if daemon.returncode is None:
+        pidfd = os.pidfd_open(daemon.pid)
+        try:
+            if has_ended(pidfd, timeout_s):
+                _, status = os.waitpid(daemon.pid, 0)
+                daemon.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            os.close(pidfd)
+    return daemon.returncode
 
 
 # --- waiting --------------------------------------------------------------------------------
 
 
-def _await_word(
-    process: "subprocess.Popen[bytes]", reports: BinaryIO, errors: BinaryIO
-) -> Ready | Failed:
+def _await_word(reports: BinaryIO) -> Ready | Failed | None:
+    """Return the last word; None when it never came."""
     with contextlib.closing(_ProgressLine()) as line, contextlib.suppress(ValueError):
         for report in read_reports(reports):
             match report:
@@ -150,32 +143,22 @@ def _await_word(
                 case Waiting(reason=reason, left_s=left_s):
                     line.close()
                     sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
-                case Ready():
-                    _let_go(process)
+                case Ready() | Failed():
                     return report
-                case Failed():
-                    _await_end(process)
-                    return report
-    _await_end(process)
-    return Failed(message=_how_it_died(process, errors), exit_code=_DIED)
+    return None
 
 
-def _await_end(process: "subprocess.Popen[bytes]") -> None:
-    """Let a daemon that gave up end by itself; it may have an etcd to stop."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_END_TIMEOUT_S)
-
-
-def _how_it_died(process: "subprocess.Popen[bytes]", errors: BinaryIO) -> str:
-    code = process.poll()
+def _how_it_died(daemon: Spawned, errors: BinaryIO, log_file: str | None) -> Failed:
+    code = daemon.returncode
     if code is None:
         how = "hangs"
     elif code < 0:
         how = f"was killed by {signal.Signals(-code).name}"
     else:
         how = f"ended with status {code}"
-    last = _last_line(errors) if errors.readable() else f"see {errors.name}"
-    return f"the daemon {how} before the mount was usable" + (f": {last}" if last else "")
+    last = _last_line(errors) or ("" if log_file is None else f"see {log_file}")
+    message = f"the daemon {how} before the mount was usable" + (f": {last}" if last else "")
+    return Failed(message=message, exit_code=_DIED)
 
 
 def _last_line(errors: BinaryIO) -> str:

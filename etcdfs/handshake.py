@@ -5,21 +5,24 @@ what it reports back (one JSON line each, through another). What it must not kno
 whom, and what a mount is.
 
     parent                                child (python -m etcdfs.mount)
-      |  -- Handover (options, logging) -->  |
+      |                                      |   loads its modules
+      |  -- Handover (options, logging) -->  |   or the end of the pipe: it is not wanted
       |  <-- Waiting ... Waiting ----------  |   while etcd does not answer (--wait-for-etcd)
       |  <-- Progress ... Progress --------  |   while keys load
       |  <-- Ready, or Failed -------------  |   the last word; then the child closes its end
 
 The end of the stream without a last word means that the child died. With `--foreground` there
-is no parent: the reports go to the terminal.
+is no parent: the reports go to the terminal, and to systemd where that started the daemon.
 
 Concurrency: the reporter never blocks the daemon, even when the parent is stopped or gone.
 """
 
 import array
+import contextlib
 import fcntl
 import json
 import os
+import socket
 import sys
 import termios
 from collections.abc import Iterator
@@ -35,6 +38,9 @@ _QUEUED_MAX: Final = 32 * 1024
 A pipe holds 64 KiB (pipe(7)): the other half is for the last word, so that it always fits even
 when the parent is stopped and reads nothing.
 """
+
+_LOADING_PAUSE_US: Final = 60_000_000
+"""How long systemd waits for more of the first listing before it gives up a start."""
 
 _MESSAGE_MAX: Final = 4000
 """Characters of a failure; a last word must fit into the pipe whatever etcd had to say."""
@@ -127,11 +133,21 @@ def decode_handover(encoded: bytes) -> Handover:
     return Handover(options=decode_options(message["options"]), log=LogSettings(**message["log"]))
 
 
-def send_handover(handover: Handover) -> int:
-    """Return a file descriptor from which the child reads its hand-over.
+def hand_over(handover: Handover, fd: int) -> None:
+    """Write the hand-over into the pipe of a child that waits for it, and close that.
 
-    A file in memory rather than a pipe: it takes any length at once, so that the writer need
-    not outlive the exec of `--foreground`. It is closed on exec unless made inheritable.
+    Raises:
+        BrokenPipeError: The child has ended.
+    """
+    with open(fd, "wb") as pipe:
+        pipe.write(encode_handover(handover))
+
+
+def send_handover(handover: Handover) -> int:
+    """Return a file descriptor from which the program that this process becomes reads it.
+
+    A file in memory rather than a pipe: it takes any length at once, and its writer is gone.
+    It is closed on exec unless made inheritable.
     """
     fd = os.memfd_create("etcdfs-options")
     with open(os.dup(fd), "wb") as file:  # noqa: PTH123 -- a descriptor, not a path
@@ -140,10 +156,15 @@ def send_handover(handover: Handover) -> int:
     return fd
 
 
-def read_options(fd: int) -> Handover:
-    """Read the hand-over in the child, and close the descriptor."""
+def read_options(fd: int) -> Handover | None:
+    """Wait for the hand-over in the child, and close the descriptor.
+
+    Returns:
+        None when the parent has ended, or has found that no daemon is wanted.
+    """
     with open(fd, "rb") as file:
-        return decode_handover(file.read())
+        encoded = file.read()
+    return decode_handover(encoded) if encoded else None
 
 
 # --- the way back ---------------------------------------------------------------------------
@@ -222,10 +243,16 @@ class PipeReporter:
 
 @final
 class TerminalReporter:
-    """Reports to whoever started the daemon in the foreground."""
+    """Reports to whoever started the daemon in the foreground: a person, or systemd."""
+
+    def __init__(self, notify_socket: str = "") -> None:
+        """Report to stdout and stderr, and to the service manager's socket, if it gave one."""
+        self._notify_socket = notify_socket
 
     def report(self, report: Report) -> None:
         """Print the client URL of an embedded etcd, a failure, a wait; progress is not shown."""
+        if self._notify_socket:
+            _notify(self._notify_socket, _service_state(report))
         match report:
             case Ready(client_url=str(url)):
                 sys.stdout.write(f"{url}\n")
@@ -240,7 +267,31 @@ class TerminalReporter:
 
 def open_reporter(status_fd: int | None) -> Reporter:
     """Return the reporter for `--status-fd`; without one the daemon is in the foreground."""
-    return TerminalReporter() if status_fd is None else PipeReporter(status_fd)
+    if status_fd is not None:
+        return PipeReporter(status_fd)
+    # Taken out: nobody that the daemon starts has anything to say to the service manager.
+    return TerminalReporter(os.environ.pop("NOTIFY_SOCKET", ""))
+
+
+def _service_state(report: Report) -> str:
+    """Return what systemd is told (sd_notify(3)); it waits on while keys are coming in."""
+    match report:
+        case Ready():
+            return "READY=1\nSTATUS=Mounted"
+        case Progress(keys=keys):
+            return f"STATUS=Loading: {keys} keys\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
+        case Waiting(reason=reason):
+            return f"STATUS=Waiting: {reason}\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
+        case Failed(message=message):
+            return f"STATUS={' '.join(message.split())}"
+
+
+def _notify(address: str, state: str) -> None:
+    # In NOTIFY_SOCKET an abstract name begins with `@`.
+    path = "\0" + address[1:] if address.startswith("@") else address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.sendto(state.encode(errors="surrogateescape"), path)
 
 
 def _queued(fd: int) -> int:

@@ -58,7 +58,7 @@ from etcdfs.kernel import KernelCache
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
 from etcdfs.mirror import Mirror
-from etcdfs.mountpoint import SUBTYPE, prepare
+from etcdfs.mountpoint import SUBTYPE, claimed
 from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.publisher import Publisher
@@ -337,18 +337,26 @@ def main() -> int:
     parser.add_argument("--status-fd", type=int)
     arguments = parser.parse_args()
     handover = read_options(arguments.options_fd)
+    if handover is None:
+        return 0
     reporter = open_reporter(arguments.status_fd)
+    if arguments.status_fd is not None:
+        os.chdir("/")  # a daemon must not keep anybody's disk busy
     try:
         setup_logging(handover.log, foreground=arguments.status_fd is None)
-        prepare(handover.options.mountpoint)
-        trio.run(serve, handover.options, reporter)
+        with claimed(handover.options.mountpoint):
+            trio.run(serve, handover.options, reporter)
     except BaseExceptionGroup as group:
         failure = _command_error(group)
         if failure is None:
+            log.critical("the daemon dies; this is a bug of etcdfs", exc_info=group)
             raise
         return _fail(reporter, failure)
     except CommandError as exc:
         return _fail(reporter, exc)
+    except Exception as exc:
+        log.critical("the daemon dies; this is a bug of etcdfs", exc_info=exc)
+        raise
     return 0
 
 

@@ -13,6 +13,7 @@ Concurrency: plain blocking calls of the command line, each bounded.
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -34,17 +35,17 @@ from etcdfs.errors import (
     NotMountedError,
     UnmountError,
 )
+from etcdfs.spawn import DAEMON_MODULE
 
 log = logging.getLogger(__name__)
 
 SUBTYPE: Final = "etcdfs"
 """Mount with `subtype=` this: /proc/mounts then shows the type `fuse.etcdfs`."""
 
-DAEMON_MODULE: Final = "etcdfs.mount"
-
 _TYPE: Final = f"fuse.{SUBTYPE}"
 _DEVICE: Final = Path("/dev/fuse")
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_MOUNT_NAMESPACE: Final = Path("/proc/self/ns/mnt")
 _COMMAND_TIMEOUT_S: Final = 30.0
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
@@ -93,8 +94,21 @@ def find_mounted(path: str) -> Mounted | None:
 
 
 def resolve(path: str) -> str:
-    """Return the absolute path of a mountpoint, without touching what is mounted there."""
-    given = Path(path)
+    """Return the absolute path of a mountpoint, without touching what is mounted there.
+
+    Raises:
+        MountpointMissingError: It leads nowhere: a loop of links, or no current directory.
+    """
+    try:
+        return _resolve(Path(path))
+    except RuntimeError:  # pathlib's, up to Python 3.12
+        why = os.strerror(errno.ELOOP)
+    except OSError as exc:
+        why = exc.strerror or str(exc)
+    raise MountpointMissingError(f"the mountpoint {path} cannot be reached: {why}")
+
+
+def _resolve(given: Path) -> str:
     # `..` cannot be left for later: it means the parent of what a symbolic link points to.
     if given.name not in {"", ".."}:
         lexical = str(given.parent.resolve() / given.name)
@@ -103,21 +117,23 @@ def resolve(path: str) -> str:
     return str(given.resolve())
 
 
-def find_daemon(mountpoint: str) -> int | None:
+def find_daemon(mountpoint: str, but_for: int | None = None) -> int | None:
     """Return the process id of the daemon that serves a mountpoint; None if there is none.
 
-    This process does not count: it may be a daemon that is about to mount.
+    This process does not count: it may be a daemon that is about to mount; nor does `but_for`,
+    which this process may have started.
 
     Processes of other users are found too, unless /proc hides them (its option `hidepid`).
     """
     wanted = [b"-m", DAEMON_MODULE.encode(), os.fsencode(mountpoint)]
-    own = str(os.getpid())
+    not_these = {str(os.getpid()), str(but_for)}
     with os.scandir("/proc") as entries:
         for entry in entries:
             if (
                 entry.name.isdigit()
-                and entry.name != own
+                and entry.name not in not_these
                 and _has_arguments(Path(entry.path), wanted)
+                and _shares_mounts(Path(entry.path))
             ):
                 return int(entry.name)
     return None
@@ -132,23 +148,71 @@ def _has_arguments(process: Path, wanted: list[bytes]) -> bool:
     return any(arguments[i : i + len(wanted)] == wanted for i in range(1, len(arguments)))
 
 
+def _shares_mounts(process: Path) -> bool:
+    """Tell whether a process sees the mounts that we see, not those of a container.
+
+    Another user's process does not say (ptrace(2), access mode checking); most likely it does.
+    """
+    try:
+        return (process / "ns" / "mnt").readlink() == _MOUNT_NAMESPACE.readlink()
+    except OSError:
+        return True
+
+
 # --- before mounting ------------------------------------------------------------------------
 
 
-def prepare(mountpoint: str) -> None:
+def prepare(mountpoint: str, early: int | None = None) -> None:
     """Make sure that a directory can be mounted over; clear what a killed daemon left there.
 
     Args:
         mountpoint: As `resolve` returns it.
+        early: A daemon that waits for its options, which may be to mount there.
 
     Raises:
         CommandError: It cannot; the class says why.
     """
     mounted = find_mounted(mountpoint)
     if mounted is not None:
-        _clear_if_stale(mounted)
+        _clear_if_stale(mounted, early)
     _check_directory(mountpoint)
     check_fuse(_DEVICE)
+
+
+@contextlib.contextmanager
+def claimed(mountpoint: str) -> Iterator[None]:
+    """Prepare a mountpoint, and keep other daemons off it while the body runs.
+
+    Two that mount on one directory would both succeed, one hidden below the other. The lock is
+    on the directory itself, and the kernel takes it away with the process.
+
+    Raises:
+        CommandError: As `prepare`; or another daemon was quicker.
+    """
+    prepare(mountpoint)
+    try:
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise MountpointMissingError(
+            f"the mountpoint {mountpoint} cannot be used: {exc.strerror}"
+        ) from None
+    try:
+        _lock(fd, mountpoint)
+        # What was opened may be the root of a mount that was made meanwhile.
+        if find_mounted(mountpoint) is not None:
+            raise AlreadyMountedError(f"{mountpoint} is a mountpoint already")
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, mountpoint: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AlreadyMountedError(f"another etcdfs is about to mount on {mountpoint}") from None
+    except OSError as exc:  # a file system without locks
+        log.debug("%s cannot be locked: %s", mountpoint, exc)
 
 
 def check_fuse(device: Path = _DEVICE) -> None:
@@ -170,7 +234,7 @@ def check_fuse(device: Path = _DEVICE) -> None:
         raise FuseMissingError("there is no fusermount3 on PATH: install the package fuse3")
 
 
-def _clear_if_stale(mounted: Mounted) -> None:
+def _clear_if_stale(mounted: Mounted, early: int | None = None) -> None:
     """Take a dead mount of ours away; anything else that is mounted stays.
 
     Raises:
@@ -180,7 +244,7 @@ def _clear_if_stale(mounted: Mounted) -> None:
     path = mounted.path
     if not mounted.ours:
         raise AlreadyMountedError(f"{path} is a mountpoint already ({mounted.type})")
-    if find_daemon(path) is not None or not _is_dead(path):
+    if find_daemon(path, early) is not None or not _is_dead(path):
         raise AlreadyMountedError(f"etcdfs is mounted on {path} already")
     _unmount(path, lazy=True)
     log.warning("cleared the stale mount that a killed daemon left on %s", path)
@@ -254,7 +318,7 @@ def unmount(mountpoint: str, timeout_s: float) -> None:
             return
         pid, pidfd = daemon
         _unmount(mountpoint, lazy=False)
-        if not _ended(pidfd, timeout_s):
+        if not has_ended(pidfd, timeout_s):
             raise UnmountError(
                 f"{mountpoint} is unmounted, but its daemon (process {pid}) "
                 f"did not end within {timeout_s:g} s"
@@ -278,7 +342,7 @@ def _watched_daemon(mountpoint: str) -> Iterator[tuple[int, int] | None]:
         os.close(pidfd)
 
 
-def _ended(pidfd: int, timeout_s: float) -> bool:
+def has_ended(pidfd: int, timeout_s: float) -> bool:
     """Wait for the end of a process (pidfd_open(2): it is readable then)."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)

@@ -21,7 +21,7 @@ from typing import Any, final
 from etcdfs.mountpoint import find_daemon
 from tests.support.etcd_process import EtcdProcess
 
-COMMAND = (sys.executable, "-P", "-c", "from etcdfs.cli import main; main()")
+COMMAND = (sys.executable, "-P", "-m", "etcdfs")
 """`etcdfs` of this very environment."""
 
 _TIMEOUT_S = 50.0

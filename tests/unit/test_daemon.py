@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import etcdfs.daemon
+import etcdfs.spawn
 from etcdfs.daemon import start_in_background
 from etcdfs.handshake import (
     Failed,
@@ -132,6 +134,30 @@ def test_foreground_prints_the_url_and_the_failure(capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("http://127.0.0.1:1\n", "etcdfs: no\n")
 
 
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("" if abstract else str(tmp_path / "notify"))
+        name = manager.getsockname()
+        address = "@" + name[1:].decode() if abstract else name
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        reporter = open_reporter(None)
+        assert "NOTIFY_SOCKET" not in os.environ
+        reporter.report(Progress(keys=7, bytes=1))
+        assert b"STATUS=Loading: 7 keys\nEXTEND_TIMEOUT_USEC=" in manager.recv(4096)
+        reporter.report(Ready(revision=1, keys=1))
+        assert manager.recv(4096).startswith(b"READY=1\n")
+        reporter.report(Failed(message="no\nREADY=1", exit_code=1))
+        assert manager.recv(4096) == b"STATUS=no READY=1"
+
+
+def test_a_service_manager_that_is_gone_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    open_reporter(None).report(Ready(revision=1, keys=1))
+
+
 # --- the parent's side ----------------------------------------------------------------------
 
 
@@ -146,14 +172,16 @@ class StandIn:
     def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._home = tmp_path
         monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
-        monkeypatch.setattr(etcdfs.daemon, "DAEMON_MODULE", "stand_in")
+        monkeypatch.setattr(etcdfs.spawn, "DAEMON_MODULE", "stand_in")
 
     def does(self, code: str) -> None:
         head = """
             import os, signal, sys
             from etcdfs.handshake import *
+            from etcdfs.logs import setup_logging
             _, mountpoint, _, options_fd, _, status_fd = sys.argv
             handover = read_options(int(options_fd))
+            setup_logging(handover.log, foreground=False)
             reporter = open_reporter(int(status_fd))
         """
         text = textwrap.dedent(head) + textwrap.dedent(code)
@@ -163,7 +191,7 @@ class StandIn:
 def test_ready_leaves_the_daemon_on_its_own(stand_in: StandIn) -> None:
     stand_in.does("""
         reporter.report(Progress(keys=1, bytes=1))
-        state = [mountpoint, os.getcwd(), os.getsid(0) == os.getpid()]
+        state = [mountpoint, os.getsid(0) == os.getpid()]
         state += [os.readlink("/proc/self/fd/0"), handover.log.level]
         fd = os.open("/proc/self/fd/1", os.O_RDONLY)
         reporter.report(Ready(revision=os.getpid(), keys=1, client_url=repr(state)))
@@ -172,7 +200,7 @@ def test_ready_leaves_the_daemon_on_its_own(stand_in: StandIn) -> None:
     word = start_in_background(HANDOVER)
     assert isinstance(word, Ready)
     try:
-        assert word.client_url == repr(["/m", "/", True, "/dev/null", "debug"])
+        assert word.client_url == repr(["/m", True, "/dev/null", "debug"])
         assert str(Path(f"/proc/{word.revision}/fd/2").readlink()) == "/dev/null"
     finally:
         os.kill(word.revision, signal.SIGKILL)
@@ -301,7 +329,7 @@ def test_foreground_becomes_the_daemon(stand_in: StandIn) -> None:
         "import etcdfs.daemon\n"
         "from etcdfs.handshake import *\n"
         "from etcdfs.options import *\n"
-        "etcdfs.daemon.DAEMON_MODULE = 'stand_in'\n"
+        "etcdfs.spawn.DAEMON_MODULE = 'stand_in'\n"
         "etcdfs.daemon.run_in_foreground(Handover(\n"
         "    options=MountOptions(mountpoint='/m', prefix=b'/p/'), log=LogSettings()))\n"
     )
