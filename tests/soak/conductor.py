@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Final, TextIO, final
 
 from tests.soak import faults_apart, faults_cluster, faults_files, faults_single, faults_tamper
-from tests.soak.arena import Arena, Conditions, FaultError
+from tests.soak.arena import Arena, Conditions
 from tests.soak.control import until
 from tests.soak.etcds import why_no_namespaces
+from tests.soak.faults_single import check
 from tests.soak.history import READ_FAULTS, WRITE_FAULTS, Verdict
 from tests.soak.mounts import Mount
-from tests.soak.table import ELSEWHERE, FAULTS, Fault
+from tests.soak.table import ELSEWHERE, Fault
 
 MODULES: Final = (faults_apart, faults_cluster, faults_files, faults_single, faults_tamper)
 """Imported so that their faults are in the table."""
@@ -134,10 +135,8 @@ class Conductor:
                 fault.inject(arena)
                 took = arena.recovered(fault.bound_s, history=fault.history)
             row.longest_s = max(row.longest_s, took)
-            if load is not None:
-                more = load.failed_reads() - failed
-                if more and not fault.reads_fail:
-                    raise FaultError(f"{more} reads failed")
+            more = 0 if load is None else load.failed_reads() - failed
+            check(fault.reads_fail or not more, f"{more} reads failed")
             outcome = f"recovered after {took:.1f} s"
         except Exception as exc:  # noqa: BLE001 - it is reported, and the run goes on
             outcome = f"{type(exc).__name__}: {exc}"
@@ -206,7 +205,7 @@ class Conductor:
         self._say(f"FAILED: {what}")
 
     def _say(self, line: str) -> None:
-        print(line, file=self._out, flush=True)  # noqa: T201 - the report is what this is for
+        print(line, file=self._out, flush=True)
 
 
 def _propagation(conditions: Conditions) -> str:

@@ -14,7 +14,6 @@ from typing import Final
 from tests.soak.conductor import Conductor
 from tests.soak.table import FAULTS
 
-
 NO_AUDIT: Final = ("--audit-interval", "0")
 """Without the audit, which would mend what these defects do before anybody has looked."""
 
@@ -49,15 +48,19 @@ def run_control(control: Control, releases: dict[str, Path], seed: int) -> bool:
     return bool(by)
 
 
-CALM: Final = ("+ defragmentation", "29 SIGSTOP of the daemon")
-"""Faults that mend nothing: what these defects do, they do under any load."""
+CALM: Final = ("+ nothing at all",)
+"""What these defects do, they do under any load."""
 
 _ALL: Final = (
     Control("drop-notification", CALM, ("stale", "differs")),
     Control("early-publish", CALM, ("stale", "inverted")),
     Control("negative-entries", CALM, ("stale", "differs")),
     Control("keep-cache-always", CALM, ("stale", "torn", "differs")),
-    Control("no-deduplication", ("11 events are told twice",), ("made a new version",)),
+    Control(
+        "no-deduplication",
+        ("11 events are told twice",),
+        ("made a new version", "backwards", "stale", "inverted"),
+    ),
     Control("out-of-order", CALM, ("stale", "inverted", "differs")),
     Control("split-revision", CALM, ("inverted", "stale")),
     Control(
@@ -69,7 +72,7 @@ _ALL: Final = (
         ("in step",),
         NO_AUDIT,
     ),
-    Control("resume-too-late", ("3 half-open connection",), ("stale", "differs"), NO_AUDIT),
+    Control("resume-too-late", ("3 half-open connection",), ("stale", "in step"), NO_AUDIT),
     Control("no-diff", ("7 compaction while disconnected",), ("differs", "stale"), NO_AUDIT),
     Control("lying-wait", CALM, ("stale", "differs")),
     Control("retry-write", ("6 the answer to a write is lost",), ("doubled",)),

@@ -136,7 +136,7 @@ class Member:
     ) -> None:
         self._binary = binary
         self._inside = tuple(inside)
-        self.number = number
+        self.place = number  # in the network; one that replaces it takes it over
         self.name = f"m{number}"
         self.host = host
         self.home = home / self.name
@@ -145,7 +145,7 @@ class Member:
         self.endpoint = f"{host}:{2379 if inside else _free_port()}"
         self.peer_url = f"http://{host}:{2380 if inside else _free_port()}"
         self.wrapper: tuple[str, ...] = ()
-        self._process: "subprocess.Popen[bytes] | None" = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -322,8 +322,9 @@ class Etcds:
             self._home,
             next(self._ids),
             member.host,
-            () if self.network is None else self.network.inside(member.number),
+            () if self.network is None else self.network.inside(member.place),
         )
+        fresh.place = member.place
         fresh.endpoint = member.endpoint  # where the clients look for it
         until(lambda: self._added(ctl, fresh), "a member is added", _START_S)
         self.members.insert(0, fresh)
@@ -381,7 +382,11 @@ class Etcds:
 
     def _options(self) -> tuple[str, ...]:
         done = subprocess.run(
-            [self._binary, "--help"], capture_output=True, text=True, timeout=_COMMAND_S, check=False
+            [self._binary, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=_COMMAND_S,
+            check=False,
         )
         fast = "--unsafe-no-fsync"  # the machine's disk is not what is tested
         return (fast,) if fast in done.stdout + done.stderr else ()

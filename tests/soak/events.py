@@ -28,4 +28,4 @@ def event_of(kv: Any, *, deleted: bool = False) -> Event | None:
     if deleted:
         return Event(kv.mod_revision, index, DELETED, 0)
     label = understand(layout.NAMES[index], kv.value) or Label(BROKEN, 0)
-    return Event(kv.mod_revision, index, *label)
+    return Event(kv.mod_revision, index, *label, len(kv.value))

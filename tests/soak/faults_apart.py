@@ -67,4 +67,3 @@ def restored(arena: Arena) -> None:
         change(arena, 40, b"new")
     finally:
         arena.wires_up()
-

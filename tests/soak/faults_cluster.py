@@ -8,6 +8,7 @@ Concurrency: the conductor's thread.
 
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import Final
 
 from tests.soak.arena import Arena, FaultError
@@ -114,15 +115,15 @@ def leader_deaf(arena: Arena) -> None:
 def _cut(arena: Arena, cut: Member, *, both: bool) -> None:
     wires = network(arena)
     others = [member for member in arena.etcds.members if member is not cut]
-    wires.drop(cut.number, *(member.host for member in others))
+    wires.drop(cut.place, *(member.host for member in others))
     if both:
         for member in others:
-            wires.drop(member.number, cut.host)
+            wires.drop(member.place, cut.host)
     try:
         go_on_without(arena, LEADERLESS_S + 2 * BACKOFF_S)
     finally:
         for member in arena.etcds.members:
-            wires.heal(member.number)
+            wires.heal(member.place)
     arena.etcds.until_ready()
 
 
@@ -130,11 +131,11 @@ def _cut(arena: Arena, cut: Member, *, both: bool) -> None:
 def used_unreachable(arena: Arena) -> None:
     """Noticed by keepalive; the mount goes to another member."""
     member = in_use(arena, arena.reader)
-    network(arena).drop(member.number, network(arena).gateway)
+    network(arena).drop(member.place, network(arena).gateway)
     try:
         go_on_without(arena, SILENT_S + 5)
     finally:
-        network(arena).heal(member.number)
+        network(arena).heal(member.place)
 
 
 @fault("+", "a third of all packets is lost", "cluster", 20)
@@ -142,13 +143,13 @@ def lossy(arena: Arena) -> None:
     """Slower, and nothing else."""
     for member in arena.etcds.members:
         share = "numgen random mod 100 < 30"
-        network(arena).drop(member.number, network(arena).gateway, share=share)
+        network(arena).drop(member.place, network(arena).gateway, share=share)
     try:
         nap(5)
         check_reads_go_on(arena)
     finally:
         for member in arena.etcds.members:
-            network(arena).heal(member.number)
+            network(arena).heal(member.place)
 
 
 @fault("5", "the leader changes under load", "cluster", 15)
@@ -159,7 +160,7 @@ def leader_moved(arena: Arena) -> None:
         numbers = member_ids(arena.etcds)
         others = [name for name in numbers if name != leader.name]
         target = numbers[arena.chance.choice(others)]
-        _eventually(lambda leader=leader, target=target: arena.etcds.raw(leader).move_leader(target))  # type: ignore[misc]
+        _eventually(partial(arena.etcds.raw(leader).move_leader, target))
         nap(0.5)
 
 

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-
 from etcdfs.keys import Keyspace
 from tests.soak import layout
 from tests.soak.arena import Arena, FaultError
@@ -113,7 +112,17 @@ def large_rename(arena: Arena) -> None:
 def odd_keys(arena: Arena) -> None:
     """Each has exactly one path, by a rule that can be reversed; the mount lives."""
     keys = [
-        *(b"a//b", b"/", b"a/./b", b"a/../b", b"a/\0b", b"a/\xff\xfe", b"x" * 300, b"%=25", b"both"),
+        *(
+            b"a//b",
+            b"/",
+            b"a/./b",
+            b"a/../b",
+            b"a/\0b",
+            b"a/\xff\xfe",
+            b"x" * 300,
+            b"%=25",
+            b"both",
+        ),
         *(b"both/below", b"//", b"a/", b"\xc3\x28", b"tab\there", b"%value", b"%marker"),
     ]
     raw = arena.etcds.raw()
@@ -154,9 +163,11 @@ def two_append(arena: Arena) -> None:
         for mount in (other, arena.author):
             mount.wait(revision)
         paths = [mount.path / "soak" / "two" for mount in (other, arena.author)]
-        with child(_APPENDER, paths[0], "1", f"{APPENDS}") as one:
-            with child(_APPENDER, paths[1], "2", f"{APPENDS}") as two:
-                check(two.wait(120) == one.wait(120) == 0, "appending failed")
+        with (
+            child(_APPENDER, paths[0], "1", f"{APPENDS}") as one,
+            child(_APPENDER, paths[1], "2", f"{APPENDS}") as two,
+        ):
+            check(two.wait(120) == one.wait(120) == 0, "appending failed")
     finally:
         other.close()
     found = arena.etcds.raw().get(layout.key("two"))
@@ -320,7 +331,7 @@ def terminated(arena: Arena) -> None:
 
 @fault("+", "the clock of the daemon goes back an hour", "single", 10)
 def clock_stepped(arena: Arena) -> None:
-    """mtime is later with every change all the same; nothing else depends on the time of day."""
+    """Mtime is later with every change all the same; nothing else depends on the time of day."""
     clock = arena.home / "clock"
     clock.write_text("+0")
     words = ("env", f"LD_PRELOAD={_faketime()}", f"FAKETIME_TIMESTAMP_FILE={clock}")
@@ -349,5 +360,3 @@ def _faketime() -> str:
     for path in Path("/usr/lib").glob("*/faketime/libfaketime.so.1"):
         return str(path)
     raise FaultError("libfaketime is not installed (Debian: faketime)")
-
-

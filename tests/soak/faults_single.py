@@ -30,6 +30,8 @@ BACKOFF_S: Final = 5.0
 WRITE_S: Final = 16.0
 """A write gives up within a small multiple of `--timeout` (5 s): it is sent, and read back."""
 
+QUIET_S: Final = 8.0
+
 GIVEN_UP: Final = frozenset((errno.ETIMEDOUT, errno.EIO))
 
 
@@ -126,7 +128,7 @@ def half_open(arena: Arena) -> None:
 
 @fault("+", "defragmentation", "single", 10)
 def defragmented(arena: Arena) -> None:
-    """etcd answers nobody for a while; nothing fails for good."""
+    """Etcd answers nobody for a while; nothing fails for good."""
     arena.etcds.raw(arena.etcds.members[0]).defragment()
 
 
@@ -145,6 +147,12 @@ def no_space(arena: Arena) -> None:
         client.set_no_space(member, on=False)
     file.write_bytes(b"there is room again")
     file.unlink()
+
+
+@fault("+", "nothing at all", "single", 10)
+def nothing(arena: Arena) -> None:
+    """Everybody reads and writes for a while, and all is well."""
+    nap(QUIET_S)
 
 
 # --- the wires ------------------------------------------------------------------------------
@@ -188,10 +196,12 @@ def compacted_tombstone(arena: Arena) -> None:
     name = layout.CHURNED[0]
     raw = arena.etcds.raw()
     raw.put((layout.key("gone"), b"x"))
-    until(lambda: (arena.reader.path / "soak" / "gone").exists(), "it is there", 20)
+    until((arena.reader.path / "soak" / "gone").exists, "it is there", 20)
     wire(arena).set(Mode.REFUSE)
     try:
-        _compact(arena, lambda: raw.delete(layout.key("gone")), lambda: raw.delete(layout.key(name)))
+        _compact(
+            arena, lambda: raw.delete(layout.key("gone")), lambda: raw.delete(layout.key(name))
+        )
     finally:
         wire(arena).set(Mode.PASS)
     until(lambda: not (arena.reader.path / "soak" / "gone").exists(), "it is gone", 20)

@@ -62,7 +62,7 @@ def doubled(arena: Arena) -> None:
 
 
 class _Repeated:
-    """Tells everything twice, and the event of one key after everything."""
+    """Tells everything twice, and the last event of one key after everything."""
 
     def __init__(self, key: bytes) -> None:
         self._key = key
@@ -72,7 +72,8 @@ class _Repeated:
         events = getattr(response, "events", ())
         if any(event.kv.key == self._key for event in events):
             self._kept = response
-        return [response, response]
+            return [response, response]
+        return [response, *([self._kept] if events and self._kept is not None else [])]
 
 
 @fault("12", "an event comes again after newer ones", "tamper", 20)

@@ -44,6 +44,7 @@ class Kind(IntEnum):
     PRESENT = 2  # the name, in a listing
     TORN = 3
     ERROR = 4
+    SIZED = 5  # the size, by stat(2); it is in `counter`
 
 
 class Outcome(IntEnum):
@@ -62,6 +63,7 @@ class Event(NamedTuple):
     writer: int
     counter: int
     total: int = 0
+    size: int = 0
 
 
 class Write(NamedTuple):
@@ -162,17 +164,19 @@ class _Timeline:
         self.values: dict[_Id, list[_Span]] = defaultdict(list)
         self.absences: dict[int, list[_Span]] = defaultdict(list)
         self.presences: dict[int, list[_Span]] = defaultdict(list)
+        self.sizes: dict[tuple[int, int], list[_Span]] = defaultdict(list)
         for key, changes in by_key.items():
             if changes[0].revision > first:
                 self.absences[key].append(_Span(0, changes[0].revision))
-            for event, after in pairwise((*changes, None)):
-                assert event is not None
-                span = _Span(event.revision, FOREVER if after is None else after.revision)
+            ends = [change.revision for change in changes[1:]]
+            for event, end in zip(changes, (*ends, FOREVER), strict=True):
+                span = _Span(event.revision, end)
                 if event.writer == DELETED:
                     self.absences[key].append(span)
                 else:
                     self.values[key, event.writer, event.counter].append(span)
                     self.presences[key].append(span)
+                    self.sizes[key, event.size].append(span)
 
     def spans(self, read: Read) -> Sequence[_Span]:
         """Return when what was read was so, earliest first."""
@@ -181,6 +185,8 @@ class _Timeline:
                 return self.values.get((read.key, read.writer, read.counter), ())
             case Kind.MISSING:
                 return self.absences.get(read.key, ())
+            case Kind.SIZED:
+                return self.sizes.get((read.key, read.counter), ())
             case _:
                 return self.presences.get(read.key, ())
 

@@ -13,7 +13,7 @@ from tests.soak.history import Event, Kind, Outcome, Read, Write
 
 _READ: Final = struct.Struct("<bhhqqqqq")
 _WRITE: Final = struct.Struct("<hhqqqb")
-_EVENT: Final = struct.Struct("<qhhqqq")
+_EVENT: Final = struct.Struct("<qhhqqqq")
 
 
 class Sighting(NamedTuple):
@@ -59,8 +59,8 @@ def reads(path: Path) -> Iterator[Read]:
 
 
 def writes(path: Path) -> Iterator[Write]:
-    for *rest, outcome in _WRITE.iter_unpack(path.read_bytes()):
-        yield Write(*rest, Outcome(outcome))
+    for key, writer, counter, sent, ended, outcome in _WRITE.iter_unpack(path.read_bytes()):
+        yield Write(key, writer, counter, sent, ended, Outcome(outcome))
 
 
 def sightings(path: Path) -> Iterator[Sighting]:

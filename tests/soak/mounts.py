@@ -108,10 +108,11 @@ class Mount:
             if target.startswith("socket:["):
                 sockets.add(target[len("socket:[") : -1])
         found = set()
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[9] in sockets and fields[3] == "01":  # ESTABLISHED
-                found.add(_address(fields[2]))
+        for table in ("tcp", "tcp6"):  # gRPC's sockets take both kinds of addresses
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[9] in sockets and fields[3] == "01":  # ESTABLISHED
+                    found.add(_address(fields[2]))
         return found
 
     def _unmount(self) -> None:
@@ -125,5 +126,5 @@ class Mount:
 
 def _address(text: str) -> str:
     host, _, port = text.partition(":")
-    quad = ".".join(str(byte) for byte in reversed(bytes.fromhex(host)))
+    quad = ".".join(str(byte) for byte in reversed(bytes.fromhex(host[-8:])))
     return f"{quad}:{int(port, 16)}"

@@ -40,7 +40,7 @@ class Proxy:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._server: asyncio.Server = self._call(self._listen())
-        self.endpoint = "127.0.0.1:%d" % self._server.sockets[0].getsockname()[1]
+        self.endpoint = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     @property
     def url(self) -> str:

@@ -64,7 +64,7 @@ def encode_line(label: Label) -> bytes:
 
 def decode_lines(value: bytes) -> list[Label] | None:
     """Return the labels of a log's lines; None if any is not whole."""
-    labels = []
+    labels: list[Label] = []
     for line in value.splitlines(keepends=True):
         head, _, checksum = line.rpartition(b" ")
         try:

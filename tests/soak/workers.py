@@ -140,80 +140,78 @@ class _Result:
         self.revision = revision
 
 
-def write(task: Task, control: Control, journal: Journal) -> None:
-    """Write as a foreign client."""
-    from tests.soak.raw import Raw, RawError  # noqa: PLC0415 - readers need no gRPC
+@final
+class _Writer:
+    """Writes as a foreign client."""
 
-    client = Raw(task.endpoints)
-    chance = random.Random(task.seed)
-    pen = _Pen(task, control, journal)
+    def __init__(self, task: Task, control: Control, journal: Journal) -> None:
+        from tests.soak.raw import Raw, RawError  # noqa: PLC0415 - readers need no gRPC
 
-    def together(result: _Result, label: Label, names: tuple[str, ...]) -> None:
-        sizes = [chance.choice(layout.SIZES) for _ in names]
-        result.acknowledged(
-            client.put(
-                *(
-                    (layout.key(n), encode(n, label, s))
-                    for n, s in zip(names, sizes, strict=True)
-                )
-            )
-        )
+        self.error = RawError
+        self._client = Raw(task.endpoints)
+        self._number = task.number
+        self._control = control
+        self._chance = random.Random(task.seed)
+        self._pen = _Pen(task, control, journal)
 
-    def bump(name: str, value: Callable[[bytes], tuple[Label, bytes]]) -> None:
-        found = client.get(layout.key(name))
-        if found is None:
-            return
-        label, new = value(found.value)
-        with pen.noting(label, name) as result:
-            _if_refused(result, RawError, lambda: client.put_if(
-                layout.key(name), new, found.mod_revision
-            ))
-
-    def change() -> None:
-        match chance.randrange(10):
+    def turn(self) -> None:
+        match self._chance.randrange(10):
             case 0 | 1 | 2:
-                names = layout.TOGETHER
+                self._put(layout.TOGETHER)
             case 3 | 4 | 5:
-                names = (chance.choice(layout.SINGLE),)
+                self._put((self._chance.choice(layout.SINGLE),))
             case 6:
-                return bump(chance.choice(layout.COUNTERS), lambda old: _bumped(pen, old))
+                self._change(self._chance.choice(layout.COUNTERS), _bumped)
             case 7:
-                return bump(layout.LOG, lambda old: _lengthened(pen, old))
+                self._change(layout.LOG, _lengthened)
             case 8:
-                names = (chance.choice(layout.CHURNED),)
+                self._put((self._chance.choice(layout.CHURNED),))
             case _:
-                name = chance.choice(layout.CHURNED)
-                revision = client.delete(layout.key(name))
-                control.set_mark(task.number, Mark.ACKNOWLEDGED, revision)
-                return None
-        label = pen.label()
-        with pen.noting(label, *names) as result:
+                revision = self._client.delete(layout.key(self._chance.choice(layout.CHURNED)))
+                self._control.set_mark(self._number, Mark.ACKNOWLEDGED, revision)
+
+    def _put(self, names: tuple[str, ...]) -> None:
+        label = self._pen.label()
+        pairs = [(layout.key(n), encode(n, label, _size(self._chance))) for n in names]
+        with self._noting(label, *names) as result:
+            result.acknowledged(self._client.put(*pairs))
+
+    def _change(self, name: str, change: Callable[[_Pen, bytes], tuple[Label, bytes]]) -> None:
+        """Read, change, and put if nobody else has put meanwhile."""
+        found = self._client.get(layout.key(name))
+        assert found is not None, f"{name} is not in etcd"
+        label, new = change(self._pen, found.value)
+        with self._noting(label, name) as result:
+            revision = self._client.put_if(layout.key(name), new, found.mod_revision)
+            if revision is None:
+                result.outcome = Outcome.REFUSED
+            else:
+                result.acknowledged(revision)
+
+    @contextmanager
+    def _noting(self, label: Label, *names: str) -> Iterator["_Result"]:
+        with self._pen.noting(label, *names) as result:
             try:
-                together(result, label, names)
-            except RawError as exc:
+                yield result
+            except self.error as exc:
                 if exc.refused:
                     result.outcome = Outcome.REFUSED
                 raise
-        return None
 
+
+def write(task: Task, control: Control, journal: Journal) -> None:
+    """Write as a foreign client."""
+    writer = _Writer(task, control, journal)
     for _ in _turns(task, control, Flag.HOLD_WRITERS, _WRITER_PACE_S):
         try:
-            change()
-        except RawError:
+            writer.turn()
+        except writer.error:
             nap(_AFTER_FAILURE_S)
 
 
-def _if_refused(result: _Result, error: type[Exception], put: Callable[[], int | None]) -> None:
-    try:
-        revision = put()
-    except error as exc:
-        if getattr(exc, "refused", False):
-            result.outcome = Outcome.REFUSED
-        raise
-    if revision is None:
-        result.outcome = Outcome.REFUSED
-    else:
-        result.acknowledged(revision)
+def _size(chance: random.Random) -> int:
+    """Return a size that few other values have, so that stat(2) tells them apart."""
+    return chance.choice(layout.SIZES) + chance.randrange(100)
 
 
 def _bumped(pen: _Pen, old: bytes) -> tuple[Label, bytes]:
@@ -232,45 +230,52 @@ def _lengthened(pen: _Pen, old: bytes) -> tuple[Label, bytes]:
 # --- writers through a mount ----------------------------------------------------------------
 
 
-def author(task: Task, control: Control, journal: Journal) -> None:
-    """Write through a mount."""
-    chance = random.Random(task.seed)
-    pen = _Pen(task, control, journal)
-    top = Path(task.mount)
+@final
+class _Author:
+    """Writes through a mount, in every way that programs do."""
 
-    def replace() -> None:
-        name = chance.choice(layout.MOUNTED)
-        label = pen.label()
-        with pen.noting(label, name) as result:
-            (top / name).write_bytes(encode(name, label, chance.choice(layout.SIZES)))
+    def __init__(self, task: Task, control: Control, journal: Journal) -> None:
+        self._chance = random.Random(task.seed)
+        self._pen = _Pen(task, control, journal)
+        self._top = Path(task.mount)
+        self._draft = self._top / "m" / f"draft{task.number}"
+        self._works = (
+            *(self._replace, self._replace, self._rename_over, self._append, self._append),
+            *(self._bump, self._fsync),
+        )
+
+    def turn(self) -> None:
+        self._chance.choice(self._works)()
+
+    def _replace(self) -> None:
+        name, label = self._chance.choice(layout.MOUNTED), self._pen.label()
+        with self._pen.noting(label, name) as result:
+            (self._top / name).write_bytes(self._value(name, label))
             result.acknowledged()
 
-    def rename_over() -> None:
-        name = chance.choice(layout.MOUNTED)
-        label = pen.label()
-        draft = top / "m" / f"draft{task.number}"
-        with pen.noting(label, name) as result:
-            draft.write_bytes(encode(name, label, chance.choice(layout.SIZES)))
-            draft.rename(top / name)
+    def _rename_over(self) -> None:
+        name, label = self._chance.choice(layout.MOUNTED), self._pen.label()
+        with self._pen.noting(label, name) as result:
+            self._draft.write_bytes(self._value(name, label))
+            self._draft.rename(self._top / name)
             result.acknowledged()
 
-    def append() -> None:
-        label = pen.label()
-        with pen.noting(label, layout.LOG) as result:
-            fd = os.open(top / layout.LOG, os.O_WRONLY | os.O_APPEND)
+    def _append(self) -> None:
+        label = self._pen.label()
+        with self._pen.noting(label, layout.LOG) as result:
+            fd = os.open(self._top / layout.LOG, os.O_WRONLY | os.O_APPEND)
             _write_and_close(fd, encode_line(label), None)
             result.acknowledged()
 
-    def bump() -> None:
-        name = chance.choice(layout.COUNTERS)
-        fd = os.open(top / name, os.O_RDWR)
+    def _bump(self) -> None:
+        name = self._chance.choice(layout.COUNTERS)
+        fd = os.open(self._top / name, os.O_RDWR)
         try:
-            old = os.pread(fd, 1 << 16, 0)
-            label, new = _bumped(pen, old)
+            label, new = _bumped(self._pen, os.pread(fd, 1 << 16, 0))
         except BaseException:
             os.close(fd)
             raise
-        with pen.noting(label, name) as result:
+        with self._pen.noting(label, name) as result:
             # Not the first byte: replacing all would be a replacement, which the last one wins.
             try:
                 _write_and_close(fd, new[1:], 1)
@@ -280,19 +285,26 @@ def author(task: Task, control: Control, journal: Journal) -> None:
                     result.outcome = Outcome.REFUSED
                 raise
 
-    def fsync() -> None:
-        name = chance.choice(layout.MOUNTED)
-        label = pen.label()
-        with (top / name).open("wb", buffering=0) as file:
-            with pen.noting(label, name) as result:
-                file.write(encode(name, label, chance.choice(layout.SIZES)))
-                os.fsync(file.fileno())
-                result.acknowledged()
+    def _fsync(self) -> None:
+        name, label = self._chance.choice(layout.MOUNTED), self._pen.label()
+        with (
+            (self._top / name).open("wb", buffering=0) as file,
+            self._pen.noting(label, name) as result,
+        ):
+            file.write(self._value(name, label))
+            os.fsync(file.fileno())
+            result.acknowledged()
 
-    works = (replace, replace, rename_over, append, append, bump, fsync)
+    def _value(self, name: str, label: Label) -> bytes:
+        return encode(name, label, _size(self._chance))
+
+
+def author(task: Task, control: Control, journal: Journal) -> None:
+    """Write through a mount."""
+    author = _Author(task, control, journal)
     for _ in _turns(task, control, Flag.HOLD_WRITERS, _AUTHOR_PACE_S):
         try:
-            chance.choice(works)()
+            author.turn()
         except OSError as exc:
             if exc.errno != _ESTALE:
                 nap(_AFTER_FAILURE_S)
@@ -342,6 +354,9 @@ class _Reader:
                 self._list()
             case 5:
                 self._wait()
+            case 6 | 7:
+                for name in self._chance.sample(layout.NAMES, 8):
+                    self._stat(name)
             case _:
                 self._look(self._chance.choice(layout.NAMES))
 
@@ -360,6 +375,18 @@ class _Reader:
         except OSError as exc:
             kind, label = Kind.ERROR, Label(0, exc.errno or 0)
         self._note(name, kind, label, began, floor)
+
+    def _stat(self, name: str) -> None:
+        """Look without a request, if the kernel knows."""
+        floor = max(self._floor, self._control.flag(Flag.FLOOR))
+        began = time.monotonic_ns()
+        try:
+            kind, found = Kind.SIZED, os.stat(f"{self._top}/{name}").st_size
+        except FileNotFoundError:
+            kind, found = Kind.MISSING, 0
+        except OSError as exc:
+            kind, found = Kind.ERROR, exc.errno or 0
+        self._note(name, kind, Label(0, found), began, floor)
 
     def _list(self) -> None:
         floor = max(self._floor, self._control.flag(Flag.FLOOR))
@@ -456,55 +483,68 @@ def wait(task: Task, control: Control, journal: Journal) -> None:
 # --- the recorder ---------------------------------------------------------------------------
 
 
-def record(task: Task, control: Control, journal: Journal) -> None:
-    """Note every event, whichever member tells it first."""
-    from tests.soak.raw import Raw, RawError  # noqa: PLC0415 - readers need no gRPC
+@final
+class _Recorder:
+    """Watches etcd at every member at once, and notes each event once."""
 
-    lock = threading.Lock()
-    noted: set[tuple[int, int]] = set()
-    clients: list[Raw] = []
+    def __init__(self, task: Task, control: Control, journal: Journal) -> None:
+        from tests.soak.raw import Raw, RawError  # noqa: PLC0415 - readers need no gRPC
 
-    def note(response: Any, seen: int) -> int:
-        last = 0
-        with lock:
-            for told in response.events:
-                last = told.kv.mod_revision
-                event = event_of(told.kv, deleted=bool(told.type))
-                if event is not None and (event.revision, event.key) not in noted:
-                    noted.add((event.revision, event.key))
-                    journal.event(event, seen)
-            control.set_flag(Flag.RECORDED, max(last, control.flag(Flag.RECORDED)))
-        return last
+        self._open, self._error = Raw, RawError
+        self._first = task.first
+        self._control = control
+        self._journal = journal
+        self._lock = threading.Lock()
+        self._noted: set[tuple[int, int]] = set()
+        self._clients: dict[str, Any] = {}
 
-    def follow(endpoint: str) -> None:
-        start = task.first + 1
-        while not control.stopping:
-            client = Raw([endpoint])
-            clients.append(client)
+    def follow(self, endpoint: str) -> None:
+        """Watch at one member until the end of the run."""
+        start = self._first + 1
+        while not self._control.stopping:
+            client = self._clients[endpoint] = self._open([endpoint])
             try:
                 for response in client.watch(layout.PREFIX.encode(), start):
                     if response.compact_revision:
                         # What is gone was noted already: nobody compacts before that.
-                        start = control.flag(Flag.RECORDED) + 1
-                        break
+                        start = self._control.flag(Flag.RECORDED) + 1
                     if response.canceled:
                         break
-                    start = max(start, note(response, time.monotonic_ns()) + 1)
-            except RawError:
+                    start = max(start, self._note(response, time.monotonic_ns()) + 1)
+            except self._error:
                 pass
-            finally:
-                clients.remove(client)
-                client.close()
+            client.close()
             nap(_AFTER_FAILURE_S)
 
-    threads = [threading.Thread(target=follow, args=(e,)) for e in task.endpoints]
+    def close(self) -> None:
+        """End all watches."""
+        for client in [*self._clients.values()]:
+            client.close()
+
+    def _note(self, response: Any, seen: int) -> int:
+        last = 0
+        with self._lock:
+            for told in response.events:
+                last = told.kv.mod_revision
+                event = event_of(told.kv, deleted=bool(told.type))
+                if event is not None and (event.revision, event.key) not in self._noted:
+                    self._noted.add((event.revision, event.key))
+                    self._journal.event(event, seen)
+            known = self._control.flag(Flag.RECORDED)
+            self._control.set_flag(Flag.RECORDED, max(last, known))
+        return last
+
+
+def record(task: Task, control: Control, journal: Journal) -> None:
+    """Note every event, whichever member tells it first."""
+    recorder = _Recorder(task, control, journal)
+    threads = [threading.Thread(target=recorder.follow, args=(e,)) for e in task.endpoints]
     for thread in threads:
         thread.start()
     while not control.stopping:
         nap(0.05)
     while any(thread.is_alive() for thread in threads):
-        for client in list(clients):
-            client.close()  # ends its watch
+        recorder.close()
         threads[0].join(0.1)
 
 

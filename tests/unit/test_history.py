@@ -55,9 +55,7 @@ def right_run(revisions: int, reads_each: int = 3, seed: int = 0) -> Run:
 
 
 def a_read(reader: int, event: Event, began: int, floor: int) -> Read:
-    return Read(
-        reader, event.key, Kind.SEEN, event.writer, event.counter, began, began + 50, floor
-    )
+    return Read(reader, event.key, Kind.SEEN, event.writer, event.counter, began, began + 50, floor)
 
 
 def latest(events: Sequence[Event], key: int, nth: int = 1) -> Event:
@@ -164,6 +162,18 @@ def test_missing_names_and_listings() -> None:
     assert look(Kind.PRESENT, 7).counts == {"stale": 1}
 
 
+def test_sizes_told_by_stat() -> None:
+    events = [Event(5, 0, 0, 1, size=10), Event(7, 0, 0, 2, size=20)]
+
+    def look(size: int, floor: int) -> Verdict:
+        return judge(events, [], [Read(0, 0, Kind.SIZED, 0, size, 1, 2, floor)], first=5)
+
+    assert look(10, 6).clean
+    assert look(20, 7).clean
+    assert look(10, 7).counts == {"stale": 1}
+    assert look(15, 6).counts == {"phantom": 1}
+
+
 def test_a_missing_name_is_held_against_later_reads() -> None:
     events = [Event(5, 0, 0, 1), Event(7, 0, DELETED, 0), Event(5, 1, 0, 2), Event(7, 1, 0, 3)]
     gone = Read(0, 0, Kind.MISSING, 0, 0, 1, 2, 6)
@@ -247,9 +257,7 @@ def test_any_mixture_of_two_values_is_torn() -> None:
 def test_counters_keep_their_size() -> None:
     values = [encode_counter("c/0", Label(w, 10**w, 10**w)) for w in range(6)]
     assert {len(value) for value in values} == {COUNTER_SIZE}
-    assert [decode("c/0", value) for value in values] == [
-        Label(w, 10**w, 10**w) for w in range(6)
-    ]
+    assert [decode("c/0", value) for value in values] == [Label(w, 10**w, 10**w) for w in range(6)]
 
 
 def test_logs() -> None:

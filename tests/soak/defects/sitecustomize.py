@@ -7,6 +7,7 @@ belongs to has been imported, it is patched. etcdfs itself knows nothing of any 
 Concurrency: patches run where what they replace would run.
 """
 
+import importlib
 import importlib.abc
 import importlib.machinery
 import os
@@ -31,6 +32,13 @@ def defect(name: str, module: str) -> Callable[[Patch], Patch]:
     return register
 
 
+def replace(owner: Any, name: str, what: Any) -> None:
+    """Put a defect in the place of something, which must be there."""
+    if not hasattr(owner, name):
+        raise RuntimeError(f"the defect has lost its place: {owner} has no {name}")
+    setattr(owner, name, what)
+
+
 def sometimes(every: int) -> Callable[[], bool]:
     """Return what says yes now and then."""
     numbers = count(1)
@@ -48,7 +56,7 @@ def drop_notification(module: Any) -> None:
     def submit(self: Any, cached: Any, done: Any = None) -> None:
         original(self, () if now() else cached, done)
 
-    module.KernelCache.submit = submit
+    replace(module.KernelCache, "submit", submit)
 
 
 @defect("early-publish", "etcdfs.kernel")
@@ -61,7 +69,7 @@ def early_publish(module: Any) -> None:
             done()
         original(self, cached, None)
 
-    module.KernelCache.submit = submit
+    replace(module.KernelCache, "submit", submit)
 
 
 @defect("negative-entries", "etcdfs.switch")
@@ -77,7 +85,7 @@ def negative_entries(module: Any) -> None:
         }
         return original(self, plan) - appearing
 
-    module.Switch.invalidations = invalidations
+    replace(module.Switch, "invalidations", invalidations)
 
 
 @defect("keep-cache-always", "etcdfs.tree")
@@ -91,7 +99,7 @@ def keep_cache_always(module: Any) -> None:
         old.facts = facts
         return old
 
-    module.Tree.new_version = new_version
+    replace(module.Tree, "new_version", new_version)
 
 
 # --- the replica ----------------------------------------------------------------------------
@@ -100,8 +108,7 @@ def keep_cache_always(module: Any) -> None:
 @defect("no-deduplication", "etcdfs.switch")
 def no_deduplication(module: Any) -> None:
     """Events that were applied before are applied again."""
-    import etcdfs.replica as replica  # noqa: PLC0415, PLR0402
-
+    replica: Any = importlib.import_module("etcdfs.replica")
     original = replica.Replica._on_events
 
     def on_events(self: Any, events: Any) -> Any:
@@ -110,28 +117,34 @@ def no_deduplication(module: Any) -> None:
             return steps
         return (replica.Apply(events, events[-1].mod_revision),)
 
-    replica.Replica._on_events = on_events  # type: ignore[method-assign]
-    module._Planner._is_behind = lambda _self, _event, _known: False
+    replace(replica.Replica, "_on_events", on_events)
+    replace(module._Planner, "_is_behind", lambda _self, _event, _known: False)
 
 
 @defect("out-of-order", "etcdfs.replica")
 def out_of_order(module: Any) -> None:
-    """Some batches are applied after the next one."""
+    """Some batches are applied after newer ones."""
     original, now = module.Replica.receive, sometimes(10)
     kept: list[Any] = []
+    left = [0]
 
     def receive(self: Any, message: Any) -> Any:
         steps = original(self, message)
-        if len(steps) == 1 and isinstance(steps[0], module.Apply):
-            if not kept and now():
-                kept.extend(steps)
-                return ()
-            late = tuple(kept)
-            kept.clear()
-            return (*steps, *late)
+        if len(steps) != 1 or not isinstance(steps[0], module.Apply):
+            return steps
+        if kept:
+            left[0] -= 1
+            if left[0] == 0:
+                late = tuple(kept)
+                kept.clear()
+                return (*steps, *late)
+        elif now():
+            kept.extend(steps)
+            left[0] = 5
+            return ()
         return steps
 
-    module.Replica.receive = receive
+    replace(module.Replica, "receive", receive)
 
 
 @defect("split-revision", "etcdfs.replica")
@@ -145,13 +158,13 @@ def split_revision(module: Any) -> None:
             return tuple(module.Apply((event,), event.mod_revision) for event in steps[0].events)
         return steps
 
-    module.Replica.receive = receive
+    replace(module.Replica, "receive", receive)
 
 
 @defect("no-witness", "etcdfs.replica")
 def no_witness(module: Any) -> None:
     """After a break, any history is believed to be the one that was known."""
-    module._Check.holds = lambda _self, _page: True
+    replace(module._Check, "holds", lambda _self, _page: True)
 
 
 @defect("resume-too-late", "etcdfs.replica")
@@ -161,10 +174,10 @@ def resume_too_late(module: Any) -> None:
 
     def open_(self: Any) -> Any:
         step = original(self)
-        skipped = 30 if self._resuming else 0
-        return module.OpenWatch(module.Revision(step.from_revision + skipped))
+        # From 0 on, etcd takes for: from now on.
+        return module.OpenWatch(module.Revision(0)) if self._resuming else step
 
-    module.Replica._open = open_
+    replace(module.Replica, "_open", open_)
 
 
 # --- the mirror -----------------------------------------------------------------------------
@@ -173,7 +186,7 @@ def resume_too_late(module: Any) -> None:
 @defect("no-diff", "etcdfs.mirror")
 def no_diff(module: Any) -> None:
     """What a new listing shows to be different is not applied."""
-    module.Mirror._difference = lambda _self, _revision: []
+    replace(module, "difference", lambda _tree, _contents, _staged, _revision: [])
 
 
 @defect("lying-wait", "etcdfs.mirror")
@@ -183,7 +196,7 @@ def lying_wait(module: Any) -> None:
     async def reached(self: Any, revision: int) -> None:
         return None
 
-    module.Mirror.reached = reached
+    replace(module.Mirror, "reached", reached)
 
 
 # --- the door to etcd -----------------------------------------------------------------------
@@ -200,7 +213,7 @@ def retry_write(module: Any) -> None:
         except module.OutcomeUnknownError:
             return await original(self, transaction)
 
-    module.EtcdStore.commit = commit
+    replace(module.EtcdStore, "commit", commit)
 
 
 @defect("wrong-range-end", "etcdfs.etcd")
@@ -211,7 +224,7 @@ def wrong_range_end(module: Any) -> None:
     def watch(self: Any, start: bytes, end: bytes, from_revision: int) -> Any:
         return original(self, start, b"/soak/s/5", from_revision)
 
-    module.EtcdStore.watch = watch
+    replace(module.EtcdStore, "watch", watch)
 
 
 @defect("no-hasleader", "etcdfs.etcd")
@@ -223,7 +236,7 @@ def no_hasleader(module: Any) -> None:
         original(self, *arguments, **options)
         self._metadata = tuple(pair for pair in self._metadata if pair[0] != "hasleader")
 
-    module.Connection.__init__ = init
+    replace(module.Connection, "__init__", init)
 
 
 # --- the publisher --------------------------------------------------------------------------
@@ -241,7 +254,7 @@ def lost_acknowledgement(module: Any) -> None:
             return
         await original(self, file)
 
-    module.Publisher.publish = publish
+    replace(module.Publisher, "publish", publish)
 
 
 @defect("blind-overwrite", "etcdfs.publisher")
@@ -251,7 +264,7 @@ def blind_overwrite(module: Any) -> None:
     def unchanged(key: bytes, _mod_revision: int) -> Any:
         return module.Compare(key, "version", ">", -1)
 
-    module.unchanged = unchanged
+    replace(module, "unchanged", unchanged)
 
 
 # --- planting -------------------------------------------------------------------------------
