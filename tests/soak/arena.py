@@ -274,7 +274,11 @@ class Arena:
                 raise FaultError(f"it hung for {seconds:.0f} s: the daemons were killed")
 
     def revive(self) -> None:
-        """Mount again what a fault that failed has left without a daemon."""
+        """Undo what a fault that failed has left: etcd down, wires cut, daemons dead."""
+        self.etcds.mend()
+        self.wires_up()
+        if self.tamper is not None:
+            self.tamper.lie(None)
         for mount in (self.reader, self.author):
             if not os.path.exists(f"/proc/{mount.daemon}"):
                 mount.mount()

@@ -288,6 +288,17 @@ class Etcds:
         self.start(member)
         self.until_ready()
 
+    def mend(self) -> None:
+        """Undo what a fault that failed has left: members that are down, packets dropped."""
+        for member in self.members:
+            if self.network is not None:
+                self.network.heal(member.place)
+            if member.running:
+                member.signal(signal.SIGCONT)
+            else:
+                self.start(member)
+        self.until_ready()
+
     def leader(self) -> Member:
         """Return the member that leads."""
 
@@ -315,7 +326,8 @@ class Etcds:
         identity = f"{self.raw(member).status().header.member_id:x}"
         member.kill()
         ctl = ("etcdctl", f"--endpoints={','.join(other.url for other in others)}")
-        run(*ctl, "member", "remove", identity)
+        removing = (*ctl, "member", "remove", identity)
+        until(lambda: self._reconfigured(*removing), "a member is removed", _START_S)
         self.members.remove(member)
         fresh = Member(
             self._binary,
@@ -326,7 +338,8 @@ class Etcds:
         )
         fresh.place = member.place
         fresh.endpoint = member.endpoint  # where the clients look for it
-        until(lambda: self._added(ctl, fresh), "a member is added", _START_S)
+        adding = (*ctl, "member", "add", fresh.name, f"--peer-urls={fresh.peer_url}")
+        until(lambda: self._reconfigured(*adding), "a member is added", _START_S)
         self.members.insert(0, fresh)
         self._clients.pop("", None)
         fresh.start(self._cluster(), *self._all_arguments(), state="existing")
@@ -356,14 +369,16 @@ class Etcds:
             (member.home / "log").read_text(errors="replace")[-2000:] for member in self.members
         )
 
-    def _added(self, ctl: tuple[str, ...], fresh: Member) -> bool:
-        # Refused while the others are not yet sure of each other.
-        words = (*ctl, "member", "add", fresh.name, f"--peer-urls={fresh.peer_url}")
+    def _reconfigured(self, *words: str) -> bool:
+        """Change the cluster; False if it is not the moment: members are not yet sure of others."""
         try:
             run(*words)
         except RuntimeError as exc:
-            if "unhealthy" in str(exc) or "started member" in str(exc):
+            moments = ("unhealthy", "started member", "deadline exceeded", "leader changed")
+            if any(moment in str(exc) for moment in moments):
                 return False
+            if "not found" in str(exc):  # the attempt before has done it, and could not say so
+                return True
             raise
         return True
 
