@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--duration", type=float, default=1200.0, help="seconds")
     parser.add_argument("--etcd", default="both", help="3.4, 3.5 or both")
     parser.add_argument("--defect", default="", help=f"one of {', '.join(CONTROLS)}, or all")
-    parser.add_argument("--fault", default="", help="only faults whose title contains this")
+    parser.add_argument("--fault", default="", help="only faults whose titles contain one of these")
     parser.add_argument("--arena", default="", help="only faults of this arena")
     parser.add_argument("--options", default="", help="further options of the mounts")
     arguments = parser.parse_args()
@@ -41,10 +41,11 @@ def main() -> int:
         names = list(CONTROLS) if arguments.defect == "all" else arguments.defect.split(",")
         caught = [run_control(CONTROLS[name], releases, arguments.seed) for name in names]
         return 0 if all(caught) else 1
+    wanted = arguments.fault.split(",")
     faults = [
         fault
         for fault in FAULTS
-        if arguments.fault in fault.title and arguments.arena in fault.arena
+        if any(part in fault.title for part in wanted) and arguments.arena in fault.arena
     ]
     conductor = Conductor(seed=arguments.seed)
     options = tuple(arguments.options.split())

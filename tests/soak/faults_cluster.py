@@ -26,12 +26,15 @@ SILENT_S: Final = KEEPALIVE_S + 2 * BACKOFF_S
 
 
 def in_use(arena: Arena, mount: Mount) -> Member:
-    """Return the member that a mount's daemon is connected to."""
-    peers = mount.peers()
-    for member in arena.etcds.members:
-        if member.endpoint in peers:
+    """Return the member that a mount's watch is at: the one that most is heard from."""
+    before = mount.received()
+    if arena.load is not None:
+        arena.load.until_busy(10)
+    heard = {peer: count - before.get(peer, 0) for peer, count in mount.received().items()}
+    for member in sorted(arena.etcds.members, key=lambda m: -heard.get(m.endpoint, 0)):
+        if heard.get(member.endpoint):
             return member
-    raise FaultError(f"{mount.name} is connected to nobody: {peers}")
+    raise FaultError(f"{mount.name} hears from nobody: {heard}")
 
 
 def network(arena: Arena) -> Network:

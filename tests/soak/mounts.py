@@ -8,14 +8,17 @@ Concurrency: blocking calls, each bounded.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Final, final
 
 from etcdfs.mountpoint import find_daemon
 from tests.soak.control import until
+from tests.soak.etcds import run
 
 _COMMAND: Final = (sys.executable, "-P", "-c", "from etcdfs.cli import main; main()")
 _TIMEOUT_S: Final = 60.0
@@ -97,22 +100,16 @@ class Mount:
     def log(self) -> str:
         return self.log_file.read_text(errors="replace") if self.log_file.exists() else ""
 
-    def peers(self) -> set[str]:
-        """Return the addresses its daemon is connected to, HOST:PORT."""
-        sockets = set()
-        for fd in os.scandir(f"/proc/{self.daemon}/fd"):
-            try:
-                target = os.readlink(fd.path)
-            except FileNotFoundError:
-                continue
-            if target.startswith("socket:["):
-                sockets.add(target[len("socket:[") : -1])
-        found = set()
-        for table in ("tcp", "tcp6"):  # gRPC's sockets take both kinds of addresses
-            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[9] in sockets and fields[3] == "01":  # ESTABLISHED
-                    found.add(_address(fields[2]))
+    def received(self) -> dict[str, int]:
+        """Return how much its daemon has received from each address it is connected to."""
+        listed = run("ss", "-H", "-O", "-t", "-n", "-p", "-i", "state", "established")
+        found: Counter[str] = Counter()
+        for line in listed.splitlines():
+            fields = line.split()
+            received = re.search(r"\bbytes_received:(\d+)", line)
+            if f"pid={self.daemon}," in line and received is not None:
+                host, _, port = fields[3].rpartition(":")
+                found[f"{host.strip('[]').removeprefix('::ffff:')}:{port}"] += int(received[1])
         return found
 
     def _unmount(self) -> None:
@@ -122,9 +119,3 @@ class Mount:
             timeout=_TIMEOUT_S,
             check=False,
         )
-
-
-def _address(text: str) -> str:
-    host, _, port = text.partition(":")
-    quad = ".".join(str(byte) for byte in reversed(bytes.fromhex(host[-8:])))
-    return f"{quad}:{int(port, 16)}"
