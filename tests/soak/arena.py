@@ -47,6 +47,23 @@ WATCHDOG_S: Final = 150.0
 _PRELOADER: Final = 0
 _PENS: Final = itertools.count(1)  # nobody writes under the name of another, in any epoch
 
+TOKEN_TTL: Final = "--auth-token-ttl=2"
+ROOT_LOGIN: Final = ("root", "secret")
+APP_LOGIN: Final = ("app", "known")
+ROLE: Final = ("--prefix=true", "app", "readwrite", "/")
+_USERS: Final = (
+    ("role", "add", "app"),
+    ("role", "grant-permission", *ROLE),
+    ("user", "add", ":".join(APP_LOGIN)),
+    ("user", "grant-role", "app", "app"),
+    ("role", "add", "reader"),
+    ("role", "grant-permission", "--prefix=true", "reader", "read", "/"),
+    ("user", "add", "guest:known"),
+    ("user", "grant-role", "guest", "reader"),
+    ("user", "add", "nobody:known"),
+)
+"""Who there is where authentication is on."""
+
 GRPC: Final = "ERROR grpc._cython"
 BUGS: Final = ("this is a bug of etcdfs", "Traceback")
 
@@ -130,7 +147,8 @@ class Arena:
     def _open(self) -> None:
         size = 3 if self.kind == "cluster" else 1
         isolated = self.kind == "cluster"
-        self.etcds = Etcds(self.conditions.binary, self.home, size, isolated=isolated)
+        arguments = (TOKEN_TTL,) if self.kind == "guarded" else ()
+        self.etcds = Etcds(self.conditions.binary, self.home, size, *arguments, isolated=isolated)
         self._stack.callback(self.etcds.close)
         self.first = self._preload()
         reader_url = author_url = self.etcds.url
@@ -141,8 +159,12 @@ class Arena:
             self.tamper = Tamper(self.etcds.members[0].endpoint)
             self._stack.callback(self.tamper.close)
             reader_url = self.tamper.url
-        self.reader = self.mount("reader", reader_url, defective=True)
-        self.author = self.mount("author", author_url, defective=True)
+        options: tuple[str, ...] = ()
+        if self.kind == "guarded":
+            self.etcds.guard(ROOT_LOGIN, *_USERS)
+            options = ("--user", ":".join(APP_LOGIN), "--audit-interval", "2")
+        self.reader = self.mount("reader", reader_url, *options, defective=True)
+        self.author = self.mount("author", author_url, *options, defective=True)
 
     def _proxy(self) -> Proxy:
         proxy = Proxy(self.etcds.members[0].endpoint)

@@ -16,19 +16,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TextIO, final
 
-from tests.soak import faults_apart, faults_cluster, faults_files, faults_single, faults_tamper
+from tests.soak import (
+    faults_apart,
+    faults_cluster,
+    faults_files,
+    faults_guarded,
+    faults_single,
+    faults_tamper,
+)
 from tests.soak.arena import Arena, Conditions
 from tests.soak.control import until
 from tests.soak.etcds import why_no_namespaces
 from tests.soak.faults_single import check
-from tests.soak.history import READ_FAULTS, WRITE_FAULTS, Verdict
+from tests.soak.history import FOREVER, READ_FAULTS, WRITE_FAULTS, Verdict
 from tests.soak.mounts import Mount
 from tests.soak.table import ELSEWHERE, Fault
 
-MODULES: Final = (faults_apart, faults_cluster, faults_files, faults_single, faults_tamper)
+MODULES: Final = (
+    faults_apart,
+    faults_cluster,
+    faults_files,
+    faults_guarded,
+    faults_single,
+    faults_tamper,
+)
 """Imported so that their faults are in the table."""
 
-ARENAS: Final = ("single", "tamper", "cluster", "apart")
+ARENAS: Final = ("single", "tamper", "cluster", "apart", "guarded")
 PUTS: Final = 200
 CALM_S: Final = 1.0
 
@@ -56,6 +70,7 @@ class Conductor:
         self.broken: list[str] = []
         self.missing: list[str] = []
         self._bounds: dict[str, float] = {}
+        self._ends: float = FOREVER
 
     def run(
         self,
@@ -77,10 +92,11 @@ class Conductor:
             )
             self.conditions.append(conditions)
             ends = time.monotonic() + share
-            while True:
+            self._ends = FOREVER  # of the first round every fault is made
+            self._round(conditions, faults)
+            self._ends = ends
+            while time.monotonic() < ends:
                 self._round(conditions, faults)
-                if time.monotonic() >= ends:
-                    break
 
     def _round(self, conditions: Conditions, faults: Sequence[Fault]) -> None:
         why_not = why_no_namespaces()
@@ -89,7 +105,7 @@ class Conductor:
             if kind == "cluster" and wanted and why_not is not None:
                 self.missing.append(f"{len(wanted)} faults of a cluster: {why_not}")
                 continue
-            if wanted:
+            if wanted and time.monotonic() < self._ends:
                 self._chance.shuffle(wanted)
                 self._say(f"\n# etcd {conditions.release}, {kind}")
                 try:
@@ -100,14 +116,15 @@ class Conductor:
     def _in_arena(self, conditions: Conditions, kind: str, wanted: Iterable[Fault]) -> None:
         with Arena(conditions, kind) as arena:
             waiting = arena.control_file_system()
-            if kind == "apart":
+            if kind in {"apart", "guarded"}:
                 for fault in wanted:
                     self._one(arena, fault)
             else:
                 with arena.watchdog(3600), arena.loaded() as load:
                     for fault in wanted:
                         load.until_busy()
-                        self._one(arena, fault)
+                        if time.monotonic() < self._ends:
+                            self._one(arena, fault)
                     if kind != "tamper":
                         arena.measure_propagation(PUTS)
             self._judge(arena, waiting)

@@ -216,6 +216,7 @@ class Etcds:
         self.network = Network() if isolated else None
         self._ids = itertools.count()
         self.members: list[Member] = []
+        self.login: tuple[str, str] | None = None
         self._clients: dict[str, Raw] = {}
         try:
             for _ in range(size):
@@ -250,7 +251,7 @@ class Etcds:
         name = "" if member is None else member.endpoint
         if name not in self._clients:
             endpoints = self.endpoints if member is None else (member.endpoint,)
-            self._clients[name] = Raw(endpoints)
+            self._clients[name] = Raw(endpoints, self.login)
         return self._clients[name]
 
     def ask(self, question: Callable[[Raw], Any], patience_s: float = _START_S) -> Any:
@@ -264,6 +265,28 @@ class Etcds:
 
         until(answered, "etcd answers", patience_s)
         return answers[0]
+
+    def guard(self, root: tuple[str, str], *more: tuple[str, ...]) -> None:
+        """Switch authentication on; from here on everything here is asked as root.
+
+        Args:
+            root: Its name, which must be `root`, and password.
+            more: Further etcdctl commands before that.
+        """
+        self.ctl("user", "add", ":".join(root))
+        self.ctl("user", "grant-role", root[0], "root")
+        for words in more:
+            self.ctl(*words)
+        self.ctl("auth", "enable")
+        self.login = root
+        for client in self._clients.values():
+            client.close()
+        self._clients.clear()
+
+    def ctl(self, *words: str) -> str:
+        """Run etcdctl."""
+        login = () if self.login is None else ("--user", ":".join(self.login))
+        return run("etcdctl", f"--endpoints={self.url}", *login, *words)
 
     def until_ready(self) -> None:
         """Return when every member that runs answers a linearizable read."""

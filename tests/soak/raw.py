@@ -55,8 +55,10 @@ class Found(NamedTuple):
 class Raw:
     """A client of some members; after a failure the next request goes to the next one."""
 
-    def __init__(self, endpoints: Sequence[str]) -> None:
+    def __init__(self, endpoints: Sequence[str], login: tuple[str, str] | None = None) -> None:
         self._endpoints = endpoints
+        self._login = login
+        self._metadata: tuple[tuple[str, str], ...] = _HAS_LEADER
         self._next = 0
         self._channel: Message = None
         self._connect()
@@ -168,7 +170,7 @@ class Raw:
     ) -> Message:
         method = getattr(stub(self._channel), name)
         try:
-            return method(request, timeout=timeout_s, metadata=_HAS_LEADER)
+            return method(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as exc:
             self._connect()
             raise RawError(exc) from exc
@@ -179,6 +181,18 @@ class Raw:
         endpoint = self._endpoints[self._next % len(self._endpoints)]
         self._next += 1
         self._channel = grpc.insecure_channel(endpoint, options=_OPTIONS)
+        if self._login is not None:
+            self._metadata = (*_HAS_LEADER, ("token", self._token(*self._login)))
+
+    def _token(self, name: str, password: str) -> str:
+        """Return a fresh token; none will do for the next request when etcd gives none."""
+        request = rpc.AuthenticateRequest(name=name, password=password)
+        try:
+            answer = rpc.AuthStub(self._channel).Authenticate(request, timeout=TIMEOUT_S)
+        except grpc.RpcError:
+            return ""
+        token: str = answer.token
+        return token
 
     @staticmethod
     def _revision(answer: Message) -> int:

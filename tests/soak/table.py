@@ -25,7 +25,7 @@ class Fault:
     Attributes:
         number: Its number on the list.
         name: What happens, in a few words.
-        arena: Where: `single`, `cluster`, `tamper` (all under load) or `apart` (without).
+        arena: Where: `single`, `cluster`, `tamper` (all under load), `apart` or `guarded` (without).
         bound_s: How long after it the mounts may take to equal etcd.
         inject: Makes it happen, and checks what is special about it.
         history: Whether etcd's history goes on.
