@@ -81,7 +81,7 @@ _ALL: Final = (
         "no-hasleader",
         ("4 the member in use is cut off from the others",),
         ("cut off",),
-        NO_AUDIT,
+        (*NO_AUDIT, "--watch-timeout", "60"),
     ),
     Control("lost-acknowledgement", CALM, ("lost",)),
     Control("blind-overwrite", CALM, ("lost update",)),

@@ -24,6 +24,7 @@ from tests.soak.mounts import ROOT
 from tests.soak.table import fault
 
 APPENDS = 300
+KILLS = 3
 MANY = 100_000
 PAGE = 100
 
@@ -269,7 +270,7 @@ def replaced(arena: Arena) -> None:
 def daemon_killed(arena: Arena) -> None:
     """ENOTCONN, then a new mount over it. What was acknowledged is in etcd, the rest not at all."""
     load = arena.load
-    for _ in range(5):
+    for _ in range(KILLS):
         if load is not None:
             load.until_busy(2)
         nap(arena.chance.random() / 5)

@@ -17,7 +17,6 @@ ROOT = Path(__file__).parents[2]
 PATIENCE_S = 280.0
 SHORT = (
     "1 kill -9 of etcd",
-    "6 the answer to a write is lost",
     "7 compaction while disconnected",
     "29 kill -9 of the daemon",
 )

@@ -227,16 +227,10 @@ def wrong_range_end(module: Any) -> None:
     replace(module.EtcdStore, "watch", watch)
 
 
-@defect("no-hasleader", "etcdfs.etcd")
+@defect("no-hasleader", "etcdfs.etcd_connection")
 def no_hasleader(module: Any) -> None:
     """A member that has lost its leader is not asked to say so."""
-    original = module.Connection.__init__
-
-    def init(self: Any, *arguments: Any, **options: Any) -> None:
-        original(self, *arguments, **options)
-        self._metadata = tuple(pair for pair in self._metadata if pair[0] != "hasleader")
-
-    replace(module.Connection, "__init__", init)
+    replace(module, "_HAS_LEADER", ("says-nothing", "true"))
 
 
 # --- the publisher --------------------------------------------------------------------------
