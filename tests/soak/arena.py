@@ -26,7 +26,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final, final
 
-from etcdfs.options import Endpoint
 from tests.soak import compare, journal, layout
 from tests.soak.compare import HungError
 from tests.soak.control import Control, Flag, Mark, until
@@ -34,7 +33,9 @@ from tests.soak.etcds import Etcds, run
 from tests.soak.events import event_of
 from tests.soak.history import Event, Kind, Read, Verdict, Write, judge
 from tests.soak.mounts import ROOT, Mount
+from tests.soak.propagation import Delay, seen_by_reading, seen_by_watching
 from tests.soak.proxy import Mode, Proxy
+from tests.soak.raw import Raw
 from tests.soak.tamper import Tamper
 from tests.soak.values import Label, encode, encode_counter, encode_line
 from tests.soak.workers import Task
@@ -83,8 +84,8 @@ class Conditions:
         defect: The seeded defect, if there is one.
         options: Further options of every mount.
         verdict: How what was read and written is judged, so far.
-        raw: How long after it was sent, and after it was answered, a put was seen by a watch.
-        mount: The same for who reads the file again and again.
+        raw: How soon a put was seen by a watch.
+        mount: How soon by a reader of the mount under test.
     """
 
     release: str
@@ -93,8 +94,8 @@ class Conditions:
     defect: str = ""
     options: tuple[str, ...] = ()
     verdict: Verdict = field(default_factory=Verdict)
-    raw: list[tuple[float, float]] = field(default_factory=list)
-    mount: list[tuple[float, float]] = field(default_factory=list)
+    raw: list[Delay] = field(default_factory=list)
+    mount: list[Delay] = field(default_factory=list)
 
 
 @final
@@ -335,20 +336,17 @@ class Arena:
     # --- propagation ------------------------------------------------------------------------
 
     def measure_propagation(self, puts: int) -> None:
-        """Time how soon a put is seen by reading, and by a bare watch, in turn."""
-        from benchmarks.harness.propagation import Writer  # noqa: PLC0415 - takes a second
-
-        host, _, port = self.etcds.leader().endpoint.rpartition(":")
-        key, path = layout.key("probe"), self.reader.path / "soak" / "probe"
+        """Time how soon a put is seen through the mount, and by a bare watch, in turn."""
+        leader = self.etcds.leader()
+        client, key = self.etcds.raw(leader), layout.key("probe")
         held = contextlib.nullcontext() if self.load is None else self.load.held(readers=True)
-        with held, contextlib.closing(Writer(Endpoint(host, int(port)))) as writer:
-            self.etcds.raw().put((key, b"first"))
-            self.reader.wait(self.etcds.raw().revision())
+        with held:
+            self.reader.wait(client.put((key, b"first")))
+            top, each = self.reader.path, puts // 4
             for _ in range(4):
-                read = writer.seen_by_reading(key, path, puts // 4)
-                watched = writer.seen_by_watching(key, puts // 4)
-                self.conditions.mount += map(_delays, read)
-                self.conditions.raw += map(_delays, watched)
+                self.conditions.mount += seen_by_reading(client, key, top, each)
+                watcher = Raw([leader.endpoint])
+                self.conditions.raw += seen_by_watching(client, watcher, key, each)
 
 
 # --- the load -------------------------------------------------------------------------------
@@ -511,7 +509,3 @@ class Load:
             verdict.failures[reason] += count
         shutil.rmtree(self._home)
         return verdict
-
-
-def _delays(sight: Any) -> tuple[float, float]:
-    return sight.seen - sight.sent, max(0.0, sight.seen - sight.answered)

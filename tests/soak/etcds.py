@@ -397,7 +397,7 @@ class Etcds:
         try:
             run(*words)
         except RuntimeError as exc:
-            moments = ("unhealthy", "started member", "deadline exceeded", "leader changed")
+            moments = ("unhealthy", "started member", "deadline exceeded", "timed out", "leader")
             if any(moment in str(exc) for moment in moments):
                 return False
             if "not found" in str(exc):  # the attempt before has done it, and could not say so
