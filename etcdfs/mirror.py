@@ -7,21 +7,18 @@ Each batch of the watch becomes visible by *switching* (DESIGN.md 4.2): the kern
 what will be untrue while lookups still answer the old state with no lifetime; then the tree
 changes in one step. So nobody sees part of a revision, and nothing older after something newer.
 
-A call of this mount that changes a name holds its directory's lock in the kernel until it
-returns, and it returns when the batch with its change is published (`settle`). If that batch, or
-one before it, must invalidate another name in the same directory, the kernel would wait for the
-call and the call for the batch; then the batch is published first and the kernel let go after.
+A call of this mount returns when the batch with its change is published (`settle`). What if that
+batch waits for a lock which the call holds, see `etcdfs.letting`.
 
 Concurrency: trio thread; one task applies batches, in order.
 """
 
 import logging
-import random
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
-from typing import Any, Final, Protocol, assert_never, final
+from typing import Any, Final, assert_never, final
 
 import trio
 
@@ -35,10 +32,14 @@ from etcdfs.errors import (
     StorePermissionError,
     WatchLostError,
 )
+from etcdfs.letting import KernelCache, Letting
 from etcdfs.link import UNLIMITED, Link
 from etcdfs.loader import load
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.replica import Replica, State
+from etcdfs.sidekeys import is_side_key
+from etcdfs.sidemirror import SideMirror
+from etcdfs.sides import dress
 from etcdfs.steps import (
     Apply,
     BackOff,
@@ -60,28 +61,16 @@ from etcdfs.store import Event, KeyValue, Revision, Store
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 from etcdfs.values import value_of
-from etcdfs.watching import Watching
+from etcdfs.watching import Watching, back_off
 
 log = logging.getLogger(__name__)
 
 SWITCH_ROUNDS: Final = 8
-"""Rounds of letting go before a batch is published. The second round finds what a change of
-this mount added meanwhile; more are not expected, and a batch must not wait for ever."""
+"""Rounds of letting go before a batch is published. The second finds what a change of this mount
+added meanwhile; more are not expected, and a batch must not wait for ever."""
 
 STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
-
-BACKOFF_FIRST_S: Final = 0.05
-BACKOFF_CAP_S: Final = 5.0
-BACKOFF_DOUBLINGS: Final = 16  # more than enough for the cap; 2**1024 is no float
-
-
-class KernelCache(Protocol):
-    """The kernel's caches, as the mirror needs them."""
-
-    def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        """Have the kernel forget; never blocks; call `done` on the trio thread afterwards."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +117,7 @@ class Mirror:
         # --- dependencies
         self._store = store
         self._contents = contents
-        self._kernel = kernel
+        self._letting = Letting(kernel)
         self.switch = Switch(tree)
         self.link = Link(max_stale_s=max_stale_s)
         self.auditor = Auditor(
@@ -148,6 +137,18 @@ class Mirror:
             watch_timeout_s=watch_timeout_s,
             answer_timeout_s=timeout_s,
         )
+        # Where side keys come by the mirror's own watch, they need none of theirs.
+        self.sides = (
+            None
+            if tree.keyspace.holds_sides or not tree.attributes
+            else SideMirror(
+                store,
+                tree,
+                self._switch_over,
+                watch_timeout_s=watch_timeout_s,
+                answer_timeout_s=timeout_s,
+            )
+        )
         # --- constants
         self._settle_timeout_s = settle_timeout_s
         # --- mutable state
@@ -158,10 +159,8 @@ class Mirror:
         self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
         self._advanced = trio.Event()
-        self._stir = trio.Event()
-        self._held: Counter[int] = Counter()  # directories whose lock a waiting call holds
-        self._wanted: Counter[int] = Counter()  # those whose lock the kernel needs, or will
-        self._batches = self._events = self._early = self._ahead = 0
+        self._switching = trio.Lock()
+        self._batches = self._events = self._ahead = 0
 
     # --- the view ---------------------------------------------------------------------------
 
@@ -186,8 +185,8 @@ class Mirror:
         if node is self.switch.tree.root:
             return
         self.link.check()
-        if self.barrier is not None and isinstance(node, File) and node.directory is not None:
-            await self.barrier.entry(node.directory, node.name)
+        if self.barrier is not None and isinstance(node, File):
+            await self.barrier.file(node)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
@@ -199,7 +198,10 @@ class Mirror:
     ) -> None:
         """See `View.settle`: wait for the watch, so that revisions are seen in order."""
         with self.holding(locked), trio.move_on_after(self._settle_timeout_s):
-            await self.reached(revision)
+            if self.sides is None or any(not is_side_key(event.key) for event in events):
+                await self.reached(revision)
+            if self.sides is not None and any(is_side_key(event.key) for event in events):
+                await self.sides.reached(revision)
             return
         self._ahead += 1
         self.auditor.saw(events)
@@ -209,7 +211,7 @@ class Mirror:
             revision,
         )
         self._keep_values(events)
-        self._submit(self.switch.apply_ahead(events, remember=True))
+        self._letting.submit(self.switch.apply_ahead(events, remember=True))
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`; the caller bounds it."""
@@ -217,31 +219,20 @@ class Mirror:
             await self._advanced.wait()
 
     async def advanced(self) -> None:
-        """Return when readers see a newer revision; the caller bounds it."""
+        """Return when readers see a newer revision."""
         await self._advanced.wait()
 
     async def let_go_first(self, stale: Collection[Cached]) -> None:
         """See `View.let_go_first`."""
-        done = trio.Event()
-        self._submit(stale, done.set)
-        if not self._is_held():
-            with trio.move_on_after(self._settle_timeout_s):
-                await done.wait()
+        await self._letting.first(stale, timeout_s=self._settle_timeout_s)
 
     def let_go(self, stale: Collection[Cached]) -> None:
         """See `View.let_go`."""
-        self._submit(stale)
+        self._letting.submit(stale)
 
-    @contextmanager
-    def holding(self, locked: Sequence[Entry]) -> Iterator[None]:
+    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
         """See `View.holding`."""
-        held = {entry.directory for entry in locked}
-        self._held.update(held)
-        self._stir.set()
-        try:
-            yield
-        finally:
-            self._held.subtract(held)
+        return self._letting.holding(locked)
 
     def statistics(self) -> MirrorStatistics:
         """Say how far the mirror is."""
@@ -251,7 +242,7 @@ class Mirror:
             connected=self.link.connected,
             batches=self._batches,
             events=self._events,
-            early=self._early,
+            early=self._letting.early,
             ahead=self._ahead,
         )
 
@@ -288,15 +279,12 @@ class Mirror:
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
                 steps = replica.receive(message or await self._watching.receive())
-                self._turn(connected=replica.state is State.WATCHING)
+                self._note(replica)
 
-    def _turn(self, *, connected: bool) -> None:
-        """Note whether the watch stands and is confirmed."""
-        if connected and not self.link.connected:
-            self.link.allow()
-        if not connected:
-            self.auditor.void()
-        self.link.turn(connected=connected)
+    def _note(self, replica: Replica) -> None:
+        """Tell the others whether the watch is confirmed, and can be believed."""
+        self.link.turn(connected=replica.state is State.WATCHING)
+        self.auditor.note(connected=replica.state is State.WATCHING, dropped=replica.dropped)
 
     def doubt(self, reason: str) -> None:
         """Have everything listed again: what is here is not what etcd has."""
@@ -318,7 +306,7 @@ class Mirror:
             case CloseWatch():
                 await self._watching.aclose()
             case BackOff():
-                await self._back_off(step)
+                await back_off(step)
             case _ as never:
                 assert_never(never)
         return None
@@ -368,22 +356,11 @@ class Mirror:
             raise answer
         return answer
 
-    async def _back_off(self, step: BackOff) -> None:
-        # Not each one: an outage may last for days.
-        log.log(
-            logging.WARNING if step.attempt.bit_count() <= 1 else logging.DEBUG,
-            "%s; %s (attempt %d)",
-            step.reason,
-            "listing everything again" if step.relist else "trying again",
-            step.attempt + 1,
-        )
-        longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(step.attempt, BACKOFF_DOUBLINGS))
-        # Jittered, so that the mounts of a cluster do not come back all at once.
-        await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
-
     async def _try_to_apply(self, applying: Coroutine[Any, Any, None]) -> Message | None:
         try:
             await applying
+        except StoreError as exc:
+            return Doubted(f"the attributes of new keys could not be read: {exc}")
         except Exception:
             log.exception("a batch could not be applied; this is a bug of etcdfs")
             return Doubted("a batch could not be applied")
@@ -405,7 +382,8 @@ class Mirror:
         for start in range(0, len(stage.entries), STAGE_SIZE):
             self._stage_some(stage.entries[start : start + STAGE_SIZE])
             await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
-        progress(self._staged_keys, self._staged_bytes)
+        if not self._is_restored:
+            progress(self._staged_keys, self._staged_bytes)
 
     async def keep_loaded(self) -> None:
         """Keep the values of the first listing, as many as fit, while others work.
@@ -432,6 +410,7 @@ class Mirror:
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:
             self._is_restored = True
+            dress(self.switch.tree)
             self.revision = revision
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
             return
@@ -445,8 +424,24 @@ class Mirror:
     # --- applying ---------------------------------------------------------------------------
 
     async def _apply(self, events: Sequence[Event], revision: int, *, force: bool = False) -> None:
-        """Make a batch visible, all at once, after the kernel has let go of what it changes."""
+        """Make a batch visible, and say so."""
         self._keep_values(events)
+        if self.sides is not None:
+            events = await self.sides.complete(events)
+        await self._switch_over(events, force)
+        self._batches += 1
+        self._events += len(events)
+        self.revision = revision
+        self.switch.reached(revision)
+        self._advanced.set()
+        self._advanced = trio.Event()
+
+    async def _switch_over(self, events: Sequence[Event], force: bool) -> None:
+        """Change the tree, all at once, after the kernel has let go of what changes."""
+        async with self._switching:
+            await self._switch_now(events, force=force)
+
+    async def _switch_now(self, events: Sequence[Event], *, force: bool) -> None:
         tree = self.switch.tree
         asked: set[Cached] = set()
         plan = self.switch.plan(events, force=force)
@@ -457,62 +452,14 @@ class Mirror:
             tree.switching |= self.switch.untold(plan)
             asked |= stale
             # checkpoint: anything may have happened to the tree; it is planned again
-            await self._wait_for_kernel(stale)
+            await self._letting.wait(stale)
             plan = self.switch.plan(events, force=force)
         late = self.switch.invalidations(plan) - asked
         self.switch.publish(plan)
         tree.switching.clear()
-        self._submit(late)
-        self._batches += 1
-        self._events += len(events)
-        self.revision = revision
-        self.switch.reached(revision)
-        self._advanced.set()
-        self._advanced = trio.Event()
-
-    async def _wait_for_kernel(self, stale: set[Cached]) -> None:
-        finished = False
-
-        def finish() -> None:
-            nonlocal finished
-            finished = True
-            self._stir.set()
-
-        self._submit(stale, finish)
-        while not finished:
-            if self._is_held():
-                self._early += 1
-                return
-            self._stir = trio.Event()
-            await self._stir.wait()
-
-    def _submit(self, stale: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        locks = {_lock_of(cached) for cached in stale}
-
-        def finish() -> None:
-            self._wanted.subtract(locks)
-            self._wanted = +self._wanted
-            if done is not None:
-                done()
-
-        self._wanted.update(locks)
-        self._kernel.submit(stale, finish)
-
-    def _is_held(self) -> bool:
-        """Say whether a call that waits for us holds a lock that the kernel waits for.
-
-        Not for this batch alone: the kernel is told in order, so that what was asked of it
-        before stands in the way as well.
-        """
-        return any(self._held[lock] > 0 for lock in self._wanted)
+        self._letting.submit(late)
 
     def _keep_values(self, events: Sequence[Event]) -> None:
         for event in events:
-            if isinstance(event, KeyValue):
+            if isinstance(event, KeyValue) and not is_side_key(event.key):
                 self._contents.put(event.key, event.mod_revision, event.value)
-
-
-def _lock_of(cached: Cached) -> int:
-    """Return the directory whose lock the kernel needs to let go of it; 0 for none."""
-    entry = cached if isinstance(cached, Entry) else cached.within
-    return 0 if entry is None else entry.directory
