@@ -54,7 +54,7 @@ def drop_notification(module: Any) -> None:
     original, now = module.KernelCache.submit, sometimes(10)
 
     def submit(self: Any, cached: Any, done: Any = None) -> None:
-        original(self, () if now() else cached, done)
+        original(self, () if cached and now() else cached, done)
 
     replace(module.KernelCache, "submit", submit)
 
