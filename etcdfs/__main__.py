@@ -20,12 +20,16 @@ from etcdfs.spawn import spawn
 def main() -> None:
     """Run the command line of this process, and exit with a documented status."""
     mountpoint = likely_mountpoint(sys.argv[1:])
-    early = None if mountpoint is None else spawn(mountpoint)
+    try:
+        early = None if mountpoint is None else spawn(mountpoint)
+    except OSError:  # the command line will find out, and say, what is wrong here
+        early = None
     from etcdfs.cli import run  # noqa: PLC0415 -- takes a tenth of a second
 
     status = run(sys.argv[1:], early)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # it was closed before we came
+            stream.flush()
     os._exit(status)  # there is nothing to take down, and Python needs its time for that
 
 

@@ -21,6 +21,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, Protocol, assert_never, final
 
 import trio
@@ -59,6 +60,8 @@ this mount added meanwhile; more are not expected, and a batch must not wait for
 
 STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
+
+_VALUE: Final = attrgetter("value")
 
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_CAP_S: Final = 5.0
@@ -335,8 +338,8 @@ class Mirror:
     async def keep_loaded(self) -> None:
         """Keep the values of the first listing, as many as fit, while others work.
 
-        Run it once the mirror is started: the mount need not wait for it. Until it is done, a
-        value that is asked for may have to be fetched again.
+        Run it once the mount is usable: nobody need wait for it. Until it is done, a value that
+        is asked for may have to be fetched again.
         """
         while self._loaded:
             for entry in self._loaded.popleft():
@@ -347,7 +350,7 @@ class Mirror:
 
     def _stage_some(self, entries: tuple[KeyValue, ...]) -> None:
         self._staged_keys += len(entries)
-        self._staged_bytes += sum(len(entry.value) for entry in entries)
+        self._staged_bytes += sum(map(len, map(_VALUE, entries)))
         if self._is_restored:
             self._staged.update((entry.key, entry) for entry in entries)
             return

@@ -184,7 +184,6 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
     try:
         with _store_errors():
             await tasks.start(mirror.run, progress)
-        tasks.start_soon(mirror.keep_loaded)
     finally:
         gc.enable()
         gc.freeze()
@@ -204,6 +203,8 @@ async def _announce(rooms: Rooms, reporter: Reporter, client_url: str | None) ->
             client_url=client_url,
         )
     )
+    if mirror is not None:
+        await mirror.keep_loaded()
 
 
 @final

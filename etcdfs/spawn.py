@@ -63,8 +63,11 @@ def spawn(mountpoint: str) -> Spawned:
 
     Args:
         mountpoint: An absolute path; by it the daemon is found in the list of processes.
+
+    Raises:
+        OSError: No process can be started here.
     """
-    _keep_descriptors()
+    _settle_descriptors()
     options_read, options_write = os.pipe()
     reports_read, reports_write = os.pipe()
     errors = os.memfd_create("etcdfs-errors")
@@ -105,8 +108,14 @@ def daemon_environment() -> dict[str, str]:
     return {"GRPC_VERBOSITY": "NONE"} | os.environ
 
 
-def _keep_descriptors() -> None:
-    """Have a child inherit nothing that this process was given, but for stdin to stderr."""
+def _settle_descriptors() -> None:
+    """Have a child inherit stdin to stderr, and nothing else that this process was given.
+
+    Where one of those is closed it becomes /dev/null, before a pipe takes its number.
+    """
+    while (null := os.open(os.devnull, os.O_RDWR)) in _STANDARD:
+        os.set_inheritable(null, True)
+    os.close(null)
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd not in _STANDARD:
             try:
