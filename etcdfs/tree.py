@@ -354,8 +354,14 @@ class Tree:
         """Make a directory with a new inode number, attached nowhere yet."""
         return Directory(self._new_number(), self.clock())
 
-    def attach(self, directory: Directory, name: bytes, node: Node) -> None:
-        """Put a node under a name; what stood there must have been detached."""
+    def attach(
+        self, directory: Directory, name: bytes, node: Node, *, as_version: bool = False
+    ) -> None:
+        """Put a node under a name; what stood there must have been detached.
+
+        With `as_version`, here and in `detach`, one version of a file takes the place of
+        another: the directory's own times stay, as when a file is written to.
+        """
         node.directory = directory
         node.name = name
         directory.children[name] = node
@@ -364,9 +370,12 @@ class Tree:
         else:
             node.lost_key = None
         self._negatives.pop(Entry(directory.inode, name), None)
-        self._touch(directory)
+        if not as_version:
+            self._touch(directory)
 
-    def detach(self, directory: Directory, name: bytes, *, gone: bool) -> Node | None:
+    def detach(
+        self, directory: Directory, name: bytes, *, gone: bool, as_version: bool = False
+    ) -> Node | None:
         """Take a name away; `gone` says that its key is deleted, not merely replaced."""
         node = directory.children.get(name)
         if node is None:
@@ -380,7 +389,8 @@ class Tree:
                 self.detach(node, below, gone=True)
         del directory.children[name]
         node.directory = None
-        self._touch(directory)
+        if not as_version:
+            self._touch(directory)
         return node
 
     def clear(self) -> None:
