@@ -14,11 +14,12 @@ import os
 import sys
 
 from etcdfs.arguments import likely_mountpoint
-from etcdfs.spawn import spawn
+from etcdfs.spawn import fill_standard_descriptors, spawn
 
 
 def main() -> None:
     """Run the command line of this process, and exit with a documented status."""
+    fill_standard_descriptors()
     mountpoint = likely_mountpoint(sys.argv[1:])
     try:
         early = None if mountpoint is None else spawn(mountpoint)
@@ -28,8 +29,10 @@ def main() -> None:
 
     status = run(sys.argv[1:], early)
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # it was closed before we came
+        try:
             stream.flush()
+        except OSError:  # a full disk, or a reader that is gone
+            status = status or 1
     os._exit(status)  # there is nothing to take down, and Python needs its time for that
 
 

@@ -12,21 +12,53 @@ _NOT_IN_BACKGROUND = {"-f", "--foreground", "-h", "--help", "--version"}
 
 
 def original_form(arguments: list[str]) -> list[str]:
-    """Return the arguments with `MOUNTPOINT ENDPOINT ...` spelt out as `mount ...`.
+    """Return the arguments with a form that has no command in it spelt out as `mount ...`.
+
+    * `MOUNTPOINT ENDPOINT ...`: the short form.
+    * `SOURCE MOUNTPOINT -o OPTIONS`, with an absolute mountpoint: how mount.fuse3 calls us for
+      `mount -t fuse.etcdfs` and fstab.
 
     A first argument that is no directory, before a second that is no endpoint, is left to
     fail as the mistyped command it probably is.
     """
     match arguments:
-        case [mountpoint, endpoint, *rest] if (
-            mountpoint not in {"mount", "umount"}
-            and not mountpoint.startswith("-")
-            and not endpoint.startswith("-")
-            and ("/" in mountpoint or ":" in endpoint)
+        case [first, second, *_] if (
+            first in {"mount", "umount"} or first.startswith("-") or second.startswith("-")
         ):
+            return arguments
+        case [source, mountpoint, *rest] if mountpoint.startswith("/") and not source.startswith(
+            ("/", ".")
+        ):
+            return ["mount", mountpoint, *_source_options(source), *_from_fstab(rest)]
+        case [mountpoint, endpoint, *rest] if "/" in mountpoint or ":" in endpoint:
             return ["mount", mountpoint, "--endpoints", endpoint, *rest]
         case _:
             return arguments
+
+
+def _source_options(source: str) -> list[str]:
+    """Return what the first field of fstab says: `HOST:PORT,...[/PREFIX]`, else just a label.
+
+    mount(8) must find it in the list of mounts again, or `mount -a` would mount it twice.
+    """
+    shown = [] if set(source) & set(", \\") else ["-o", f"fsname={source}"]
+    if ":" not in source:
+        return shown
+    scheme = source.rfind("://")
+    slash = source.find("/", 0 if scheme < 0 else scheme + 3)
+    endpoints, prefix = (source, "") if slash < 0 else (source[:slash], source[slash:])
+    named = ["--endpoints", endpoints, *shown]
+    return named if prefix in {"", "/"} else [*named, "--prefix", prefix]
+
+
+def _from_fstab(options: list[str]) -> list[str]:
+    """Return options without those that mount.fuse3 adds by itself and no mount of ours has."""
+    return [
+        ",".join(part for part in text.split(",") if part not in {"dev", "suid"})
+        if before == "-o"
+        else text
+        for before, text in zip(["", *options], options, strict=False)
+    ]
 
 
 def likely_mountpoint(arguments: list[str]) -> str | None:
@@ -56,4 +88,7 @@ def _absolute(path: str) -> str | None:
     parent, name = os.path.split(path.rstrip("/"))
     if name in {"", ".", ".."}:
         return None
-    return os.path.join(os.path.realpath(parent), name)
+    try:
+        return os.path.join(os.path.realpath(parent), name)
+    except OSError:  # there is no current directory
+        return None

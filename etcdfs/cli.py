@@ -7,8 +7,10 @@ starts as another process so that `etcdfs --help` loads neither grpc nor pyfuse3
 Concurrency: none.
 """
 
+import contextlib
 import logging
 import os
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,38 @@ from etcdfs import __version__
 from etcdfs.arguments import original_form
 from etcdfs.daemon import dismiss, run_in_foreground, start_in_background
 from etcdfs.errors import AuthUnsupportedError, CommandError, TlsUnsupportedError, UsageError
+from etcdfs.flags import (
+    DEFAULT_ENDPOINTS,
+    AllowOther,
+    AuditInterval,
+    Cache,
+    CacheSize,
+    Consistency,
+    DataDir,
+    DirMode,
+    Embedded,
+    Endpoints,
+    FileMode,
+    Foreground,
+    Gid,
+    KernelTimeout,
+    LogFile,
+    LogLevel,
+    MaxFileSize,
+    MaxStale,
+    MountedAt,
+    Mountpoint,
+    OptionLists,
+    Prefix,
+    ReadOnly,
+    SettleTimeout,
+    Timeout,
+    Uid,
+    Umask,
+    UnmountTimeout,
+    WaitForEtcd,
+    WatchTimeout,
+)
 from etcdfs.handshake import Failed, Handover, LogSettings, Ready
 from etcdfs.logs import LEVELS
 from etcdfs.mountpoint import prepare, resolve, unmount
@@ -34,8 +68,6 @@ from etcdfs.option_text import (
     read_options,
 )
 from etcdfs.spawn import Spawned
-
-DEFAULT_ENDPOINTS: Final = "127.0.0.1:2379"  # etcdctl's own default
 
 _UNSUPPORTED: Final[Mapping[str, tuple[type[CommandError], str]]] = {
     "ETCDCTL_CACERT": (TlsUnsupportedError, "TLS"),
@@ -53,233 +85,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-# --- options, in the order and the panels of --help -----------------------------------------
-
-_MOUNT = "Mount"
-_ETCD = "etcd"
-_CACHE = "Cache"
-_PERMISSIONS = "Permissions"
-_LOGGING = "Logging"
-_ADVANCED = "Advanced"
-
-Mountpoint = Annotated[
-    Path,
-    typer.Argument(metavar="MOUNTPOINT", help="The empty directory to mount over."),
-]
-MountedAt = Annotated[Path, typer.Argument(metavar="MOUNTPOINT", help="Where etcdfs is mounted.")]
-Prefix = Annotated[
-    str,
-    typer.Option(
-        metavar="P",
-        envvar="ETCDFS_PREFIX",
-        rich_help_panel=_MOUNT,
-        show_default="/",
-        help='Show the keys below this prefix; "" shows the whole keyspace raw.',
-    ),
-]
-ReadOnly = Annotated[
-    bool,
-    typer.Option(
-        "--read-only",
-        "-r",
-        envvar="ETCDFS_READ_ONLY",
-        rich_help_panel=_MOUNT,
-        help="Refuse every change.",
-    ),
-]
-Foreground = Annotated[
-    bool,
-    typer.Option(
-        "--foreground",
-        "-f",
-        rich_help_panel=_MOUNT,
-        help="Stay, for systemd and containers; log to stderr.",
-    ),
-]
-OptionLists = Annotated[
-    list[str],
-    typer.Option(
-        "-o",
-        metavar="OPT,...",
-        rich_help_panel=_MOUNT,
-        show_default=False,
-        help="Options as in fstab: ro, allow_other, noexec, or any flag without its dashes.",
-    ),
-]
-Endpoints = Annotated[
-    list[str],
-    typer.Option(
-        metavar="URL,...",
-        envvar=["ETCDFS_ENDPOINTS", "ETCDCTL_ENDPOINTS"],
-        rich_help_panel=_ETCD,
-        show_default=DEFAULT_ENDPOINTS,
-        help="etcd's client addresses, http://HOST:PORT or HOST:PORT.",
-    ),
-]
-Timeout = Annotated[
-    str,
-    typer.Option(
-        metavar="S",
-        envvar=["ETCDFS_TIMEOUT", "ETCDCTL_COMMAND_TIMEOUT"],
-        rich_help_panel=_ETCD,
-        show_default="5",
-        help="Bound of every request to etcd, in seconds.",
-    ),
-]
-Embedded = Annotated[
-    bool,
-    typer.Option(
-        "--embedded",
-        envvar="ETCDFS_EMBEDDED",
-        rich_help_panel=_ETCD,
-        help="Start a private etcd on loopback, stop it after unmount, and print its URL.",
-    ),
-]
-DataDir = Annotated[
-    str,
-    typer.Option(
-        metavar="DIR",
-        envvar="ETCDFS_DATA_DIR",
-        rich_help_panel=_ETCD,
-        show_default="$XDG_DATA_HOME/etcdfs/embedded",
-        help="Where --embedded keeps its data between runs.",
-    ),
-]
-Cache = Annotated[
-    bool,
-    typer.Option(
-        "--cache/--no-cache",
-        envvar="ETCDFS_CACHE",
-        rich_help_panel=_CACHE,
-        help="Keep a copy of all keys in memory, coherent by a watch; or ask etcd every time.",
-    ),
-]
-CacheSize = Annotated[
-    str,
-    typer.Option(
-        metavar="BYTES",
-        envvar="ETCDFS_CACHE_SIZE",
-        rich_help_panel=_CACHE,
-        show_default="256M",
-        help="Keep up to so much of the values in memory (64M, 1GiB).",
-    ),
-]
-Uid = Annotated[
-    str,
-    typer.Option(
-        metavar="N",
-        envvar="ETCDFS_UID",
-        rich_help_panel=_PERMISSIONS,
-        show_default="yours",
-        help="Owner of every file.",
-    ),
-]
-Gid = Annotated[
-    str,
-    typer.Option(
-        metavar="N",
-        envvar="ETCDFS_GID",
-        rich_help_panel=_PERMISSIONS,
-        show_default="yours",
-        help="Group of every file.",
-    ),
-]
-FileMode = Annotated[
-    str,
-    typer.Option(
-        metavar="OCTAL",
-        envvar="ETCDFS_FILE_MODE",
-        rich_help_panel=_PERMISSIONS,
-        show_default="0644",
-        help="Permissions of files.",
-    ),
-]
-DirMode = Annotated[
-    str,
-    typer.Option(
-        metavar="OCTAL",
-        envvar="ETCDFS_DIR_MODE",
-        rich_help_panel=_PERMISSIONS,
-        show_default="0755",
-        help="Permissions of directories.",
-    ),
-]
-Umask = Annotated[
-    str,
-    typer.Option(
-        metavar="OCTAL",
-        envvar="ETCDFS_UMASK",
-        rich_help_panel=_PERMISSIONS,
-        show_default="0",
-        help="Permissions taken away from both.",
-    ),
-]
-AllowOther = Annotated[
-    bool,
-    typer.Option(
-        "--allow-other",
-        envvar="ETCDFS_ALLOW_OTHER",
-        rich_help_panel=_PERMISSIONS,
-        help="Let other users in; needs user_allow_other in /etc/fuse.conf unless root.",
-    ),
-]
-LogLevel = Annotated[
-    str,
-    typer.Option(
-        metavar="|".join(LEVELS),
-        autocompletion=lambda: list(LEVELS),
-        envvar="ETCDFS_LOG_LEVEL",
-        rich_help_panel=_LOGGING,
-        help="What is worth a line.",
-    ),
-]
-LogFile = Annotated[
-    str,
-    typer.Option(
-        metavar="FILE",
-        envvar="ETCDFS_LOG_FILE",
-        rich_help_panel=_LOGGING,
-        show_default="syslog; stderr with --foreground",
-        help="Append the log to this file.",
-    ),
-]
-MaxFileSize = Annotated[
-    str,
-    typer.Option(
-        metavar="BYTES",
-        envvar="ETCDFS_MAX_FILE_SIZE",
-        rich_help_panel=_ADVANCED,
-        show_default="1536K",
-        help="Largest file; as etcd's --max-request-bytes.",
-    ),
-]
-KernelTimeout = Annotated[
-    str,
-    typer.Option(
-        metavar="S",
-        envvar="ETCDFS_KERNEL_TIMEOUT",
-        rich_help_panel=_ADVANCED,
-        show_default="60",
-        help="How long the kernel may go without asking again, should a notice be lost.",
-    ),
-]
-SettleTimeout = Annotated[
-    str,
-    typer.Option(
-        metavar="S",
-        envvar="ETCDFS_SETTLE_TIMEOUT",
-        rich_help_panel=_ADVANCED,
-        show_default="2",
-        help="How long a write waits for the watch to bring it back.",
-    ),
-]
-UnmountTimeout = Annotated[
-    str,
-    typer.Option(
-        "--timeout", metavar="S", show_default="30", help="How long to wait for the daemon's end."
-    ),
-]
 
 
 def _print_version(wanted: bool) -> None:
@@ -315,10 +120,14 @@ def mount(
     option_lists: OptionLists = [],  # noqa: B006 -- typer never hands it out
     endpoints: Endpoints = [],  # noqa: B006 -- the same
     timeout: Timeout = "",
+    wait_for_etcd: WaitForEtcd = "",
     embedded: Embedded = False,
     data_dir: DataDir = "",
     cache: Cache = False,
     cache_size: CacheSize = "",
+    consistency: Consistency = "",
+    max_stale: MaxStale = "",
+    audit_interval: AuditInterval = "",
     uid: Uid = "",
     gid: Gid = "",
     file_mode: FileMode = "",
@@ -330,6 +139,7 @@ def mount(
     max_file_size: MaxFileSize = "",
     kernel_timeout: KernelTimeout = "",
     settle_timeout: SettleTimeout = "",
+    watch_timeout: WatchTimeout = "",
 ) -> None:
     """Mount etcd. Returns once the mount is usable; the daemon goes on in the background."""
     listed = parse_option_list(",".join(option_lists))
@@ -421,7 +231,10 @@ def _outside(mountpoint: str, name: str, text: str) -> str:
     """
     if not text:
         raise UsageError(f"--{name} is empty")
-    path = Path(text).absolute()
+    try:
+        path = Path(text).absolute()
+    except OSError as exc:
+        raise UsageError(f"--{name} {text}: no current directory: {exc.strerror}") from None
     if path.is_relative_to(mountpoint):
         raise UsageError(f"--{name} {text} is inside the mountpoint")
     return str(path)
@@ -429,11 +242,16 @@ def _outside(mountpoint: str, name: str, text: str) -> str:
 
 def _log_file(texts: Mapping[str, str]) -> str | None:
     file = texts.get("log-file")
-    if file is not None:
-        try:
-            Path(file).open("ab").close()
-        except OSError as exc:
-            raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
+    if file is None:
+        return None
+    try:
+        # O_NONBLOCK: a FIFO would wait for a reader.
+        fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+    except OSError as exc:
+        raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
+    with os.fdopen(fd, "wb"):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise UsageError(f"--log-file {file} is a FIFO: the mount would wait for its reader")
     return file
 
 
@@ -455,6 +273,8 @@ def run(arguments: Sequence[str], early: Spawned | None = None) -> int:
         return _say(str(exc), exc.exit_code)
     except typer.TyperException as exc:
         return _say(exc.format_message(), exc.exit_code)
+    except OSError as exc:  # what is printed cannot be written
+        return _say(str(exc), 1)
     finally:
         if early is not None:
             dismiss(early)
@@ -467,7 +287,8 @@ def main() -> NoReturn:
 
 def _say(message: str, exit_code: int) -> int:
     """Say what went wrong in one line, whatever the message was made of; return the status."""
-    sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
+    with contextlib.suppress(OSError):  # nobody can read it; the status still tells
+        sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
     return exit_code
 
 

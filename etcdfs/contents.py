@@ -105,6 +105,12 @@ class Contents:
             self._hits += 1
         return value
 
+    def peek(self, key: bytes, mod_revision: Revision) -> bytes | None:
+        """Return what `get` would, without counting it as a use."""
+        version = (key, mod_revision)
+        # Not `self._lru[version]`: reading through LRUCache moves the entry to the end.
+        return Cache.__getitem__(self._lru, version) if version in self._lru else None
+
     def discard(self, key: bytes, mod_revision: Revision) -> None:
         """Let go of a value, if it is held: its version can no longer be asked for."""
         self._lru.pop((key, mod_revision), None)

@@ -21,6 +21,7 @@ from etcdfs.handshake import (
     Handover,
     Progress,
     Ready,
+    Waiting,
     hand_over,
     read_reports,
     send_handover,
@@ -136,9 +137,14 @@ def _await_word(reports: BinaryIO) -> Ready | Failed | None:
     """Return the last word; None when it never came."""
     with contextlib.closing(_ProgressLine()) as line, contextlib.suppress(ValueError):
         for report in read_reports(reports):
-            if not isinstance(report, Progress):
-                return report
-            line.show(report)
+            match report:
+                case Progress():
+                    line.show(report)
+                case Waiting(reason=reason, left_s=left_s):
+                    line.close()
+                    sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
+                case Ready() | Failed():
+                    return report
     return None
 
 
@@ -200,6 +206,7 @@ class _ProgressLine:
 
     def close(self) -> None:
         self._stack.close()
+        self._shown = False
 
 
 # --- ending ---------------------------------------------------------------------------------

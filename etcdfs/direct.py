@@ -41,6 +41,9 @@ class Direct:
         self._contents = contents
         self.switch = Switch(tree)
 
+    def check(self) -> None:
+        """See `View.check`: what is held is what an open file was when it was opened."""
+
     async def entry(self, directory: Directory, name: bytes) -> None:
         """See `View.entry`: one request."""
         tree = self.switch.tree

@@ -65,11 +65,21 @@ nothing, as etcd's log is synced before a write is answered.
 
 
 def default_data_dir() -> Path:
-    """Return where the data is kept unless `--data-dir` says otherwise."""
+    """Return where the data is kept unless `--data-dir` says otherwise.
+
+    Raises:
+        EmbeddedFailedError: This user has no home directory.
+    """
     home = os.environ.get("XDG_DATA_HOME", "")
     # The XDG base directory specification: relative paths are invalid and to be ignored.
-    base = Path(home) if Path(home).is_absolute() else Path.home() / ".local" / "share"
-    return base / "etcdfs" / "embedded"
+    if Path(home).is_absolute():
+        return Path(home) / "etcdfs" / "embedded"
+    try:
+        return Path.home() / ".local" / "share" / "etcdfs" / "embedded"
+    except RuntimeError:  # neither in the environment nor in the list of users
+        raise EmbeddedFailedError(
+            "there is no home directory to keep the embedded etcd's data in: say --data-dir"
+        ) from None
 
 
 def find_etcd() -> Path | None:

@@ -172,6 +172,18 @@ class StorePermissionError(StoreError):
     errno = errno.EACCES
 
 
+class MirrorStaleError(StoreError):
+    """etcd has not been heard for so long that what is known must not be shown any more."""
+
+    level = logging.DEBUG  # said once, when it begins
+
+
+class MirrorDeniedError(StorePermissionError):
+    """etcd no longer lets this mount read what it knows, so it must not be shown any more."""
+
+    level = logging.DEBUG  # said once, when it begins
+
+
 class StoreFullError(StoreError):
     """etcd's NOSPACE alarm is on, or its quota is used up."""
 

@@ -16,8 +16,8 @@ import functools
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -333,11 +333,16 @@ class FuseMount:
         Raises:
             FuseRefusedError: The kernel or fusermount3 said no.
         """
+        said: list[str] = []
         try:
-            pyfuse3.init(self._operations, self._mountpoint, self._options)
+            with _listening_to_stderr(said):
+                pyfuse3.init(self._operations, self._mountpoint, self._options)
         except RuntimeError as exc:
-            msg = f"the kernel refused to mount on {self._mountpoint}: {exc}"
+            why = said[-1] if said else exc
+            msg = f"the kernel refused to mount on {self._mountpoint}: {why}"
             raise FuseRefusedError(msg) from exc
+        for line in said:
+            log.info("%s", line)
         return self
 
     def __exit__(
@@ -357,6 +362,21 @@ class FuseMount:
     def stop(self) -> None:
         """Make `run` return once the requests under way are answered."""
         pyfuse3.terminate()
+
+
+@contextmanager
+def _listening_to_stderr(said: list[str]) -> Iterator[None]:
+    """Collect the lines that are written to stderr: libfuse and fusermount3 say why only there."""
+    ours = os.dup(2)
+    with os.fdopen(os.memfd_create("etcdfs-fuse"), "rb") as heard:
+        os.dup2(heard.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(ours, 2)
+            os.close(ours)
+            heard.seek(0)
+            said += filter(None, heard.read().decode(errors="replace").split("\n"))
 
 
 def _has_open(pid: int, inode: int) -> bool:

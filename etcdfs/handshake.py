@@ -7,19 +7,22 @@ whom, and what a mount is.
     parent                                child (python -m etcdfs.mount)
       |                                      |   loads its modules
       |  -- Handover (options, logging) -->  |   or the end of the pipe: it is not wanted
+      |  <-- Waiting ... Waiting ----------  |   while etcd does not answer (--wait-for-etcd)
       |  <-- Progress ... Progress --------  |   while keys load
       |  <-- Ready, or Failed -------------  |   the last word; then the child closes its end
 
 The end of the stream without a last word means that the child died. With `--foreground` there
-is no parent: the reports go to the terminal.
+is no parent: the reports go to the terminal, and to systemd where that started the daemon.
 
 Concurrency: the reporter never blocks the daemon, even when the parent is stopped or gone.
 """
 
 import array
+import contextlib
 import fcntl
 import json
 import os
+import socket
 import sys
 import termios
 from collections.abc import Iterator
@@ -35,6 +38,9 @@ _QUEUED_MAX: Final = 32 * 1024
 A pipe holds 64 KiB (pipe(7)): the other half is for the last word, so that it always fits even
 when the parent is stopped and reads nothing.
 """
+
+_LOADING_PAUSE_US: Final = 60_000_000
+"""How long systemd waits for more of the first listing before it gives up a start."""
 
 _MESSAGE_MAX: Final = 4000
 """Characters of a failure; a last word must fit into the pipe whatever etcd had to say."""
@@ -70,6 +76,19 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """etcd does not answer, and is tried again.
+
+    Attributes:
+        reason: What the last attempt came to.
+        left_s: Seconds for which it will be tried.
+    """
+
+    reason: str
+    left_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """The mount is usable and, with a cache, in step with etcd.
 
@@ -92,10 +111,10 @@ class Failed:
     exit_code: int
 
 
-Report = Progress | Ready | Failed
+Report = Progress | Waiting | Ready | Failed
 
-_KINDS: Final[dict[str, type[Progress] | type[Ready] | type[Failed]]] = {
-    kind.__name__: kind for kind in (Progress, Ready, Failed)
+_KINDS: Final[dict[str, type[Progress] | type[Waiting] | type[Ready] | type[Failed]]] = {
+    kind.__name__: kind for kind in (Progress, Waiting, Ready, Failed)
 }
 
 
@@ -174,7 +193,7 @@ def read_reports(stream: BinaryIO) -> Iterator[Report]:
     for line in stream:
         report = decode_report(line)
         yield report
-        if not isinstance(report, Progress):
+        if not isinstance(report, Progress | Waiting):
             return
 
 
@@ -201,7 +220,9 @@ class PipeReporter:
         After the last word the pipe is closed and what is still connected to the parent's
         terminal is let go: from here on the daemon is on its own.
         """
-        if isinstance(report, Progress):
+        if isinstance(report, Waiting):
+            report = Waiting(reason=report.reason[:_MESSAGE_MAX], left_s=report.left_s)
+        if isinstance(report, Progress | Waiting):
             if _queued(self._fd) < _QUEUED_MAX:
                 self._send(report)
             return
@@ -222,23 +243,55 @@ class PipeReporter:
 
 @final
 class TerminalReporter:
-    """Reports to whoever started the daemon in the foreground."""
+    """Reports to whoever started the daemon in the foreground: a person, or systemd."""
+
+    def __init__(self, notify_socket: str = "") -> None:
+        """Report to stdout and stderr, and to the service manager's socket, if it gave one."""
+        self._notify_socket = notify_socket
 
     def report(self, report: Report) -> None:
-        """Print the client URL of an embedded etcd, or the failure; progress is not shown."""
+        """Print the client URL of an embedded etcd, a failure, a wait; progress is not shown."""
+        if self._notify_socket:
+            _notify(self._notify_socket, _service_state(report))
         match report:
             case Ready(client_url=str(url)):
                 sys.stdout.write(f"{url}\n")
                 sys.stdout.flush()
             case Failed(message=message):
                 sys.stderr.write(f"etcdfs: {message}\n")
+            case Waiting(reason=reason, left_s=left_s):
+                sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
             case Ready() | Progress():
                 return
 
 
 def open_reporter(status_fd: int | None) -> Reporter:
     """Return the reporter for `--status-fd`; without one the daemon is in the foreground."""
-    return TerminalReporter() if status_fd is None else PipeReporter(status_fd)
+    if status_fd is not None:
+        return PipeReporter(status_fd)
+    # Taken out: nobody that the daemon starts has anything to say to the service manager.
+    return TerminalReporter(os.environ.pop("NOTIFY_SOCKET", ""))
+
+
+def _service_state(report: Report) -> str:
+    """Return what systemd is told (sd_notify(3)); it waits on while keys are coming in."""
+    match report:
+        case Ready():
+            return "READY=1\nSTATUS=Mounted"
+        case Progress(keys=keys):
+            return f"STATUS=Loading: {keys} keys\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
+        case Waiting(reason=reason):
+            return f"STATUS=Waiting: {reason}\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
+        case Failed(message=message):
+            return f"STATUS={' '.join(message.split())}"
+
+
+def _notify(address: str, state: str) -> None:
+    # In NOTIFY_SOCKET an abstract name begins with `@`.
+    path = "\0" + address[1:] if address.startswith("@") else address
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.setblocking(False)
+        sock.sendto(state.encode(errors="surrogateescape"), path)
 
 
 def _queued(fd: int) -> int:

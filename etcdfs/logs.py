@@ -2,7 +2,8 @@
 
 What this room knows: the three places a log can go to. What it must not know: who logs what.
 
-* `--log-file FILE`: appended to; reopened when logrotate moves it away.
+* `--log-file FILE`: appended to; reopened when logrotate moves it away. What cannot be written
+  is lost.
 * in the foreground: stderr, where systemd and container engines expect it.
 * in the background: syslog (the journal under systemd), if there is one; else nowhere.
 
@@ -15,6 +16,7 @@ import logging
 import logging.handlers
 import os
 import socket
+import sys
 from typing import Final, final
 
 from etcdfs.handshake import LogSettings
@@ -51,7 +53,7 @@ def _connect_output(file: str) -> None:
 def _handler(settings: LogSettings, *, foreground: bool) -> logging.Handler:
     handler: logging.Handler
     if settings.file is not None:
-        handler = logging.handlers.WatchedFileHandler(settings.file, errors="backslashreplace")
+        handler = LogFileHandler(settings.file, errors="backslashreplace")
     elif foreground:
         handler = logging.StreamHandler()
     else:
@@ -60,6 +62,29 @@ def _handler(settings: LogSettings, *, foreground: bool) -> logging.Handler:
         return handler
     handler.setFormatter(logging.Formatter(_FORMAT))
     return handler
+
+
+@final
+class LogFileHandler(logging.handlers.WatchedFileHandler):
+    """Appends each record to a file, and opens it again when it was moved away, or loses it.
+
+    Its base class raises when the file cannot be opened again (the directory was removed, the
+    disk is gone or full): whoever logs would get that error, and a mount would end by it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; the file is tried anew with each."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's name
+        """Lose a record quietly that the disk has no room for.
+
+        The traceback that logging would print goes to the same file.
+        """
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            super().handleError(record)
 
 
 @final

@@ -19,16 +19,26 @@ import logging
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Final, Protocol, assert_never, final
 
 import trio
 
+from etcdfs.audit import Auditor, difference
+from etcdfs.barrier import Barrier
 from etcdfs.contents import Contents
-from etcdfs.errors import CompactedError, FutureRevisionError, StoreError
+from etcdfs.errors import (
+    CompactedError,
+    FutureRevisionError,
+    StoreError,
+    StorePermissionError,
+    WatchLostError,
+)
+from etcdfs.link import UNLIMITED, Link
 from etcdfs.loader import load
+from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.replica import Replica, State
 from etcdfs.steps import (
     Apply,
@@ -47,10 +57,11 @@ from etcdfs.steps import (
     Step,
     WatchLost,
 )
-from etcdfs.store import Event, KeyValue, Revision, Store, Tombstone, Watch
+from etcdfs.store import Event, KeyValue, Revision, Store
 from etcdfs.switch import Switch
-from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree, facts_of
+from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 from etcdfs.values import value_of
+from etcdfs.watching import Watching
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +76,7 @@ _VALUE: Final = attrgetter("value")
 
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_CAP_S: Final = 5.0
+BACKOFF_DOUBLINGS: Final = 16  # more than enough for the cap; 2**1024 is no float
 
 
 class KernelCache(Protocol):
@@ -110,19 +122,41 @@ class Mirror:
         kernel: KernelCache,
         *,
         settle_timeout_s: float,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        watch_timeout_s: float = DEFAULT_WATCH_TIMEOUT_S,
+        max_stale_s: float = UNLIMITED,
+        audit_interval_s: float = 0.0,
+        linearizable: bool = False,
     ) -> None:
         # --- dependencies
         self._store = store
         self._contents = contents
         self._kernel = kernel
         self.switch = Switch(tree)
+        self.link = Link(max_stale_s=max_stale_s)
+        self.auditor = Auditor(
+            store,
+            contents,
+            tree,
+            self.link,
+            self,
+            interval_s=audit_interval_s,
+            patience_s=timeout_s,
+        )
+        self.barrier = Barrier(store, tree, self, timeout_s=timeout_s) if linearizable else None
+        self._watching = Watching(
+            store,
+            tree.keyspace,
+            self.link,
+            watch_timeout_s=watch_timeout_s,
+            answer_timeout_s=timeout_s,
+        )
         # --- constants
         self._settle_timeout_s = settle_timeout_s
         # --- mutable state
         self.revision = 0
         self.replica: Replica | None = None
         self._is_restored = False
-        self._connected = False
         self._staged: dict[bytes, KeyValue] = {}
         self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
@@ -134,17 +168,33 @@ class Mirror:
 
     # --- the view ---------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """See `View.check`."""
+        self.link.check()
+
     async def entry(self, directory: Directory, name: bytes) -> None:
-        """See `View.entry`: the tree is true already."""
+        """See `View.entry`: the tree is true already, as far as the watch has come."""
+        self.link.check()
+        if self.barrier is not None:
+            await self.barrier.entry(directory, name)
 
     async def listing(self, directory: Directory) -> None:
-        """See `View.listing`: the tree is true already."""
+        """See `View.listing`: likewise."""
+        self.link.check()
+        if self.barrier is not None:
+            await self.barrier.listing(directory)
 
     async def refresh(self, node: Node) -> None:
-        """See `View.refresh`: the tree is true already."""
+        """See `View.refresh`: likewise. The root is there whatever is known, or df(1) failed."""
+        if node is self.switch.tree.root:
+            return
+        self.link.check()
+        if self.barrier is not None and isinstance(node, File) and node.directory is not None:
+            await self.barrier.entry(node.directory, node.name)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
+        self.link.check()
         return await value_of(self._store, self._contents, self.switch.tree, file)
 
     async def settle(
@@ -155,6 +205,7 @@ class Mirror:
             await self.reached(revision)
             return
         self._ahead += 1
+        self.auditor.saw(events)
         log.info(
             "the watch is over %.1f s late: revision %d is shown before it brings it",
             self._settle_timeout_s,
@@ -167,6 +218,10 @@ class Mirror:
         """See `View.reached`; the caller bounds it."""
         while self.revision < revision:
             await self._advanced.wait()
+
+    async def advanced(self) -> None:
+        """Return when readers see a newer revision; the caller bounds it."""
+        await self._advanced.wait()
 
     async def let_go_first(self, stale: Collection[Cached]) -> None:
         """See `View.let_go_first`."""
@@ -196,7 +251,7 @@ class Mirror:
         return MirrorStatistics(
             revision=self.revision,
             listed_keys=self._staged_keys,
-            connected=self._connected,
+            connected=self.link.connected,
             batches=self._batches,
             events=self._events,
             early=self._early,
@@ -222,8 +277,7 @@ class Mirror:
         """
         keyspace = self.switch.tree.keyspace
         replica = self.replica = Replica(keyspace.start, keyspace.end)
-        async with AsyncExitStack() as stack:
-            watching = _Watching(stack)
+        async with aclosing(self._watching):
             steps = replica.start()
             while True:
                 message: Message | None = None
@@ -232,16 +286,26 @@ class Mirror:
                         message = await self._stage_and_read_on(stage, read, progress)
                     case _:
                         for step in steps:
-                            message = await self._carry_out(step, watching, progress)
+                            message = await self._carry_out(step, progress)
                 if self._is_restored:
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
-                steps = replica.receive(message or await watching.receive())
-                self._connected = replica.state is State.WATCHING
+                steps = replica.receive(message or await self._watching.receive())
+                self._turn(connected=replica.state is State.WATCHING)
 
-    async def _carry_out(
-        self, step: Step, watching: "_Watching", progress: Callable[[int, int], None]
-    ) -> Message | None:
+    def _turn(self, *, connected: bool) -> None:
+        """Note whether the watch stands and is confirmed."""
+        if connected and not self.link.connected:
+            self.link.allow()
+        if not connected:
+            self.auditor.void()
+        self.link.turn(connected=connected)
+
+    def doubt(self, reason: str) -> None:
+        """Have everything listed again: what is here is not what etcd has."""
+        self._watching.tell(Doubted(reason))
+
+    async def _carry_out(self, step: Step, progress: Callable[[int, int], None]) -> Message | None:
         match step:
             case Read():
                 return await self._read(step)
@@ -250,18 +314,25 @@ class Mirror:
             case Restore(revision):
                 return await self._try_to_apply(self._restore(revision))
             case Apply(events, revision):
+                self.auditor.saw(events)
                 return await self._try_to_apply(self._apply(events, revision))
             case OpenWatch(from_revision):
-                keyspace = self.switch.tree.keyspace
-                watch = self._store.watch(keyspace.start, keyspace.end, from_revision)
-                return await watching.open(watch)
+                return await self._open(from_revision)
             case CloseWatch():
-                await watching.close()
+                await self._watching.aclose()
             case BackOff():
                 await self._back_off(step)
             case _ as never:
                 assert_never(never)
         return None
+
+    async def _open(self, from_revision: int) -> Message:
+        keyspace = self.switch.tree.keyspace
+        watch = self._store.watch(keyspace.start, keyspace.end, from_revision)
+        message = await self._watching.open(watch)
+        if isinstance(message, WatchLost) and not self._is_restored:
+            raise self._watching.error or WatchLostError(message.reason)
+        return message
 
     async def _read(self, read: Read) -> Message:
         try:
@@ -275,6 +346,8 @@ class Mirror:
         except StoreError as exc:
             if not self._is_restored:
                 raise
+            if isinstance(exc, StorePermissionError):
+                self.link.deny(exc)
             return ReadFailed(str(exc))
         return PageArrived(page)
 
@@ -299,13 +372,15 @@ class Mirror:
         return answer
 
     async def _back_off(self, step: BackOff) -> None:
-        log.warning(
+        # Not each one: an outage may last for days.
+        log.log(
+            logging.WARNING if step.attempt.bit_count() <= 1 else logging.DEBUG,
             "%s; %s (attempt %d)",
             step.reason,
             "listing everything again" if step.relist else "trying again",
             step.attempt + 1,
         )
-        longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2**step.attempt)
+        longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(step.attempt, BACKOFF_DOUBLINGS))
         # Jittered, so that the mounts of a cluster do not come back all at once.
         await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
 
@@ -363,29 +438,12 @@ class Mirror:
             self.revision = revision
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
             return
-        events = self._difference(revision)
+        events = difference(self.switch.tree, self._contents, self._staged, revision)
         self._staged.clear()
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
         self.switch.relisted()
         await self._apply(events, revision, force=True)
-
-    def _difference(self, revision: Revision) -> list[Event]:
-        """Return the events that make the tree what was staged."""
-        tree = self.switch.tree
-        staged = dict(self._staged)
-        events: list[Event] = []
-        for key, facts in tree.facts():
-            entry = staged.pop(key, None)
-            if entry is None:
-                events.append(Tombstone(key, revision))
-            elif facts != facts_of(entry) or self._contents.get(key, entry.mod_revision) not in (
-                None,
-                entry.value,
-            ):
-                events.append(entry)
-        events.extend(staged.values())
-        return events
 
     # --- applying ---------------------------------------------------------------------------
 
@@ -461,38 +519,3 @@ def _lock_of(cached: Cached) -> int:
     """Return the directory whose lock the kernel needs to let go of it; 0 for none."""
     entry = cached if isinstance(cached, Entry) else cached.within
     return 0 if entry is None else entry.directory
-
-
-@final
-class _Watching:
-    """The one watch that stands, if any; owned by `Mirror.run`."""
-
-    def __init__(self, stack: AsyncExitStack) -> None:
-        self._stack = stack
-        self._watch: Watch | None = None
-
-    async def open(self, watch: AbstractAsyncContextManager[Watch]) -> Message:
-        """Open a watch and return its first message."""
-        try:
-            self._watch = await self._stack.enter_async_context(watch)
-        except CompactedError as exc:
-            return RevisionCompacted(exc.compact_revision)
-        except StoreError as exc:
-            return WatchLost(str(exc))
-        return await self.receive()
-
-    async def receive(self) -> Message:
-        """Return the next message, the end of the watch being one."""
-        if self._watch is None:
-            return WatchLost("there is no watch")
-        try:
-            return await self._watch.receive()
-        except CompactedError as exc:
-            return RevisionCompacted(exc.compact_revision)
-        except StoreError as exc:
-            return WatchLost(str(exc))
-
-    async def close(self) -> None:
-        """Leave the watch, if there is one."""
-        self._watch = None
-        await self._stack.aclose()

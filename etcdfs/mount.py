@@ -21,11 +21,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, final
+from typing import Any, Final, TypeVar, final
 
 import trio
 
@@ -43,12 +44,21 @@ from etcdfs.errors import (
 from etcdfs.etcd import open_store
 from etcdfs.filesystem import Filesystem
 from etcdfs.fuse import FuseMount, Operations
-from etcdfs.handshake import Failed, Progress, Ready, Reporter, open_reporter, read_options
+from etcdfs.guard import watch_over
+from etcdfs.handshake import (
+    Failed,
+    Progress,
+    Ready,
+    Reporter,
+    Waiting,
+    open_reporter,
+    read_options,
+)
 from etcdfs.kernel import KernelCache
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
 from etcdfs.mirror import Mirror
-from etcdfs.mountpoint import SUBTYPE, prepare
+from etcdfs.mountpoint import SUBTYPE, claimed
 from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.publisher import Publisher
@@ -57,6 +67,11 @@ from etcdfs.tree import Tree
 from etcdfs.view import View
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+RETRY_S: Final = 1.0
+"""Pause between two attempts to reach an etcd that is waited for."""
 
 FLUSH_TIMEOUTS: Final = 2
 """Times `--timeout` that drafts may take to be published when the mount is taken down."""
@@ -82,6 +97,11 @@ class Rooms:
                 self.tree,
                 self.kernel,
                 settle_timeout_s=options.settle_timeout_s,
+                timeout_s=options.timeout_s,
+                watch_timeout_s=options.watch_timeout_s,
+                max_stale_s=options.max_stale_s,
+                audit_interval_s=options.audit_interval_s,
+                linearizable=options.linearizable,
             )
         else:
             self.view = Direct(store, self.contents, self.tree)
@@ -102,7 +122,7 @@ class Rooms:
                 dir_mode=options.dir_mode,
                 umask=options.umask,
             ),
-            kernel_timeout_s=options.kernel_timeout_s if options.cache else 0.0,
+            kernel_timeout_s=_kernel_timeout_s(options),
             timeout_s=options.timeout_s,
             read_only=options.read_only,
             statistics=self.statistics,
@@ -122,6 +142,8 @@ class Rooms:
         }
         if self.mirror is not None:
             counters["mirror"] = asdict(self.mirror.statistics())
+            counters["link"] = asdict(self.mirror.link.statistics())
+            counters["audit"] = asdict(self.mirror.auditor.statistics())
             if self.mirror.replica is not None:
                 counters["replica"] = asdict(self.mirror.replica.statistics())
         return counters
@@ -145,11 +167,13 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
         ending = _Ending(nursery.cancel_scope)
         await nursery.start(ending.run)
         async with AsyncExitStack() as stack:
-            rooms, client_url = await _open_rooms(stack, options)
+            waiting = _Waiting(options.wait_for_etcd_s, reporter)
+            rooms, client_url = await _open_rooms(stack, options, waiting)
             tasks = await stack.enter_async_context(trio.open_nursery())
             stack.callback(tasks.cancel_scope.cancel)
             if rooms.mirror is not None:
-                await _sync(tasks, rooms.mirror, reporter)
+                await waiting.until_done(partial(_sync, tasks, rooms.mirror, reporter))
+                tasks.start_soon(watch_over, rooms.mirror)
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:
                 rooms.kernel.start()
@@ -162,16 +186,49 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
         nursery.cancel_scope.cancel()
 
 
-async def _open_rooms(stack: AsyncExitStack, options: MountOptions) -> tuple[Rooms, str | None]:
+async def _open_rooms(
+    stack: AsyncExitStack, options: MountOptions, waiting: "_Waiting"
+) -> tuple[Rooms, str | None]:
     endpoints: tuple[Endpoint, ...] = options.endpoints
     client_url = None
     if options.embedded:
         directory = default_data_dir() if options.data_dir is None else Path(options.data_dir)
         embedded = await stack.enter_async_context(open_embedded(directory))
         endpoints, client_url = (embedded,), f"http://{embedded}"
-    with _store_errors():
-        store = await stack.enter_async_context(open_store(endpoints, timeout_s=options.timeout_s))
-    return Rooms(options, store), client_url
+
+    async def connect() -> Store:
+        with _store_errors():
+            opening = open_store(endpoints, timeout_s=options.timeout_s)
+            return await stack.enter_async_context(opening)
+
+    return Rooms(options, await waiting.until_done(connect)), client_url
+
+
+@final
+class _Waiting:
+    """Tries again what etcd does not answer, for `--wait-for-etcd` from now on."""
+
+    def __init__(self, patience_s: float, reporter: Reporter) -> None:
+        self._deadline = trio.current_time() + patience_s
+        self._reporter = reporter
+
+    async def until_done(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return what the attempt returns; what etcd refuses is not tried again.
+
+        Raises:
+            EtcdUnreachableError: It did not answer in time.
+            EtcdRefusedError: It refused.
+        """
+        while True:
+            try:
+                return await attempt()
+            except EtcdUnreachableError as exc:
+                left_s = self._deadline - trio.current_time()
+                if left_s <= 0:
+                    raise
+                log.info("waiting for etcd, for another %.0f s: %s", left_s, exc)
+                self._reporter.report(Waiting(reason=str(exc), left_s=left_s))
+                await trio.sleep(min(RETRY_S, left_s))
 
 
 async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None:
@@ -237,6 +294,11 @@ class _Ending:
                     mount.stop()
 
 
+def _kernel_timeout_s(options: MountOptions) -> float:
+    """Return how long the kernel may go without asking; not at all if each answer must be new."""
+    return options.kernel_timeout_s if options.cache and not options.linearizable else 0.0
+
+
 def _kernel_options(options: MountOptions) -> set[str]:
     """Return what the kernel mount is asked for."""
     wanted = {"default_permissions", f"subtype={SUBTYPE}"}
@@ -283,15 +345,19 @@ def main() -> int:
         os.chdir("/")  # a daemon must not keep anybody's disk busy
     try:
         setup_logging(handover.log, foreground=arguments.status_fd is None)
-        prepare(handover.options.mountpoint)
-        trio.run(serve, handover.options, reporter)
+        with claimed(handover.options.mountpoint):
+            trio.run(serve, handover.options, reporter)
     except BaseExceptionGroup as group:
         failure = _command_error(group)
         if failure is None:
+            log.critical("the daemon dies; this is a bug of etcdfs", exc_info=group)
             raise
         return _fail(reporter, failure)
     except CommandError as exc:
         return _fail(reporter, exc)
+    except Exception as exc:
+        log.critical("the daemon dies; this is a bug of etcdfs", exc_info=exc)
+        raise
     return 0
 
 

@@ -13,6 +13,7 @@ Concurrency: plain blocking calls of the command line, each bounded.
 
 import contextlib
 import errno
+import fcntl
 import logging
 import os
 import re
@@ -44,6 +45,7 @@ SUBTYPE: Final = "etcdfs"
 _TYPE: Final = f"fuse.{SUBTYPE}"
 _DEVICE: Final = Path("/dev/fuse")
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
+_MOUNT_NAMESPACE: Final = Path("/proc/self/ns/mnt")
 _COMMAND_TIMEOUT_S: Final = 30.0
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
@@ -92,8 +94,21 @@ def find_mounted(path: str) -> Mounted | None:
 
 
 def resolve(path: str) -> str:
-    """Return the absolute path of a mountpoint, without touching what is mounted there."""
-    given = Path(path)
+    """Return the absolute path of a mountpoint, without touching what is mounted there.
+
+    Raises:
+        MountpointMissingError: It leads nowhere: a loop of links, or no current directory.
+    """
+    try:
+        return _resolve(Path(path))
+    except RuntimeError:  # pathlib's, up to Python 3.12
+        why = os.strerror(errno.ELOOP)
+    except OSError as exc:
+        why = exc.strerror or str(exc)
+    raise MountpointMissingError(f"the mountpoint {path} cannot be reached: {why}")
+
+
+def _resolve(given: Path) -> str:
     # `..` cannot be left for later: it means the parent of what a symbolic link points to.
     if given.name not in {"", ".."}:
         lexical = str(given.parent.resolve() / given.name)
@@ -118,6 +133,7 @@ def find_daemon(mountpoint: str, but_for: int | None = None) -> int | None:
                 entry.name.isdigit()
                 and entry.name not in not_these
                 and _has_arguments(Path(entry.path), wanted)
+                and _shares_mounts(Path(entry.path))
             ):
                 return int(entry.name)
     return None
@@ -130,6 +146,17 @@ def _has_arguments(process: Path, wanted: list[bytes]) -> bool:
     except OSError:  # it ended meanwhile, or is hidden
         return False
     return any(arguments[i : i + len(wanted)] == wanted for i in range(1, len(arguments)))
+
+
+def _shares_mounts(process: Path) -> bool:
+    """Tell whether a process sees the mounts that we see, not those of a container.
+
+    Another user's process does not say (ptrace(2), access mode checking); most likely it does.
+    """
+    try:
+        return (process / "ns" / "mnt").readlink() == _MOUNT_NAMESPACE.readlink()
+    except OSError:
+        return True
 
 
 # --- before mounting ------------------------------------------------------------------------
@@ -150,6 +177,42 @@ def prepare(mountpoint: str, early: int | None = None) -> None:
         _clear_if_stale(mounted, early)
     _check_directory(mountpoint)
     check_fuse(_DEVICE)
+
+
+@contextlib.contextmanager
+def claimed(mountpoint: str) -> Iterator[None]:
+    """Prepare a mountpoint, and keep other daemons off it while the body runs.
+
+    Two that mount on one directory would both succeed, one hidden below the other. The lock is
+    on the directory itself, and the kernel takes it away with the process.
+
+    Raises:
+        CommandError: As `prepare`; or another daemon was quicker.
+    """
+    prepare(mountpoint)
+    try:
+        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as exc:
+        raise MountpointMissingError(
+            f"the mountpoint {mountpoint} cannot be used: {exc.strerror}"
+        ) from None
+    try:
+        _lock(fd, mountpoint)
+        # What was opened may be the root of a mount that was made meanwhile.
+        if find_mounted(mountpoint) is not None:
+            raise AlreadyMountedError(f"{mountpoint} is a mountpoint already")
+        yield
+    finally:
+        os.close(fd)
+
+
+def _lock(fd: int, mountpoint: str) -> None:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AlreadyMountedError(f"another etcdfs is about to mount on {mountpoint}") from None
+    except OSError as exc:  # a file system without locks
+        log.debug("%s cannot be locked: %s", mountpoint, exc)
 
 
 def check_fuse(device: Path = _DEVICE) -> None:

@@ -122,7 +122,12 @@ class OpenFiles:
     # --- using ------------------------------------------------------------------------------
 
     def read(self, handle: int, offset: int, size: int) -> bytes:
-        """Return up to `size` bytes at `offset`; fewer only at the end of the file."""
+        """Return up to `size` bytes at `offset`; fewer only at the end of the file.
+
+        Raises:
+            StoreError: What is known must not be shown; see `View.check`.
+        """
+        self._view.check()
         file = self._opened(handle).file
         if isinstance(file.draft, Draft):
             return file.draft.read(offset, size)

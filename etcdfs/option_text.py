@@ -247,6 +247,21 @@ def parse_flag(text: str) -> bool:
             raise UsageError(f"{text!r} is neither on nor off")
 
 
+def parse_consistency(text: str) -> bool:
+    """Read `watch` or `linearizable`; return whether it is the latter.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    match text.lower():
+        case "linearizable":
+            return True
+        case "watch":
+            return False
+        case _:
+            raise UsageError(f"{text!r} is neither watch nor linearizable")
+
+
 def _parse_id(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) > _ID_MAX:
         raise UsageError(f"{text!r} is not a numeric id")
@@ -371,6 +386,11 @@ _PARSERS: Final[Mapping[str, tuple[str, Callable[[str], object]]]] = {
     "timeout": ("timeout_s", _positive(parse_seconds)),
     "kernel-timeout": ("kernel_timeout_s", parse_seconds),
     "settle-timeout": ("settle_timeout_s", parse_seconds),
+    "watch-timeout": ("watch_timeout_s", _positive(parse_seconds)),
+    "audit-interval": ("audit_interval_s", parse_seconds),
+    "max-stale": ("max_stale_s", parse_seconds),
+    "consistency": ("linearizable", parse_consistency),
+    "wait-for-etcd": ("wait_for_etcd_s", parse_seconds),
     "max-file-size": ("max_file_size", _positive(parse_size)),
     "embedded": ("embedded", parse_flag),
     "data-dir": ("data_dir", str),

@@ -17,6 +17,8 @@ DEFAULT_CACHE_SIZE = 256 * 1024 * 1024
 DEFAULT_TIMEOUT_S = 5.0
 DEFAULT_KERNEL_TIMEOUT_S = 60.0
 DEFAULT_SETTLE_TIMEOUT_S = 2.0
+DEFAULT_WATCH_TIMEOUT_S = 10.0
+DEFAULT_AUDIT_INTERVAL_S = 300.0
 DEFAULT_MAX_FILE_SIZE = 1536 * 1024  # etcd's --max-request-bytes
 
 
@@ -52,6 +54,11 @@ class MountOptions:
         timeout_s: Bound of every request to etcd.
         kernel_timeout_s: How long the kernel may keep an entry or attributes unasked.
         settle_timeout_s: How long a write waits for the watch to bring it home.
+        watch_timeout_s: Silence of the watch after which etcd is asked whether it is there.
+        audit_interval_s: Time between two comparisons of the mirror with etcd; 0: none.
+        max_stale_s: How long the mirror is shown while etcd is not heard; 0: without limit.
+        linearizable: Whether a reader waits until the mirror shows what etcd holds now.
+        wait_for_etcd_s: How long the mount is tried again while etcd does not answer.
         max_file_size: Largest value in bytes; more is EFBIG.
         embedded: Start a private etcd.
         data_dir: Where the private etcd keeps its data; None: the XDG default.
@@ -73,6 +80,11 @@ class MountOptions:
     timeout_s: float = DEFAULT_TIMEOUT_S
     kernel_timeout_s: float = DEFAULT_KERNEL_TIMEOUT_S
     settle_timeout_s: float = DEFAULT_SETTLE_TIMEOUT_S
+    watch_timeout_s: float = DEFAULT_WATCH_TIMEOUT_S
+    audit_interval_s: float = DEFAULT_AUDIT_INTERVAL_S
+    max_stale_s: float = 0.0
+    linearizable: bool = False
+    wait_for_etcd_s: float = 0.0
     max_file_size: int = DEFAULT_MAX_FILE_SIZE
     embedded: bool = False
     data_dir: str | None = None

@@ -67,7 +67,7 @@ def spawn(mountpoint: str) -> Spawned:
     Raises:
         OSError: No process can be started here.
     """
-    _settle_descriptors()
+    _keep_descriptors()
     options_read, options_write = os.pipe()
     reports_read, reports_write = os.pipe()
     errors = os.memfd_create("etcdfs-errors")
@@ -108,14 +108,24 @@ def daemon_environment() -> dict[str, str]:
     return {"GRPC_VERBOSITY": "NONE"} | os.environ
 
 
-def _settle_descriptors() -> None:
-    """Have a child inherit stdin to stderr, and nothing else that this process was given.
+def fill_standard_descriptors() -> None:
+    """Connect to nothing each of stdin, stdout and stderr that this process was started without.
 
-    Where one of those is closed it becomes /dev/null, before a pipe takes its number.
+    Or the next file that it opens becomes one of them, and a child gets that for its stdin.
     """
-    while (null := os.open(os.devnull, os.O_RDWR)) in _STANDARD:
-        os.set_inheritable(null, True)
-    os.close(null)
+    for fd in _STANDARD:
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w")
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w")
+
+
+def _keep_descriptors() -> None:
+    """Have a child inherit nothing that this process was given, but for stdin to stderr."""
     for fd in map(int, os.listdir("/proc/self/fd")):
         if fd not in _STANDARD:
             try:

@@ -24,7 +24,7 @@ from itertools import count
 from typing import Final, NamedTuple, NewType, final
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
-from etcdfs.keys import MARKER_NAME, Keyspace
+from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
 from etcdfs.store import Clock, KeyValue, Revision
 
 Inode = NewType("Inode", int)
@@ -247,6 +247,26 @@ class Tree:
         msg = f"inode {file.inode} is an old version"
         raise StaleError(msg)
 
+    def find(self, key: bytes) -> tuple[Node, Facts] | None:
+        """Return who stands for a key of the keyspace, and what is known of it.
+
+        That is a file, or the directory whose marker it is; None if etcd is not known to have
+        such a key.
+        """
+        names, is_marker = self.keyspace.locate(key)
+        node: Node | None = self.root
+        for name in names:
+            if not isinstance(node, Directory):
+                return None
+            node = node.children.get(name)
+        if isinstance(node, Directory):
+            if is_marker:
+                return None if node.marker is None else (node, node.marker)
+            node = node.children.get(VALUE_NAME)
+        if is_marker or not isinstance(node, File) or node.facts is None:
+            return None
+        return node, node.facts
+
     def names(self, node: Node, *more: bytes) -> tuple[bytes, ...]:
         """Return the path of an attached node as names, and `more` below it."""
         names = list(reversed(more))
@@ -330,6 +350,19 @@ class Tree:
         within = None if parent is None else Entry(parent.inode, directory.name)
         return Listing(directory.inode, within)
 
+    def told(self) -> list[Cached]:
+        """Return everything that the kernel may have cached, attributes of open files too."""
+        told: list[Cached] = list(self._negatives)
+        for node in self._known.values():
+            parent = node.directory
+            if parent is not None:
+                told.append(Entry(parent.inode, node.name))
+            if isinstance(node, Directory):
+                told.append(self.listing_of(node))
+            elif node.handles:
+                told.append(Listing(node.inode, None))
+        return told
+
     # --- changing ---------------------------------------------------------------------------
 
     def new_file(self, facts: Facts | None, now_ns: int | None = None) -> File:
@@ -400,9 +433,12 @@ class Tree:
         self.root.subdirectories = 0
         self.root.marker = None
 
-    def facts(self) -> Iterator[tuple[bytes, Facts]]:
-        """Iterate over all keys of the tree, markers included, and what is known of each."""
-        for directory in self.directories():
+    def facts(self, top: Directory | None = None) -> Iterator[tuple[bytes, Facts]]:
+        """Iterate over all keys of the tree, markers included, and what is known of each.
+
+        Or only over those in and below the directory `top`.
+        """
+        for directory in self.directories(top):
             names = self.names(directory)
             if directory.marker is not None:
                 yield self.keyspace.directory_prefix(names), directory.marker
@@ -412,9 +448,9 @@ class Tree:
                 if child.facts is not None:
                     yield self.keyspace.file_key((*names, name)), child.facts
 
-    def directories(self) -> Iterator[Directory]:
-        """Iterate over all attached directories, the root first."""
-        pending = [self.root]
+    def directories(self, top: Directory | None = None) -> Iterator[Directory]:
+        """Iterate over all attached directories, the root (or `top`) first."""
+        pending = [top or self.root]
         while pending:
             directory = pending.pop()
             yield directory

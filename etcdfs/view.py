@@ -23,6 +23,14 @@ class View(Protocol):
         """The tree's one door for changes."""
         ...
 
+    def check(self) -> None:
+        """Refuse to show anything that is not asked of etcd just now, if it must not be shown.
+
+        Raises:
+            StoreError: It must not: it may be too old, or is no longer permitted.
+        """
+        ...
+
     async def entry(self, directory: Directory, name: bytes) -> None:
         """Make what the tree has under `name` true as of now.
 

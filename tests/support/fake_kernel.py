@@ -25,6 +25,7 @@ from etcdfs.contents import Contents
 from etcdfs.direct import Direct
 from etcdfs.errors import EtcdfsError, NotFoundError
 from etcdfs.filesystem import Change, Filesystem
+from etcdfs.guard import watch_over
 from etcdfs.keys import Keyspace
 from etcdfs.mirror import Mirror
 from etcdfs.openfiles import OpenFiles
@@ -678,6 +679,7 @@ class FakeMount:
         nursery.start_soon(self.kernel.run)
         if isinstance(self.view, Mirror):
             await nursery.start(self.view.run, lambda _keys, _size: None)
+            nursery.start_soon(watch_over, self.view)
 
     def check_invariants(self) -> None:
         self.tree.check_invariants()
@@ -695,13 +697,17 @@ def make_mount(
     settle_timeout_s: float = 2.0,
     kernel_timeout_s: float = 60.0,
     read_only: bool = False,
+    **care: Any,
 ) -> FakeMount:
-    """Put the rooms together as `etcdfs.mount` does; from within trio."""
+    """Put the rooms together as `etcdfs.mount` does; from within trio.
+
+    `care` is what a mirror is told besides: its timeouts, audits and limits.
+    """
     kernel = FakeKernel()
     tree = Tree(Keyspace(prefix), clock or _trio_clock, complete=cache)
     contents = Contents(cache_size)
     view = (
-        Mirror(store, contents, tree, kernel, settle_timeout_s=settle_timeout_s)
+        Mirror(store, contents, tree, kernel, settle_timeout_s=settle_timeout_s, **care)
         if cache
         else Direct(store, contents, tree)
     )
@@ -712,7 +718,7 @@ def make_mount(
         view,
         files,
         Defaults(uid=7, gid=8, file_mode=0o644, dir_mode=0o755, umask=0),
-        kernel_timeout_s=kernel_timeout_s if cache else 0.0,
+        kernel_timeout_s=kernel_timeout_s if cache and not care.get("linearizable") else 0.0,
         timeout_s=5.0,
         read_only=read_only,
         statistics=dict,

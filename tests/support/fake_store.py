@@ -10,7 +10,7 @@ are a foreign writer: they change the store between two checkpoints of whoever i
 import bisect
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -90,6 +90,8 @@ class FakeStore:
         self._watches = 0
         self._failures: dict[Request, deque[_Failure]] = {}
         self._gates: dict[Gate, trio.Event] = {}
+        self._losing = False
+        self._muted = False
 
     # --- the port ---------------------------------------------------------------------------
 
@@ -242,6 +244,32 @@ class FakeStore:
         for watch in self._watchers:
             watch.fail(error or WatchLostError("broken by the test"))
 
+    @contextmanager
+    def losing_events(self) -> Iterator[None]:
+        """Let watches that stand miss what happens meanwhile, as some releases of etcd do."""
+        self._losing = True
+        try:
+            yield
+        finally:
+            self._losing = False
+            for watch in self._watchers:
+                watch.skip()
+
+    def mute(self, *, muted: bool) -> None:
+        """Leave questions for progress unanswered, as some releases of etcd do."""
+        self._muted = muted
+        self._pull_watches()
+
+    @property
+    def is_muted(self) -> bool:
+        """Whether questions for progress are left unanswered."""
+        return self._muted
+
+    def forge_now(self, key: bytes, value: bytes) -> None:
+        """Give a key another value at the revision it has: another history, hard to tell."""
+        entry = self._live[key]._replace(value=value)
+        self._live[key] = self._versions[key][-1] = entry
+
     def hold(self, gate: Gate) -> None:
         """Let requests of a kind wait until `release`.
 
@@ -309,6 +337,8 @@ class FakeStore:
         self._pull_watches()
 
     def _pull_watches(self) -> None:
+        if self._losing:
+            return
         for watch in self._watchers:
             watch.pull()
 
@@ -375,11 +405,15 @@ class FakeWatch:
             self._opened = True
             self._on_its_way.append(WatchOpened(self._store.revision))
         self._pull_events()
-        if self._error is None:
+        if self._questions and not self._store.is_muted:
             progress = WatchProgress(self._store.revision)
             self._on_its_way.extend([progress] * self._questions)
             self._questions = 0
         self._changed.set()
+
+    def skip(self) -> None:
+        """Go on after the newest revision."""
+        self._next = self._store.revision + 1
 
     def fail(self, error: Exception) -> None:
         """End it; what is on its way is lost."""

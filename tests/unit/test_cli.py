@@ -10,7 +10,7 @@ from typing import NoReturn
 import pytest
 
 import etcdfs.cli
-from etcdfs.arguments import original_form
+from etcdfs.arguments import likely_mountpoint, original_form
 from etcdfs.cli import main
 from etcdfs.errors import MountpointMissingError
 from etcdfs.handshake import Failed, Handover, LogSettings, Ready
@@ -188,6 +188,30 @@ def test_other_forms_are_left_alone(arguments: list[str]) -> None:
     assert original_form(arguments) == arguments
 
 
+@pytest.mark.parametrize(
+    ("source", "endpoints", "prefix", "label"),
+    [
+        ("a:1", "a:1", b"/", "fsname=a:1"),
+        ("a:1/", "a:1", b"/", "fsname=a:1/"),
+        ("http://a:1/app", "a:1", b"/app/", "fsname=http://a:1/app"),
+        ("a:1,http://b:2/x/y", "a:1,b:2", b"/x/y/", None),
+        ("etcd", "c:3", b"/list/", "fsname=etcd"),
+        ("with blank", "c:3", b"/list/", None),
+    ],
+)
+def test_the_form_of_fstab(
+    shell: Shell, source: str, endpoints: str, prefix: bytes, label: str | None
+) -> None:
+    listed = "rw,dev,suid,cache,_netdev"
+    listed += "" if ":" in source else ",endpoints=c:3,prefix=/list"
+    assert shell.run(source, str(shell.place), "-o", listed) == (0, "", "")
+    options = shell.handovers[-1].options
+    assert options.mountpoint == str(shell.place)
+    assert ",".join(map(str, options.endpoints)) == endpoints
+    assert (options.prefix, options.cache) == (prefix, True)
+    assert options.fuse_options == (() if label is None else (label,))
+
+
 def test_a_mistyped_command_is_said_to_be_one(shell: Shell) -> None:
     assert shell.refuses("mout", "mnt")[0] == 2
 
@@ -257,6 +281,7 @@ def test_what_cannot_be_done_is_refused_not_ignored(
         (["mount", "{}", "--log-file", "{}/log"], 2),
         (["mount", "{}", "--log-file", ""], 2),
         (["mount", "{}", "--log-file", "/nonexistent/log"], 2),
+        (["mount", "{}", "-o", "suid"], 2),
         (["mount", "{}", "--embedded", "--data-dir", "{}/data"], 2),
         (["mount", "{}", "--data-dir", "/d"], 2),
         (["mount", "{}", "-o", "frobnicate"], 2),
@@ -271,6 +296,31 @@ def test_what_cannot_be_done_is_refused_not_ignored(
 def test_mistakes_are_one_line_and_a_status(shell: Shell, arguments: list[str], code: int) -> None:
     assert shell.refuses(*(a.replace("{}", str(shell.place)) for a in arguments))[0] == code
     assert not shell.handovers
+
+
+def test_a_fifo_is_no_log_file(shell: Shell) -> None:
+    fifo = shell.place / "fifo"
+    os.mkfifo(fifo)
+    line = ("mount", "/mnt", "--log-file", str(fifo))
+    assert shell.refuses(*line)[0] == 2  # nobody reads it
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    code, complaint = shell.refuses(*line)
+    os.close(reader)
+    assert code == 2
+    assert "is a FIFO" in complaint
+
+
+def test_paths_need_a_current_directory_only_if_they_are_relative(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert shell.mount("--log-file", str(tmp_path.parent / "log")).mountpoint == str(tmp_path)
+    assert shell.refuses("mount", str(tmp_path), "--log-file", "log")[0] == 2
+    assert shell.refuses("mount", "place")[0] == 10
+    assert likely_mountpoint(["mount", "place"]) is None
 
 
 def test_the_mountpoint_is_looked_at_first(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,6 +364,37 @@ def test_shell_completion() -> None:
         _ETCDFS_COMPLETE="complete_bash", COMP_WORDS="etcdfs mount --kernel", COMP_CWORD="2"
     )
     assert "--kernel-timeout" in done.stdout
+
+
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_it_may_be_started_without_descriptors(tmp_path: Path, closed: str) -> None:
+    script = f'"$@" {closed}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", script, "sh", sys.executable, "-m", "etcdfs", "mount", "missing"],
+        capture_output=True,
+        check=False,
+        cwd=tmp_path,
+        text=True,
+        timeout=30,
+    )
+    assert done.returncode == 10
+    assert done.stderr.startswith("" if "2>" in closed else "etcdfs: the mountpoint ")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["mount", "/nonexistent/x"]])
+def test_a_full_disk_for_what_it_says_is_no_traceback(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "etcdfs", *arguments],
+            check=False,
+            stdout=full,
+            stderr=full if "mount" in arguments else subprocess.PIPE,
+            text=True,
+            timeout=30,
+        )
+    assert done.returncode == (10 if "mount" in arguments else 1)
+    assert "Traceback" not in (done.stderr or "")
 
 
 def test_a_mistake_in_a_process_of_its_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -132,6 +133,30 @@ def test_foreground_prints_the_url_and_the_failure(capsys: pytest.CaptureFixture
     reporter.report(Ready(revision=1, keys=1, client_url="http://127.0.0.1:1"))
     reporter.report(Failed(message="no", exit_code=1))
     assert capsys.readouterr() == ("http://127.0.0.1:1\n", "etcdfs: no\n")
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("" if abstract else str(tmp_path / "notify"))
+        name = manager.getsockname()
+        address = "@" + name[1:].decode() if abstract else name
+        monkeypatch.setenv("NOTIFY_SOCKET", address)
+        reporter = open_reporter(None)
+        assert "NOTIFY_SOCKET" not in os.environ
+        reporter.report(Progress(keys=7, bytes=1))
+        assert b"STATUS=Loading: 7 keys\nEXTEND_TIMEOUT_USEC=" in manager.recv(4096)
+        reporter.report(Ready(revision=1, keys=1))
+        assert manager.recv(4096).startswith(b"READY=1\n")
+        reporter.report(Failed(message="no\nREADY=1", exit_code=1))
+        assert manager.recv(4096) == b"STATUS=no READY=1"
+
+
+def test_a_service_manager_that_is_gone_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
+    open_reporter(None).report(Ready(revision=1, keys=1))
 
 
 # --- the parent's side ----------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 
 import etcdfs.logs
 from etcdfs.handshake import LogSettings
-from etcdfs.logs import LEVELS, SyslogHandler, setup_logging
+from etcdfs.logs import LEVELS, LogFileHandler, SyslogHandler, setup_logging
 
 log = logging.getLogger("etcdfs.test")
 
@@ -55,6 +56,52 @@ def test_file_is_appended_to_and_reopened(root: logging.Logger, tmp_path: Path) 
     line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO etcdfs\.test: "
     assert re.fullmatch(rf"before\n{line}one odd \\udcff\n", (tmp_path / "log.1").read_text())
     assert re.fullmatch(rf"{line}two\n", file.read_text())
+
+
+def test_a_file_that_cannot_be_opened_again_is_no_error_of_who_logs(
+    root: logging.Logger, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    setup_logging(LogSettings(file=str(home / "log")), foreground=False)
+    log.info("one")
+    (home / "log").rename(tmp_path / "log.1")
+    home.rmdir()
+    log.info("lost")
+    log.info("lost, too")
+    home.mkdir()
+    log.info("two")
+    assert (tmp_path / "log.1").read_text().endswith("one\n")
+    assert (home / "log").read_text().endswith("two\n")
+    assert "lost" not in (home / "log").read_text()
+
+
+def record(message: str, *arguments: object) -> logging.LogRecord:
+    return log.makeRecord(log.name, logging.INFO, __file__, 1, message, arguments, None)
+
+
+def test_a_full_disk_is_no_error_of_who_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = LogFileHandler(tmp_path / "log")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as good as a full disk
+    try:
+        handler.handle(record("lost"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "log").read_text() == ""
+    handler.close()
+
+
+def test_a_mistake_in_a_log_call_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = LogFileHandler(tmp_path / "log")
+    handler.handle(record("%d", "no number"))
+    handler.close()
+    assert "--- Logging error ---" in capsys.readouterr().err
 
 
 def test_foreground_goes_to_stderr(

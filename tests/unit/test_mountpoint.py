@@ -1,6 +1,8 @@
 """The mountpoint, on made-up mount tables and with a made-up fusermount3: nothing is mounted."""
 
 import contextlib
+import errno
+import fcntl
 import os
 import shutil
 import subprocess
@@ -26,6 +28,7 @@ from etcdfs.errors import (
 from etcdfs.mountpoint import (
     Mounted,
     check_fuse,
+    claimed,
     clear_dead,
     find_daemon,
     parse_mountinfo,
@@ -160,6 +163,27 @@ def test_daemon_is_found_by_its_command_line(place: str) -> None:
     assert find_daemon(place) is None
 
 
+def test_a_daemon_in_another_container_is_not_ours(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with daemon(place):
+        monkeypatch.setattr(etcdfs.mountpoint, "_MOUNT_NAMESPACE", Path("/proc/self/ns/net"))
+        assert find_daemon(place) is None
+
+
+def test_a_mountpoint_that_leads_nowhere_is_refused(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(MountpointMissingError, match="Too many levels of symbolic links"):
+        resolve(str(tmp_path / "loop"))
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(MountpointMissingError, match="No such file or directory"):
+        resolve("here")
+
+
 # --- before mounting ------------------------------------------------------------------------
 
 
@@ -253,6 +277,39 @@ def test_only_root_does_without_fusermount3(
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(FuseMissingError, match="fusermount3"):
         check_fuse(Path("/dev/null"))
+
+
+def test_a_mountpoint_is_claimed_by_one_daemon_at_a_time(table: Path, place: str) -> None:
+    with claimed(place):
+        with pytest.raises(AlreadyMountedError, match="another etcdfs is about to mount"):
+            claimed(place).__enter__()
+        enter(table, place)
+    table.write_bytes(TABLE)
+    with claimed(place):
+        pass
+
+
+def test_what_was_mounted_meanwhile_cannot_be_claimed(
+    table: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quicker(path: str) -> None:
+        prepare(path)
+        enter(table, path)
+
+    monkeypatch.setattr(etcdfs.mountpoint, "prepare", quicker)
+    with pytest.raises(AlreadyMountedError, match="is a mountpoint already"):
+        claimed(place).__enter__()
+
+
+def test_a_claim_does_not_need_locks(
+    table: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claimed(place):
+        pass
 
 
 # --- taking away ----------------------------------------------------------------------------

@@ -1,0 +1,386 @@
+"""Comparing the mirror with etcd, at one revision, while both go on.
+
+What this room knows: how to find out that the mirror is wrong when no message would tell. What it
+must not know: how the mirror is mended (the replica lists again), or shown.
+
+Some faults are silent: etcd 3.4 before 3.4.31 and 3.5 before 3.5.13 can lose watch events (etcd
+issue 17529), and a history that was restored from a snapshot and overtaken may look like the one
+we know. So now and then every key is read again, page by page, at one pinned revision, and
+compared with what the mirror has: revisions, version, lease, size, and the value where it is
+held.
+
+The mirror goes on meanwhile, and is at another revision than the one that is read. So a key that
+differs is only a *suspect*. It is cleared when the watch brings any event of it; and when the
+mirror has passed the pinned revision (or nothing has come for a while, as when the last changes
+were outside of the prefix) it is looked at again. What differs then differs for good: etcd owed
+us an event and did not send it.
+
+Cost: one listing's worth of reading for etcd, in pages of about `PAGE_BYTES`; here a slice of
+`SLICE` keys at a time, and for as long as it runs one table entry for each key.
+
+Concurrency: trio thread. `saw` and `void` are called by whoever changes the mirror.
+"""
+
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol, final
+
+import trio
+
+from etcdfs.contents import Contents
+from etcdfs.errors import StoreError, StorePermissionError
+from etcdfs.link import Link
+from etcdfs.store import Event, KeyValue, Revision, Store, Tombstone
+from etcdfs.tree import Directory, Facts, Node, Tree, facts_of
+
+log = logging.getLogger(__name__)
+
+JITTER: Final = 0.5
+"""An interval is up to so much longer, so that the mounts of a cluster do not come all at once."""
+
+RECHECK_S: Final = 5.0
+"""How soon etcd is asked again after it has said that we may not read."""
+
+PAGE_MIN: Final = 250
+PAGE_MAX: Final = 5000
+PAGE_SHARE: Final = 400
+"""A page has at most this fraction of all keys, but `PAGE_MIN`: etcd walks its index of all that
+is left of a range for each page (to count), and we decode each page in one go."""
+PAGE_BYTES: Final = 1 << 20
+
+SLICE: Final = 100
+"""Keys compared at a time; well below a millisecond."""
+
+MAX_CHANGED: Final = 200_000
+"""Keys that may change during an audit, and suspects it may have, before it gives up."""
+
+
+class AuditVoidError(Exception):
+    """The audit can say nothing: the connection was lost, or too much changed meanwhile."""
+
+
+class Audited(Protocol):
+    """The mirror, as an audit needs it."""
+
+    @property
+    def revision(self) -> int:
+        """The revision that readers see."""
+        ...
+
+    async def reached(self, revision: int) -> None:
+        """Return once readers see `revision`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditStatistics:
+    """What audits have found.
+
+    Attributes:
+        audits: Audits that came to a verdict.
+        void: Audits that could not, as the connection was lost or too much changed.
+        failed: Audits that etcd did not answer, or refused.
+        differing: Audits that found a difference.
+        differences: Keys that differed, in all audits.
+        revision: The revision of the last verdict.
+        keys: Keys compared for it.
+        seconds: How long it took.
+    """
+
+    audits: int
+    void: int
+    failed: int
+    differing: int
+    differences: int
+    revision: int
+    keys: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """What etcd has under a key: None if nothing; `digest` is its value's."""
+
+    facts: Facts | None
+    digest: int = 0
+
+
+_NOTHING: Final = _Expected(None)
+
+
+@dataclass(slots=True)
+class _Audit:
+    """One audit under way."""
+
+    revision: int = 0
+    keys: int = 0
+    seen: set[Node] = field(default_factory=set)
+    changed: set[bytes] = field(default_factory=set)
+    suspects: dict[bytes, _Expected] = field(default_factory=dict)
+    is_waiting: bool = False
+    is_void: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What an audit says.
+
+    Attributes:
+        revision: The revision at which was compared.
+        differing: The keys that differ, in order.
+    """
+
+    revision: int
+    differing: tuple[bytes, ...]
+
+
+@final
+class Auditor:
+    """Audits one mirror."""
+
+    def __init__(
+        self,
+        store: Store,
+        contents: Contents,
+        tree: Tree,
+        link: Link,
+        mirror: Audited,
+        *,
+        interval_s: float,
+        patience_s: float,
+    ) -> None:
+        # --- dependencies
+        self._store = store
+        self._contents = contents
+        self._tree = tree
+        self._link = link
+        self._mirror = mirror
+        # --- constants
+        self._interval_s = interval_s
+        self._patience_s = patience_s
+        # --- mutable state
+        self._audit: _Audit | None = None
+        self._audits = self._void = self._failed = self._differing = self._differences = 0
+        self._revision = self._keys = 0
+        self._seconds = 0.0
+
+    # --- told by the mirror -----------------------------------------------------------------
+
+    def saw(self, events: Sequence[Event]) -> None:
+        """Note that the watch has brought events, before or after they are applied."""
+        audit = self._audit
+        if audit is None:
+            return
+        for event in events:
+            audit.changed.add(event.key)
+            audit.suspects.pop(event.key, None)
+        if len(audit.changed) > MAX_CHANGED:
+            audit.is_void = True
+
+    def void(self) -> None:
+        """Note that the watch was lost, or everything is listed again."""
+        if self._audit is not None:
+            self._audit.is_void = True
+
+    # --- auditing ---------------------------------------------------------------------------
+
+    async def run(self, doubt: Callable[[str], None]) -> None:
+        """Audit again and again, for ever; tell `doubt` of each difference."""
+        if not self._interval_s:
+            return
+        while True:
+            await trio.sleep(self._pause())
+            try:
+                verdict = await self.audit()
+            except AuditVoidError as exc:
+                self._void += 1
+                log.info("an audit was given up: %s", exc)
+            except StorePermissionError as exc:
+                self._failed += 1
+                self._link.deny(exc)
+            except StoreError as exc:
+                self._failed += 1
+                log.info("etcd could not be audited against: %s", exc)
+            else:
+                if verdict.differing:
+                    doubt(_sentence(verdict))
+
+    def _pause(self) -> float:
+        if self._link.denied:
+            return min(RECHECK_S, self._interval_s)
+        return self._interval_s * random.uniform(1, 1 + JITTER)  # noqa: S311 - no secret
+
+    async def audit(self) -> Verdict:
+        """Compare everything once.
+
+        Raises:
+            AuditVoidError: It came to no verdict.
+            StorePermissionError: etcd does not let us read.
+            StoreError: etcd could not be asked, or the revision was compacted away.
+        """
+        if not self._link.connected and not self._link.denied:
+            raise AuditVoidError("there is no connection")
+        started = trio.current_time()
+        audit = self._audit = _Audit()
+        try:
+            await self._read_all(audit)
+            await self._find_ghosts(audit)
+            await self._let_catch_up(audit)
+            differing = await self._convicted(audit)
+            if not self._link.connected:
+                raise AuditVoidError("there is no connection")
+        finally:
+            self._audit = None
+        self._audits += 1
+        self._revision, self._keys = audit.revision, audit.keys
+        self._seconds = trio.current_time() - started
+        self._differing += bool(differing)
+        self._differences += len(differing)
+        return Verdict(revision=audit.revision, differing=tuple(sorted(differing)))
+
+    def statistics(self) -> AuditStatistics:
+        """Say what audits have found."""
+        return AuditStatistics(
+            audits=self._audits,
+            void=self._void,
+            failed=self._failed,
+            differing=self._differing,
+            differences=self._differences,
+            revision=self._revision,
+            keys=self._keys,
+            seconds=round(self._seconds, 6),
+        )
+
+    async def _read_all(self, audit: _Audit) -> None:
+        start, end = self._tree.keyspace.start, self._tree.keyspace.end
+        limit, most = PAGE_MIN, max(PAGE_MIN, min(PAGE_MAX, self._keys // PAGE_SHARE))
+        more = True
+        while more:
+            page = await self._store.range(start, end, limit=limit, revision=audit.revision)
+            audit.revision = audit.revision or page.revision
+            self._link.allow()
+            for first in range(0, len(page.entries), SLICE):
+                for entry in page.entries[first : first + SLICE]:
+                    self._compare(audit, entry)
+                await _let_others(audit)
+            more = page.more and bool(page.entries)
+            if more:
+                start = page.entries[-1].key + b"\0"
+                size = sum(len(entry.value) for entry in page.entries) // len(page.entries)
+                limit = max(1, min(most, PAGE_BYTES // (size + 1)))
+
+    def _compare(self, audit: _Audit, entry: KeyValue) -> None:
+        audit.keys += 1
+        found = self._tree.find(entry.key)
+        if found is not None:
+            audit.seen.add(found[0])
+        if entry.key in audit.changed:
+            return
+        expected = _Expected(facts_of(entry))
+        if found is not None and found[1] == expected.facts:
+            held = self._contents.peek(entry.key, entry.mod_revision)
+            if held is None or held == entry.value:
+                return
+        self._suspect(audit, entry.key, _Expected(expected.facts, hash(entry.value)))
+
+    async def _find_ghosts(self, audit: _Audit) -> None:
+        """Suspect what the mirror has and etcd had not."""
+        for directory in self._tree.directories():
+            if not self._tree.is_attached(directory):
+                continue
+            if directory.marker is not None and directory not in audit.seen:
+                self._suspect_ghost(audit, self._tree.prefix_of(directory), directory.marker)
+            # A list, as the directory may change between two slices.
+            children = list(directory.children.values())
+            for first in range(0, len(children) or 1, SLICE):
+                for child in children[first : first + SLICE]:
+                    self._check_ghost(audit, child)
+                await _let_others(audit)
+
+    def _check_ghost(self, audit: _Audit, child: Node) -> None:
+        if isinstance(child, Directory) or child.facts is None or child in audit.seen:
+            return
+        key = self._tree.key_of(child) if self._tree.is_attached(child) else None
+        if key is not None and not key.endswith(b"/"):  # a marker's value: its directory counts
+            self._suspect_ghost(audit, key, child.facts)
+
+    def _suspect_ghost(self, audit: _Audit, key: bytes, facts: Facts) -> None:
+        if facts.mod_revision <= audit.revision and key not in audit.changed:
+            self._suspect(audit, key, _NOTHING)
+
+    def _suspect(self, audit: _Audit, key: bytes, expected: _Expected) -> None:
+        audit.suspects.setdefault(key, expected)
+        if len(audit.suspects) > MAX_CHANGED:
+            audit.is_void = True
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an audit has read everything, and waits for the watch to explain some of it."""
+        return self._audit is not None and self._audit.is_waiting
+
+    async def _let_catch_up(self, audit: _Audit) -> None:
+        """Wait until the watch has brought all it owes us for the pinned revision.
+
+        The mirror cannot be expected to reach that revision: the last changes may have been
+        outside of its prefix. So it is enough that nothing more comes.
+        """
+        audit.is_waiting = True
+        while audit.suspects and self._mirror.revision < audit.revision:
+            before = self._mirror.revision
+            with trio.move_on_after(self._patience_s):
+                await self._mirror.reached(audit.revision)
+            if self._mirror.revision == before:
+                return
+
+    async def _convicted(self, audit: _Audit) -> list[bytes]:
+        """Return the suspects that still differ."""
+        convicted: list[bytes] = []
+        suspects = list(audit.suspects.items())
+        for first in range(0, len(suspects) or 1, SLICE):
+            for key, expected in suspects[first : first + SLICE]:
+                if key in audit.suspects and not self._agrees(key, expected):
+                    convicted.append(key)
+            await _let_others(audit)
+        return [key for key in convicted if key in audit.suspects]
+
+    def _agrees(self, key: bytes, expected: _Expected) -> bool:
+        found = self._tree.find(key)
+        if found is None or expected.facts is None:
+            return found is None and expected.facts is None
+        held = self._contents.peek(key, expected.facts.mod_revision)
+        return found[1] == expected.facts and (held is None or hash(held) == expected.digest)
+
+
+def difference(
+    tree: Tree, contents: Contents, listed: Mapping[bytes, KeyValue], revision: Revision
+) -> list[Event]:
+    """Return the events that make a tree what was listed at a revision."""
+    listed = dict(listed)
+    events: list[Event] = []
+    for key, facts in tree.facts():
+        entry = listed.pop(key, None)
+        if entry is None:
+            events.append(Tombstone(key, revision))
+        elif facts != facts_of(entry) or contents.peek(key, entry.mod_revision) not in (
+            None,
+            entry.value,
+        ):
+            events.append(entry)
+    events.extend(listed.values())
+    return events
+
+
+async def _let_others(audit: _Audit) -> None:
+    await trio.lowlevel.checkpoint()
+    if audit.is_void:
+        raise AuditVoidError("the connection was lost, or too much changed meanwhile")
+
+
+def _sentence(verdict: Verdict) -> str:
+    count = len(verdict.differing)
+    return (
+        f"the audit at revision {verdict.revision} found {count} difference(s) from etcd, "
+        f"the first at {verdict.differing[0]!r}"
+    )

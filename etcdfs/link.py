@@ -1,0 +1,166 @@
+"""What is known of the way to etcd, and whether what the mirror holds may be shown.
+
+What this room knows: when etcd was last heard, whether it allows us to read, and for how long
+what the mirror holds is good enough while nothing is heard (`--max-stale`). What it must not
+know: watches, requests, the tree.
+
+The mirror may be shown, or it is *refused*: as too old, or as no longer permitted. Refused is
+judged at each question, by the time, so that no reader is ever given more than the limit; the
+event is for those who must act when it happens.
+
+Concurrency: trio thread; no operation waits but `until_refused` and `until_shown`.
+"""
+
+from dataclasses import dataclass
+from typing import Final, final
+
+import trio
+
+from etcdfs.errors import MirrorDeniedError, MirrorStaleError, StoreError, StorePermissionError
+
+UNLIMITED: Final = 0.0
+"""As `--max-stale`: what the mirror holds may be of any age."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkStatistics:
+    """The connection to etcd, as an operator wants it.
+
+    Attributes:
+        connected: Whether a confirmed watch stands, and etcd has answered when last asked.
+        state_s: Seconds since `connected` last changed.
+        silent_s: Seconds since etcd was last heard.
+        stale_s: How old what is shown may be: 0 while connected, else `silent_s`.
+        refused: Why nothing is shown, "" when it is.
+        losses: Times that the connection was lost.
+        refusals: Times that showing was stopped.
+    """
+
+    connected: bool
+    state_s: float
+    silent_s: float
+    stale_s: float
+    refused: str
+    losses: int
+    refusals: int
+
+
+@final
+class Link:
+    """The state of the connection; one for each mirror."""
+
+    def __init__(self, *, max_stale_s: float) -> None:
+        # --- constants
+        self.max_stale_s = max_stale_s
+        # --- mutable state
+        self._connected = False
+        self._asked = False  # and not heard since
+        self._denied: StorePermissionError | None = None
+        self._heard: float | None = None  # trio's time; None: never
+        self._turned: float | None = None
+        self._stir = trio.Event()
+        self._losses = self._refusals = 0
+
+    # --- what happens -----------------------------------------------------------------------
+
+    def heard(self) -> None:
+        """Note that etcd has said something."""
+        self._heard = trio.current_time()
+        if self._asked:
+            self._asked = False
+            self._wake()
+
+    def asked(self) -> None:
+        """Note that etcd was silent, and has been asked whether it is there."""
+        self._asked = True
+        self._wake()
+
+    def turn(self, *, connected: bool) -> None:
+        """Note whether a confirmed watch stands. One that does is word from etcd, too."""
+        if connected:
+            self.heard()
+        if connected == self._connected:
+            return
+        self._connected = connected
+        self._turned = trio.current_time()
+        self._losses += not connected
+        self._wake()
+
+    def deny(self, error: StorePermissionError) -> None:
+        """Note that etcd no longer lets us read what the mirror holds."""
+        if self._denied is None:
+            self._denied = error
+            self._wake()
+
+    def allow(self) -> None:
+        """Note that etcd lets us read."""
+        if self._denied is not None:
+            self._denied = None
+            self._wake()
+
+    # --- what follows -----------------------------------------------------------------------
+
+    @property
+    def connected(self) -> bool:
+        """Whether a confirmed watch stands, and etcd has answered if it was asked."""
+        return self._connected and not self._asked
+
+    @property
+    def denied(self) -> bool:
+        """Whether etcd has said that we may not read."""
+        return self._denied is not None
+
+    def check(self) -> None:
+        """Refuse to show what the mirror holds, if it must not be shown.
+
+        Raises:
+            MirrorDeniedError: etcd no longer permits it.
+            MirrorStaleError: etcd has not been heard for longer than `--max-stale`.
+        """
+        refusal = self._refusal()
+        if refusal is not None:
+            raise refusal
+
+    async def until_refused(self) -> None:
+        """Return when nothing may be shown any more."""
+        while self._refusal() is None:
+            with trio.move_on_after(self._time_left()):
+                await self._stir.wait()
+        self._refusals += 1
+
+    async def until_shown(self) -> None:
+        """Return when what the mirror holds may be shown again."""
+        while self._refusal() is not None:
+            await self._stir.wait()
+
+    def statistics(self) -> LinkStatistics:
+        """Say how the connection is."""
+        now = trio.current_time()
+        silent_s = 0.0 if self._heard is None else now - self._heard
+        refusal = self._refusal()
+        return LinkStatistics(
+            connected=self.connected,
+            state_s=0.0 if self._turned is None else now - self._turned,
+            silent_s=silent_s,
+            stale_s=0.0 if self.connected else silent_s,
+            refused="" if refusal is None else str(refusal),
+            losses=self._losses,
+            refusals=self._refusals,
+        )
+
+    def _refusal(self) -> StoreError | None:
+        if self._denied is not None:
+            return MirrorDeniedError(f"etcd no longer lets this mount read: {self._denied}")
+        if self._time_left() <= 0:
+            return MirrorStaleError(f"etcd has not been heard for {self.max_stale_s:g} s")
+        return None
+
+    def _time_left(self) -> float:
+        """Return the seconds for which the mirror may still be shown if nothing is heard."""
+        if self.connected or self.max_stale_s == UNLIMITED or self._heard is None:
+            return float("inf")
+        return self._heard + self.max_stale_s - trio.current_time()
+
+    def _wake(self) -> None:
+        self._stir.set()
+        self._stir = trio.Event()

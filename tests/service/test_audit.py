@@ -1,0 +1,302 @@
+"""The audit: what it finds, what it must not be fooled by, and what it costs."""
+
+import random
+
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock
+
+from etcdfs import audit as audit_room
+from etcdfs.errors import StorePermissionError, StoreUnavailableError
+from etcdfs.store import Delete, Put, Transaction
+from tests.service.mirrors import AGAIN, REFUSED, content, quiet
+from tests.support.fake_kernel import FakeMount, open_mount
+from tests.support.fake_store import FakeStore
+
+INTERVAL_S = 100.0
+LONGEST_S = INTERVAL_S * (1 + audit_room.JITTER)
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+async def audited(mount: FakeMount) -> None:
+    """Let an audit happen, and what follows from it."""
+    await trio.sleep(LONGEST_S + 10)
+    await quiet(mount)
+
+
+def found(mount: FakeMount) -> tuple[int, int, int]:
+    statistics = mount.mirror.auditor.statistics()
+    return statistics.audits, statistics.differing, statistics.differences
+
+
+def fill(store: FakeStore, count: int) -> None:
+    for start in range(0, count, 100):
+        puts = [Put(b"/d%d/%04d" % (n % 3, n), b"old") for n in range(start, start + 100)]
+        store.commit_now(Transaction(then=tuple(puts)))
+
+
+# --- what is found --------------------------------------------------------------------------
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_lost_events_are_found_and_mended(
+    autojump_clock: MockClock, store: FakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in (b"changed", b"deleted", b"remade", b"same"):
+        store.put_now(b"/d/" + name, b"old")
+    store.put_now(b"/emptied/", b"")
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        assert await content(mount, (b"d", b"changed")) == b"old"
+        assert await content(mount, (b"d", b"made")) is None
+        same = (await mount.kernel.stat((b"d", b"same"))).inode
+        with store.losing_events():
+            store.put_now(b"/d/changed", b"new")
+            store.delete_now(b"/d/deleted")
+            store.delete_now(b"/d/remade")
+            store.put_now(b"/d/remade", b"again")
+            store.put_now(b"/d/made", b"new")
+            store.delete_now(b"/emptied/")
+        await quiet(mount)
+        assert await content(mount, (b"d", b"changed")) == b"old", "nobody knows yet"
+        await audited(mount)
+        assert found(mount) == (1, 1, 5)
+        warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warnings) == 1
+        assert "found 5 difference(s) from etcd, the first at b'/d/changed'" in warnings[0]
+        assert await content(mount, (b"d", b"changed")) == b"new"
+        assert await content(mount, (b"d", b"deleted")) is None
+        assert await content(mount, (b"d", b"remade")) == b"again"
+        assert await content(mount, (b"d", b"made")) == b"new"
+        assert await mount.kernel.listdir(()) == [b"d"]
+        assert (await mount.kernel.stat((b"d", b"same"))).inode == same
+        await audited(mount)
+        assert found(mount) == (2, 1, 5), "and now all is well"
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_another_value_at_the_same_revision_is_found(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/f", b"one")
+    store.put_now(b"/g", b"last, and the witness")
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        assert await content(mount, (b"f",)) == b"one"
+        store.forge_now(b"/f", b"two")
+        await audited(mount)
+        assert found(mount) == (1, 1, 1)
+        assert await content(mount, (b"f",)) == b"two"
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_a_key_that_no_file_can_have_is_compared_too(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    for key in (b"/a", b"/a/b", b"/a//c", b"/%value", b"/" + b"x" * 300, b"/.", b"/m/"):
+        store.put_now(key, b"old")
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        await audited(mount)
+        assert found(mount) == (1, 0, 0)
+        assert mount.mirror.auditor.statistics().keys == 7
+        with store.losing_events():
+            store.put_now(b"/a", b"new")
+            store.delete_now(b"/" + b"x" * 300)
+            store.put_now(b"/m/", b"new")
+        await audited(mount)
+        assert found(mount) == (2, 1, 3)
+
+
+# --- what is no difference ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(8))
+async def test_changes_while_it_runs_are_no_difference(
+    autojump_clock: MockClock, store: FakeStore, seed: int
+) -> None:
+    """Many random changes, at every page of the audit, and a watch that comes in fits."""
+    chance = random.Random(seed)
+    fill(store, 1000)
+
+    def change() -> None:
+        keys = [b"/d%d/%04d" % (n % 3, n) for n in chance.sample(range(1100), 8)]
+        operations = [Put(key, b"new %d" % chance.random()) for key in keys[:5]]
+        store.commit_now(Transaction(then=(*operations, *(Delete(key) for key in keys[5:]))))
+
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        store.hold("range")
+        await trio.sleep(LONGEST_S)
+        while not mount.mirror.auditor.statistics().audits:
+            if chance.random() < 0.5:
+                store.hold_watches()
+            for _ in range(chance.randrange(4)):
+                change()
+            store.release("range")
+            for _ in range(chance.randrange(20)):
+                await trio.lowlevel.checkpoint()
+            store.hold("range")
+            change()
+            store.release_watches()
+            if chance.random() < 0.1:
+                await trio.sleep(0.01)
+        store.release("range")
+        await quiet(mount)
+        assert found(mount) == (1, 0, 0)
+        assert mount.mirror.auditor.statistics().keys >= 600
+
+
+async def test_a_late_watch_is_waited_for(autojump_clock: MockClock, store: FakeStore) -> None:
+    store.put_now(b"/f", b"one")
+    async with open_mount(store, audit_interval_s=INTERVAL_S, timeout_s=5.0) as mount:
+        store.hold("range")
+        await trio.sleep(LONGEST_S)
+        store.hold_watches()
+        store.put_now(b"/f", b"two")
+        store.put_now(b"/g", b"new")
+        store.release("range")
+        await trio.sleep(4.9)
+        store.release_watches()
+        await quiet(mount)
+        assert found(mount) == (1, 0, 0)
+
+
+async def test_a_batch_that_waits_for_the_kernel_is_waited_for(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """It came before the audit began, and is published when everything has been read."""
+    store.put_now(b"/f", b"one")
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        assert await content(mount, (b"f",)) == b"one"
+        await trio.sleep(INTERVAL_S - 1)
+        mount.kernel.hold_notifications()
+        store.put_now(b"/f", b"two")
+        await trio.testing.wait_all_tasks_blocked()
+        while not mount.mirror.auditor.is_waiting:  # noqa: ASYNC110 - it tells nobody
+            await trio.sleep(1)
+        mount.kernel.release_notifications()
+        await quiet(mount)
+        assert found(mount) == (1, 0, 0)
+
+
+async def test_revisions_outside_of_the_prefix_are_not_waited_for(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/app/f", b"one")
+    async with open_mount(store, prefix=b"/app/", audit_interval_s=INTERVAL_S) as mount:
+        store.put_now(b"/other", b"1")
+        await audited(mount)
+        assert found(mount) == (1, 0, 0)
+        assert mount.mirror.auditor.statistics().keys == 1
+
+
+async def test_own_changes_are_no_difference(autojump_clock: MockClock, store: FakeStore) -> None:
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        handle = await mount.kernel.open((b"draft",), 0o101)
+        await mount.kernel.write(handle, 0, b"not published")
+        await mount.kernel.mkdir((b"d",))
+        await audited(mount)
+        assert found(mount) == (1, 0, 0)
+        await mount.kernel.close(handle)
+
+
+# --- what comes of it -----------------------------------------------------------------------
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_it_is_void_when_the_watch_is_lost_meanwhile(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    fill(store, 300)
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        store.hold("range")
+        await trio.sleep(LONGEST_S)
+        store.break_watches()
+        await trio.testing.wait_all_tasks_blocked()
+        store.release("range")
+        await trio.sleep(1)
+        assert found(mount) == (0, 0, 0)
+        assert mount.mirror.auditor.statistics().void == 1
+
+
+async def test_etcd_that_cannot_be_asked_is_no_difference(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        store.fail_next("range", StoreUnavailableError("away"))
+        await trio.sleep(LONGEST_S + 1)
+        assert found(mount) == (0, 0, 0)
+        assert mount.mirror.auditor.statistics().failed == 1
+        assert await mount.kernel.listdir(()) == []
+
+
+@pytest.mark.expect_log(REFUSED)
+async def test_what_we_may_no_longer_read_is_not_shown(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Fault 16: the watch goes on delivering; only a read tells."""
+    store.put_now(b"/d/f", b"one")
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        handle = await mount.kernel.open((b"d", b"f"), 0)
+        assert await content(mount, (b"d", b"missing")) is None
+        store.fail_next("range", StorePermissionError("permission denied"), times=10_000)
+        await audited(mount)
+        for path in ((b"d", b"f"), (b"d", b"missing"), (b"d",)):
+            with pytest.raises(PermissionError):
+                await mount.kernel.stat(path)
+        with pytest.raises(PermissionError):
+            await mount.kernel.listdir(())
+        with pytest.raises(PermissionError):
+            await mount.kernel.read(handle)
+        assert "no longer lets" in mount.mirror.link.statistics().refused
+        await mount.kernel.stat(())
+        store._failures.clear()
+        await trio.sleep(audit_room.RECHECK_S + 1)
+        assert await content(mount, (b"d", b"f")) == b"one"
+        assert await mount.kernel.read(handle) == b"one"
+        await mount.kernel.close(handle)
+
+
+# --- what it costs --------------------------------------------------------------------------
+
+
+async def test_no_interval_no_audit(autojump_clock: MockClock, store: FakeStore) -> None:
+    async with open_mount(store, audit_interval_s=0.0) as mount:
+        before = len(store.range_calls)
+        await trio.sleep(3600)
+        assert found(mount) == (0, 0, 0)
+        assert len(store.range_calls) == before
+
+
+async def test_intervals_are_jittered(autojump_clock: MockClock, store: FakeStore) -> None:
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        await trio.sleep(100 * INTERVAL_S)
+        audits = mount.mirror.auditor.statistics().audits
+        assert 100 / (1 + audit_room.JITTER) <= audits < 95
+
+
+async def test_every_page_is_at_one_revision_and_small(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    fill(store, 1000)
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        before = len(store.range_calls)
+        await audited(mount)
+        calls = store.range_calls[before:]
+        assert calls[0].revision == 0
+        assert {call.revision for call in calls[1:]} == {store.revision}
+        assert {call.limit for call in calls} == {audit_room.PAGE_MIN}
+        assert len(calls) == 4
+
+
+async def test_large_values_make_small_pages(autojump_clock: MockClock, store: FakeStore) -> None:
+    for n in range(600):
+        store.put_now(b"/%04d" % n, b"x" * 10_000)
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        before = len(store.range_calls)
+        await audited(mount)
+        assert store.range_calls[-1].limit == audit_room.PAGE_BYTES // 10_001
+        assert found(mount) == (1, 0, 0)
+        assert len(store.range_calls) - before == 5

@@ -1,0 +1,75 @@
+"""How the daemon's process begins and ends; nothing is mounted."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import pytest
+
+import etcdfs.mount
+from etcdfs.errors import EtcdUnreachableError
+from etcdfs.handshake import Handover, LogSettings, Reporter, send_handover
+from etcdfs.options import MountOptions
+
+
+@pytest.fixture
+def log_file(tmp_path: Path) -> Iterator[Path]:
+    """Return where the daemon logs to; what it adds to the root logger is taken away again."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield tmp_path / "log"
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(level)
+
+
+def run_daemon(
+    monkeypatch: pytest.MonkeyPatch, log_file: Path, error: Exception, *, grouped: bool
+) -> int:
+    """Run the daemon with a mount that ends by an error."""
+
+    async def serve(options: MountOptions, reporter: Reporter) -> None:
+        raise ExceptionGroup("nursery", [error]) if grouped else error
+
+    def claimed(mountpoint: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    handover = Handover(
+        options=MountOptions(mountpoint="/mnt"),
+        log=LogSettings(level="error", file=str(log_file)),
+    )
+    monkeypatch.setattr(etcdfs.mount, "serve", serve)
+    monkeypatch.setattr(etcdfs.mount, "claimed", claimed)
+    arguments = ["etcdfs.mount", "/mnt", "--options-fd", str(send_handover(handover))]
+    monkeypatch.setattr("sys.argv", arguments)
+    return etcdfs.mount.main()
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_failure_is_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    log_file: Path,
+    capsys: pytest.CaptureFixture[str],
+    grouped: bool,
+) -> None:
+    error = EtcdUnreachableError("nobody there")
+    assert run_daemon(monkeypatch, log_file, error, grouped=grouped) == 20
+    assert capsys.readouterr().err == "etcdfs: nobody there\n"
+    assert log_file.read_text() == ""
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.expect_log("the daemon dies; this is a bug of etcdfs")
+def test_a_crash_leaves_its_traceback_in_the_log(
+    monkeypatch: pytest.MonkeyPatch, log_file: Path, grouped: bool
+) -> None:
+    # Nobody reads its stderr by then.
+    with pytest.raises((RuntimeError, ExceptionGroup)):
+        run_daemon(monkeypatch, log_file, RuntimeError("a bug"), grouped=grouped)
+    log = log_file.read_text()
+    assert "CRITICAL etcdfs.mount: the daemon dies" in log
+    assert "RuntimeError: a bug" in log
