@@ -8,8 +8,11 @@ holds; called on the trio thread it would wait for a handler that only the trio 
 (FACTS.md 1.1, 7). So one thread of our own makes the calls, in order. Files are never invalidated
 in place: each remote version has an inode of its own.
 
+When the kernel is slow, what waits does not grow with what happens: something that is waiting to be
+forgotten already is not queued again, so that at most everything the kernel knows waits once.
+
 Concurrency: `submit` is called on the trio thread and never blocks; its `done` is called there,
-too. The thread touches nothing but its queue.
+too. The thread touches nothing but its queue and the set of what is in it.
 """
 
 import logging
@@ -30,11 +33,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelStatistics:
-    """What the kernel was told."""
+    """What the kernel was told.
+
+    Attributes:
+        submitted: Times that something was to be forgotten.
+        finished: Those that are done.
+        invalidated: Entries and attributes that the kernel has let go of.
+        waiting: Those that it still has to.
+    """
 
     submitted: int
     finished: int
     invalidated: int
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,8 @@ class KernelCache:
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._token: trio.lowlevel.TrioToken | None = None
         self._thread: threading.Thread | None = None
+        # INVARIANT: each of these will be invalidated by a job that has not come to it yet.
+        self._waiting: set[Cached] = set()
         self._submitted = 0
         self._finished = 0
         self._invalidated = 0
@@ -78,18 +91,28 @@ class KernelCache:
             if done is not None:
                 done()
             return
+        # Jobs are done in order: what waits already is let go of before `done` is called. The
+        # thread takes something out of the set before it tells the kernel, never afterwards.
+        fresh = [entry for entry in cached if entry not in self._waiting]
+        if not fresh and done is None:
+            return
         self._submitted += 1
-        self._jobs.put(_Job(tuple(cached), done))
+        self._waiting.update(fresh)
+        self._jobs.put(_Job(tuple(fresh), done))
 
     def statistics(self) -> KernelStatistics:
         """Count jobs and invalidations."""
         return KernelStatistics(
-            submitted=self._submitted, finished=self._finished, invalidated=self._invalidated
+            submitted=self._submitted,
+            finished=self._finished,
+            invalidated=self._invalidated,
+            waiting=len(self._waiting),
         )
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             for cached in job.cached:
+                self._waiting.discard(cached)
                 try:
                     _invalidate(cached)
                 except Exception:  # the thread must live; the kernel's timeout bounds what is lost

@@ -1,31 +1,23 @@
 """The view with a mirror: the tree holds every key and follows the watch (`--cache`).
 
-What this room knows: how to carry out the steps of the replica's state machine, and in which
-order the tree and the kernel change. What it must not know: system calls, gRPC, pyfuse3.
+What this room knows: how to carry out the steps of the replica's state machine. What it must not
+know: system calls, gRPC, pyfuse3, and how a batch becomes visible (`applier`).
 
-Each batch of the watch becomes visible by *switching* (DESIGN.md 4.2): the kernel lets go of
-what will be untrue while lookups still answer the old state with no lifetime; then the tree
-changes in one step. So nobody sees part of a revision, and nothing older after something newer.
-
-A call of this mount that changes a name holds its directory's lock in the kernel until it
-returns, and it returns when the batch with its change is published (`settle`). If that batch, or
-one before it, must invalidate another name in the same directory, the kernel would wait for the
-call and the call for the batch; then the batch is published first and the kernel let go after.
-
-Concurrency: trio thread; one task applies batches, in order.
+Concurrency: trio thread; one task lists, watches and hands batches on, in order.
 """
 
 import logging
 import random
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Final, Protocol, assert_never, final
+from typing import Final, assert_never, final
 
 import trio
 
+from etcdfs.applier import Applier, KernelCache
 from etcdfs.audit import Auditor, difference
 from etcdfs.barrier import Barrier
 from etcdfs.contents import Contents
@@ -65,10 +57,6 @@ from etcdfs.watching import Watching
 
 log = logging.getLogger(__name__)
 
-SWITCH_ROUNDS: Final = 8
-"""Rounds of letting go before a batch is published. The second round finds what a change of
-this mount added meanwhile; more are not expected, and a batch must not wait for ever."""
-
 STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
 
@@ -77,14 +65,6 @@ _VALUE: Final = attrgetter("value")
 BACKOFF_FIRST_S: Final = 0.05
 BACKOFF_CAP_S: Final = 5.0
 BACKOFF_DOUBLINGS: Final = 16  # more than enough for the cap; 2**1024 is no float
-
-
-class KernelCache(Protocol):
-    """The kernel's caches, as the mirror needs them."""
-
-    def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        """Have the kernel forget; never blocks; call `done` on the trio thread afterwards."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +77,7 @@ class MirrorStatistics:
         connected: Whether a watch stands.
         batches: Batches published.
         events: Events in them.
+        collapsed: Events that nobody saw, as a later one of their key was there already.
         early: Batches published before the kernel had let go, for a call that held its lock.
         ahead: Own changes applied before the watch brought them.
     """
@@ -106,6 +87,7 @@ class MirrorStatistics:
     connected: bool
     batches: int
     events: int
+    collapsed: int
     early: int
     ahead: int
 
@@ -131,8 +113,8 @@ class Mirror:
         # --- dependencies
         self._store = store
         self._contents = contents
-        self._kernel = kernel
         self.switch = Switch(tree)
+        self._applier = Applier(self.switch, contents, kernel, self._on_failure)
         self.link = Link(max_stale_s=max_stale_s)
         self.auditor = Auditor(
             store,
@@ -154,17 +136,17 @@ class Mirror:
         # --- constants
         self._settle_timeout_s = settle_timeout_s
         # --- mutable state
-        self.revision = 0
         self.replica: Replica | None = None
         self._is_restored = False
         self._staged: dict[bytes, KeyValue] = {}
         self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
-        self._advanced = trio.Event()
-        self._stir = trio.Event()
-        self._held: Counter[int] = Counter()  # directories whose lock a waiting call holds
-        self._wanted: Counter[int] = Counter()  # those whose lock the kernel needs, or will
-        self._batches = self._events = self._early = self._ahead = 0
+        self._ahead = 0
+
+    @property
+    def revision(self) -> int:
+        """The revision that readers see."""
+        return self._applier.revision
 
     # --- the view ---------------------------------------------------------------------------
 
@@ -211,40 +193,35 @@ class Mirror:
             self._settle_timeout_s,
             revision,
         )
-        self._keep_values(events)
-        self._submit(self.switch.apply_ahead(events, remember=True))
+        for event in events:
+            if isinstance(event, KeyValue):
+                self._contents.put(event.key, event.mod_revision, event.value)
+        self._applier.submit(self.switch.apply_ahead(events, remember=True))
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`; the caller bounds it."""
         while self.revision < revision:
-            await self._advanced.wait()
+            await self._applier.advanced()
 
     async def advanced(self) -> None:
         """Return when readers see a newer revision; the caller bounds it."""
-        await self._advanced.wait()
+        await self._applier.advanced()
 
     async def let_go_first(self, stale: Collection[Cached]) -> None:
         """See `View.let_go_first`."""
         done = trio.Event()
-        self._submit(stale, done.set)
-        if not self._is_held():
+        self._applier.submit(stale, done.set)
+        if not self._applier.is_held:
             with trio.move_on_after(self._settle_timeout_s):
                 await done.wait()
 
     def let_go(self, stale: Collection[Cached]) -> None:
         """See `View.let_go`."""
-        self._submit(stale)
+        self._applier.submit(stale)
 
-    @contextmanager
-    def holding(self, locked: Sequence[Entry]) -> Iterator[None]:
+    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
         """See `View.holding`."""
-        held = {entry.directory for entry in locked}
-        self._held.update(held)
-        self._stir.set()
-        try:
-            yield
-        finally:
-            self._held.subtract(held)
+        return self._applier.holding(locked)
 
     def statistics(self) -> MirrorStatistics:
         """Say how far the mirror is."""
@@ -252,9 +229,10 @@ class Mirror:
             revision=self.revision,
             listed_keys=self._staged_keys,
             connected=self.link.connected,
-            batches=self._batches,
-            events=self._events,
-            early=self._early,
+            batches=self._applier.batches,
+            events=self._applier.events,
+            collapsed=self._applier.collapsed,
+            early=self._applier.early,
             ahead=self._ahead,
         )
 
@@ -312,10 +290,11 @@ class Mirror:
             case Stage():
                 await self._stage(step, progress)
             case Restore(revision):
-                return await self._try_to_apply(self._restore(revision))
-            case Apply(events, revision):
+                await self._restore(revision)
+            case Apply(events):
                 self.auditor.saw(events)
-                return await self._try_to_apply(self._apply(events, revision))
+                await self._applier.room()
+                self._applier.take(events)
             case OpenWatch(from_revision):
                 return await self._open(from_revision)
             case CloseWatch():
@@ -384,13 +363,8 @@ class Mirror:
         # Jittered, so that the mounts of a cluster do not come back all at once.
         await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
 
-    async def _try_to_apply(self, applying: Coroutine[Any, Any, None]) -> Message | None:
-        try:
-            await applying
-        except Exception:
-            log.exception("a batch could not be applied; this is a bug of etcdfs")
-            return Doubted("a batch could not be applied")
-        return None
+    def _on_failure(self) -> None:
+        self.doubt("a batch could not be applied")
 
     # --- listing ----------------------------------------------------------------------------
 
@@ -435,87 +409,13 @@ class Mirror:
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:
             self._is_restored = True
-            self.revision = revision
+            self._applier.revision = revision
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
             return
+        await self._applier.idle()
         events = difference(self.switch.tree, self._contents, self._staged, revision)
         self._staged.clear()
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
         self.switch.relisted()
-        await self._apply(events, revision, force=True)
-
-    # --- applying ---------------------------------------------------------------------------
-
-    async def _apply(self, events: Sequence[Event], revision: int, *, force: bool = False) -> None:
-        """Make a batch visible, all at once, after the kernel has let go of what it changes."""
-        self._keep_values(events)
-        tree = self.switch.tree
-        asked: set[Cached] = set()
-        plan = self.switch.plan(events, force=force)
-        for _ in range(SWITCH_ROUNDS):
-            stale = self.switch.invalidations(plan) - asked
-            if not stale:
-                break
-            tree.switching |= self.switch.untold(plan)
-            asked |= stale
-            # checkpoint: anything may have happened to the tree; it is planned again
-            await self._wait_for_kernel(stale)
-            plan = self.switch.plan(events, force=force)
-        late = self.switch.invalidations(plan) - asked
-        self.switch.publish(plan)
-        tree.switching.clear()
-        self._submit(late)
-        self._batches += 1
-        self._events += len(events)
-        self.revision = revision
-        self.switch.reached(revision)
-        self._advanced.set()
-        self._advanced = trio.Event()
-
-    async def _wait_for_kernel(self, stale: set[Cached]) -> None:
-        finished = False
-
-        def finish() -> None:
-            nonlocal finished
-            finished = True
-            self._stir.set()
-
-        self._submit(stale, finish)
-        while not finished:
-            if self._is_held():
-                self._early += 1
-                return
-            self._stir = trio.Event()
-            await self._stir.wait()
-
-    def _submit(self, stale: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        locks = {_lock_of(cached) for cached in stale}
-
-        def finish() -> None:
-            self._wanted.subtract(locks)
-            self._wanted = +self._wanted
-            if done is not None:
-                done()
-
-        self._wanted.update(locks)
-        self._kernel.submit(stale, finish)
-
-    def _is_held(self) -> bool:
-        """Say whether a call that waits for us holds a lock that the kernel waits for.
-
-        Not for this batch alone: the kernel is told in order, so that what was asked of it
-        before stands in the way as well.
-        """
-        return any(self._held[lock] > 0 for lock in self._wanted)
-
-    def _keep_values(self, events: Sequence[Event]) -> None:
-        for event in events:
-            if isinstance(event, KeyValue):
-                self._contents.put(event.key, event.mod_revision, event.value)
-
-
-def _lock_of(cached: Cached) -> int:
-    """Return the directory whose lock the kernel needs to let go of it; 0 for none."""
-    entry = cached if isinstance(cached, Entry) else cached.within
-    return 0 if entry is None else entry.directory
+        await self._applier.replace(events, revision)
