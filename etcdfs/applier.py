@@ -12,7 +12,7 @@ event counts, and one switch makes many revisions visible, the last of them at o
 that fell behind a hot key catches up with the next batch. A merged batch is cut where it has
 `BATCH_KEYS` keys or `BATCH_BYTES` of values, between two revisions: planning is one step, and
 nobody is answered meanwhile. When `WAITING_MAX` of them wait, the watch is not read any
-further (`room`), and what comes stays with etcd.
+further, and what comes stays with etcd.
 
 A call of this mount that changes a name holds its directory's lock in the kernel until it
 returns, and it returns when the batch with its change is published. If that batch, or one before
@@ -20,7 +20,7 @@ it, must invalidate another name in the same directory, the kernel would wait fo
 call for the batch; then the batch is published first and the kernel let go after.
 
 Concurrency: synchronous, on the trio thread: a batch goes on when the kernel has let go, or
-when a call begins to hold a lock. Only `room`, `idle` and `reached` wait.
+when a call begins to hold a lock. Only who hands batches on waits.
 """
 
 import logging
@@ -52,6 +52,9 @@ BATCH_BYTES: Final = 4 << 20
 
 WAITING_MAX: Final = 4
 """Merged batches that may wait; they and one response of etcd's are all that memory holds."""
+
+GRACE_S: Final = 0.002
+"""How long the kernel mostly takes to let go of a name, and more; it is 0.2 ms when it is idle."""
 
 _REVISION: Final = attrgetter("mod_revision")
 
@@ -144,8 +147,23 @@ class Applier:
 
     # --- taking -----------------------------------------------------------------------------
 
-    def take(self, events: Sequence[Event]) -> None:
-        """Take whole revisions, oldest first, and go on with them as soon as possible."""
+    async def take(self, events: Sequence[Event]) -> None:
+        """Take whole revisions, oldest first, as soon as there is room.
+
+        Returns when they are visible, if that is soon. Reading on at once would take the
+        processor (Python's lock) from the thread that tells the kernel.
+        """
+        while len(self._waiting) >= WAITING_MAX:
+            await self._advanced.wait()
+        was_idle = self._now is None
+        self._merge(events)
+        self._begin()
+        if was_idle:
+            with trio.move_on_after(GRACE_S):
+                await self.idle()
+                await trio.lowlevel.checkpoint()  # readers go first
+
+    def _merge(self, events: Sequence[Event]) -> None:
         if self._is_broken:
             return
         intents = self._switch.intents
@@ -156,7 +174,6 @@ class Applier:
             for event in group:
                 batch.add(event, is_own=event.key in intents)
             batch.revision = revision
-        self._begin()
 
     async def replace(self, events: Sequence[Event], revision: int) -> None:
         """Show exactly what a new listing says, once nothing else is under way."""
@@ -168,11 +185,6 @@ class Applier:
         self._waiting.append(batch)
         self._begin()
         await self.idle()
-
-    async def room(self) -> None:
-        """Return when more may be taken."""
-        while len(self._waiting) >= WAITING_MAX:
-            await self._advanced.wait()
 
     async def idle(self) -> None:
         """Return when all that was taken is visible, or has failed."""

@@ -34,11 +34,10 @@ class CancelledElsewhereError(Exception):
 class Background(Generic[T]):
     """A running coroutine whose waiters may come and go without disturbing it."""
 
-    def __init__(self, loop: TrioAsyncioLoop, coroutine: Coroutine[Any, Any, T]) -> None:
-        self._coroutine = coroutine
+    def __init__(self, task: asyncio.Task[T]) -> None:
+        self._task = task
         self._done = trio.Event()
-        self._task: asyncio.Task[T] = loop.create_task(self._run())
-        self._task.add_done_callback(self._on_done)
+        task.add_done_callback(self._on_done)
 
     @property
     def done(self) -> bool:
@@ -62,15 +61,7 @@ class Background(Generic[T]):
         with trio.CancelScope(shield=True):
             await self._done.wait()
 
-    async def _run(self) -> T:
-        try:
-            return await self._coroutine
-        finally:
-            # A turn of each loop earlier than the callback. Who waits looks after this step.
-            self._done.set()
-
     def _on_done(self, task: asyncio.Task[T]) -> None:
-        self._coroutine.close()  # should the task have been cancelled before it began
         if not task.cancelled():
             task.exception()  # looked at: asyncio need not complain when nobody waits
         self._done.set()
@@ -97,7 +88,7 @@ class Bridge:
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> Background[T]:
         """Start a coroutine that goes on when those who wait for it are cancelled."""
-        return Background(self._loop, coroutine)
+        return Background(self._loop.create_task(coroutine))
 
 
 @dataclass(slots=True, eq=False)

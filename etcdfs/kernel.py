@@ -16,8 +16,10 @@ too. The thread touches nothing but its queue and the set of what is in it.
 """
 
 import logging
+import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,7 +63,8 @@ class KernelCache:
     def __init__(self) -> None:
         # --- mutable state
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._token: trio.lowlevel.TrioToken | None = None
+        self._done: deque[Callable[[], None]] = deque()
+        self._bell = -1  # rung when something is done; open until the process ends
         self._thread: threading.Thread | None = None
         # INVARIANT: each of these will be invalidated by a job that has not come to it yet.
         self._waiting: set[Cached] = set()
@@ -69,9 +72,12 @@ class KernelCache:
         self._finished = 0
         self._invalidated = 0
 
-    def start(self) -> None:
-        """Start the thread; from the trio thread, once the file system is mounted."""
-        self._token = trio.lowlevel.current_trio_token()
+    def start(self, tasks: trio.Nursery) -> None:
+        """Start the thread, and a task that hears of it; once the file system is mounted."""
+        # trio's own way from a thread to its loop takes a turn of the loop more, which is a
+        # twentieth of what a change takes from etcd to a reader.
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        tasks.start_soon(self._listen)
         # A daemon thread: it may sit in the kernel waiting for a lock when we have to go.
         self._thread = threading.Thread(target=self._run, name="kernel-cache", daemon=True)
         self._thread.start()
@@ -119,9 +125,16 @@ class KernelCache:
                     log.exception("could not invalidate %s", cached)
                 self._invalidated += 1
             self._finished += 1
-            if job.done is not None and self._token is not None:
-                with suppress(trio.RunFinishedError):
-                    self._token.run_sync_soon(job.done)
+            if job.done is not None:
+                self._done.append(job.done)
+                os.eventfd_write(self._bell, 1)
+
+    async def _listen(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._bell)
+            os.eventfd_read(self._bell)
+            while self._done:
+                self._done.popleft()()
 
 
 def _invalidate(cached: Cached) -> None:

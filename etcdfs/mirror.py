@@ -293,8 +293,7 @@ class Mirror:
                 await self._restore(revision)
             case Apply(events):
                 self.auditor.saw(events)
-                await self._applier.room()
-                self._applier.take(events)
+                await self._applier.take(events)
             case OpenWatch(from_revision):
                 return await self._open(from_revision)
             case CloseWatch():

@@ -176,7 +176,7 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
                 tasks.start_soon(watch_over, rooms.mirror)
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:
-                rooms.kernel.start()
+                rooms.kernel.start(tasks)
                 stack.callback(rooms.kernel.stop)
                 tasks.start_soon(_announce, rooms, reporter, client_url)
                 ending.begin(rooms, mount)
