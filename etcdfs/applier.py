@@ -153,7 +153,7 @@ class Applier:
         Returns when they are visible, if that is soon. Reading on at once would take the
         processor (Python's lock) from the thread that tells the kernel.
         """
-        while len(self._waiting) >= WAITING_MAX:
+        while len(self._waiting) >= WAITING_MAX and self._waiting[-1].is_full:
             await self._advanced.wait()
         was_idle = self._now is None
         self._merge(events)
