@@ -7,8 +7,20 @@ not know: what the events are for.
 Concurrency: none; pure functions.
 """
 
+from collections.abc import Sequence
+
 from etcdfs.errors import StoreProtocolError
-from etcdfs.store import Committed, Event, KeyValue, Page, Tombstone
+from etcdfs.store import (
+    Committed,
+    Delete,
+    Event,
+    KeyValue,
+    Operation,
+    Page,
+    Put,
+    Tombstone,
+    Transaction,
+)
 from etcdfs.transactions import parent_prefix
 
 
@@ -57,3 +69,28 @@ def parent_event(committed: Committed, key: bytes, root: bytes) -> tuple[Event, 
     if not isinstance(inner, Committed) or not inner.succeeded or parent is None:
         return ()
     return (put_event(inner, 1, parent, b""),)
+
+
+def events_of(transaction: Transaction, committed: Committed) -> tuple[Event, ...]:
+    """Return all that a transaction did, as events.
+
+    Each `Put` in it is followed by a `Get` of its key, each `Delete` is of one key.
+    """
+    ran = transaction.then if committed.succeeded else transaction.otherwise
+    return events_of_operations(ran, committed.results, committed)
+
+
+def events_of_operations(
+    operations: Sequence[Operation], results: Sequence[object], committed: Committed
+) -> tuple[Event, ...]:
+    """Return what some operations of a transaction did; `results` are theirs."""
+    found: list[Event] = []
+    for index, (operation, result) in enumerate(zip(operations, results, strict=True)):
+        if isinstance(operation, Put):
+            (put,) = page_of(results[index + 1]).entries
+            found.append(put._replace(value=operation.value))
+        elif isinstance(operation, Delete) and result:
+            found.append(Tombstone(operation.key, committed.revision))
+        elif isinstance(operation, Transaction) and isinstance(result, Committed):
+            found.extend(events_of(operation, result))
+    return tuple(found)

@@ -14,30 +14,29 @@ that fell behind a hot key catches up with the next batch. A merged batch is cut
 nobody is answered meanwhile. When `WAITING_MAX` of them wait, the watch is not read any
 further, and what comes stays with etcd.
 
-A call of this mount that changes a name holds its directory's lock in the kernel until it
-returns, and it returns when the batch with its change is published. If that batch, or one before
-it, must invalidate another name in the same directory, the kernel would wait for the call and the
-call for the batch; then the batch is published first and the kernel let go after.
+A batch that would wait for a lock which a call of this mount holds (`letting`) is published at
+once, and the kernel let go after.
 
 Concurrency: synchronous, on the trio thread: a batch goes on when the kernel has let go, or
 when a call begins to hold a lock. Only who hands batches on waits.
 """
 
 import logging
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count, groupby
 from operator import attrgetter
-from typing import Final, Protocol, final
+from typing import Final, final
 
 import trio
 
 from etcdfs.contents import Contents
+from etcdfs.letting import KernelCache, Letting
+from etcdfs.sidekeys import is_side_key
 from etcdfs.store import Event, KeyValue
 from etcdfs.switch import Plan, Switch
-from etcdfs.tree import Cached, Entry
+from etcdfs.tree import Cached
 
 log = logging.getLogger(__name__)
 
@@ -59,14 +58,6 @@ GRACE_S: Final = 0.002
 _REVISION: Final = attrgetter("mod_revision")
 
 
-class KernelCache(Protocol):
-    """The kernel's caches, as the applier needs them."""
-
-    def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        """Have the kernel forget; never blocks; call `done` on the trio thread afterwards."""
-        ...
-
-
 @dataclass(slots=True)
 class _Batch:
     """Events of whole revisions, to be made visible at once.
@@ -76,19 +67,25 @@ class _Batch:
         own: Earlier events of keys that this mount is changing, which say what became of it.
         count: How many events there were.
         size: Bytes of the values.
+        revision: The revision that readers then see; None: as before (attributes have a watch
+            of their own).
         force: Whether older revisions are right, too (another history).
+        is_closed: Whether nothing more may be merged with it.
+        over: Set when it is visible, or never will be.
     """
 
     events: dict[bytes, Event] = field(default_factory=dict)
     own: list[Event] = field(default_factory=list)
     count: int = 0
     size: int = 0
-    revision: int = 0
+    revision: int | None = None
     force: bool = False
+    is_closed: bool = False
+    over: trio.Event = field(default_factory=trio.Event)
 
     @property
     def is_full(self) -> bool:
-        return len(self.events) >= BATCH_KEYS or self.size >= BATCH_BYTES
+        return self.is_closed or len(self.events) >= BATCH_KEYS or self.size >= BATCH_BYTES
 
     def add(self, event: Event, *, is_own: bool) -> None:
         before = self.events.pop(event.key, None)  # so that it is put behind all others
@@ -127,7 +124,7 @@ class Applier:
         # --- dependencies
         self._switch = switch
         self._contents = contents
-        self._kernel = kernel
+        self.letting = Letting(kernel, self._give_way)
         self._failed = failed
         # --- mutable state
         self.revision = 0
@@ -141,14 +138,14 @@ class Applier:
         self._round = 0
         self._numbers = count(1)
         self._is_broken = False  # nothing is taken until everything is listed again
-        self._held: Counter[int] = Counter()  # directories whose lock a waiting call holds
-        self._wanted: Counter[int] = Counter()  # those whose lock the kernel needs, or will
         self._advanced = trio.Event()
 
     # --- taking -----------------------------------------------------------------------------
 
-    async def take(self, events: Sequence[Event]) -> None:
+    async def take(self, events: Sequence[Event], sides: Sequence[Event] = ()) -> None:
         """Take whole revisions, oldest first, as soon as there is room.
+
+        With them come the attributes of keys that are made in them.
 
         Returns when they are visible, if that is soon. Reading on at once would take the
         processor (Python's lock) from the thread that tells the kernel.
@@ -156,14 +153,23 @@ class Applier:
         while len(self._waiting) >= WAITING_MAX and self._waiting[-1].is_full:
             await self._advanced.wait()
         was_idle = self._now is None
-        self._merge(events)
+        self._merge(events, sides)
         self._begin()
         if was_idle:
             with trio.move_on_after(GRACE_S):
                 await self.idle()
                 await trio.lowlevel.checkpoint()  # readers go first
 
-    def _merge(self, events: Sequence[Event]) -> None:
+    async def show(self, events: Sequence[Event], *, force: bool = False) -> None:
+        """Make further events visible, in one step, after what was taken; return when they are."""
+        batch = _Batch(force=force, is_closed=True)
+        for event in events:
+            batch.add(event, is_own=event.key in self._switch.intents)
+        self._waiting.append(batch)
+        self._begin()
+        await batch.over.wait()
+
+    def _merge(self, events: Sequence[Event], sides: Sequence[Event]) -> None:
         if self._is_broken:
             return
         intents = self._switch.intents
@@ -171,20 +177,21 @@ class Applier:
             if not self._waiting or self._waiting[-1].is_full:
                 self._waiting.append(_Batch())
             batch = self._waiting[-1]
-            for event in group:
+            for event in (*group, *sides):
                 batch.add(event, is_own=event.key in intents)
             batch.revision = revision
+            sides = ()  # they may well come before their keys
 
     async def replace(self, events: Sequence[Event], revision: int) -> None:
         """Show exactly what a new listing says, once nothing else is under way."""
         await self.idle()
         self._is_broken = False
-        batch = _Batch(revision=revision, force=True)
+        batch = _Batch(revision=revision, force=True, is_closed=True)
         for event in events:
             batch.add(event, is_own=False)
         self._waiting.append(batch)
         self._begin()
-        await self.idle()
+        await batch.over.wait()
 
     async def idle(self) -> None:
         """Return when all that was taken is visible, or has failed."""
@@ -195,47 +202,12 @@ class Applier:
         """Return when readers see a newer revision; the caller bounds it."""
         await self._advanced.wait()
 
-    # --- letting go -------------------------------------------------------------------------
-
-    @contextmanager
-    def holding(self, locked: Sequence[Entry]) -> Iterator[None]:
-        """See `View.holding`."""
-        held = {entry.directory for entry in locked}
-        self._held.update(held)
-        self._give_way()
-        try:
-            yield
-        finally:
-            self._held.subtract(held)
-
-    @property
-    def is_held(self) -> bool:
-        """Say whether a call that waits for us holds a lock that the kernel waits for.
-
-        Not for this batch alone: the kernel is told in order, so that what was asked of it
-        before stands in the way as well.
-        """
-        return any(self._held[lock] > 0 for lock in self._wanted)
-
-    def submit(self, stale: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        """Have the kernel let go of something."""
-        locks = {_lock_of(cached) for cached in stale}
-
-        def finish() -> None:
-            self._wanted.subtract(locks)
-            self._wanted = +self._wanted
-            if done is not None:
-                done()
-
-        self._wanted.update(locks)
-        self._kernel.submit(stale, finish)
+    # --- switching --------------------------------------------------------------------------
 
     def _give_way(self) -> None:
-        if self._round and self._now is not None and self.is_held:
+        if self._round and self._now is not None and self.letting.is_held():
             self.early += 1
             self._go_on(self._round)
-
-    # --- switching --------------------------------------------------------------------------
 
     def _begin(self) -> None:
         """Begin with the next batch, unless one is under way."""
@@ -245,7 +217,7 @@ class Applier:
         self._asked = set()
         self._rounds = 0
         for event in self._now.events.values():
-            if isinstance(event, KeyValue):
+            if isinstance(event, KeyValue) and not is_side_key(event.key):
                 self._contents.put(event.key, event.mod_revision, event.value)
         self._go_on(0)
 
@@ -258,7 +230,7 @@ class Applier:
             self._step(self._now)
         except Exception:  # it runs as a callback of trio's, which none must leave
             log.exception("a batch could not be applied; this is a bug of etcdfs")
-            self._fail()
+            self._fail(self._now)
 
     def _step(self, batch: _Batch) -> None:
         # Anything may have happened to the tree since the last step: it is planned again.
@@ -271,40 +243,36 @@ class Applier:
         self._asked |= stale
         self._rounds += 1
         self._round = number = next(self._numbers)
-        self.submit(stale, lambda: self._go_on(number))
+        self.letting.submit(stale, lambda: self._go_on(number))
         self._give_way()
 
     def _publish(self, batch: _Batch, plan: Plan, *, late: set[Cached]) -> None:
         self._switch.publish(plan)
         self._switch.tree.switching.clear()
-        self.submit(late)
+        self.letting.submit(late)
         self.batches += 1
         self.events += batch.count
         self.collapsed += batch.count - len(batch.events)
-        self.revision = batch.revision
-        self._switch.reached(batch.revision)
-        self._finish()
+        if batch.revision is not None:
+            self.revision = batch.revision
+            self._switch.reached(batch.revision)
+        self._finish(batch)
 
-    def _finish(self) -> None:
+    def _finish(self, batch: _Batch) -> None:
         self._now = None
+        batch.over.set()
         self._advanced.set()
         self._advanced = trio.Event()
         if self._waiting:  # in the next turn of the loop: others have waited long enough
             trio.lowlevel.current_trio_token().run_sync_soon(self._begin)
 
-    def _fail(self) -> None:
+    def _fail(self, batch: _Batch) -> None:
         self._switch.tree.switching.clear()
-        self._waiting.clear()
+        self._waiting = deque(other for other in self._waiting if other.is_closed)
         self._is_broken = True
-        self._finish()
+        self._finish(batch)
         self._failed()
 
 
 def _size(event: Event) -> int:
     return len(event.value) if isinstance(event, KeyValue) else 0
-
-
-def _lock_of(cached: Cached) -> int:
-    """Return the directory whose lock the kernel needs to let go of it; 0 for none."""
-    entry = cached if isinstance(cached, Entry) else cached.within
-    return 0 if entry is None else entry.directory

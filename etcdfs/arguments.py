@@ -61,6 +61,15 @@ def _from_fstab(options: list[str]) -> list[str]:
     ]
 
 
+def has_empty_operand(arguments: list[str]) -> bool:
+    """Say whether an argument that is no option's value is empty: a variable that was not set.
+
+    As a path it would mean the current directory.
+    """
+    pairs = zip(["", *arguments], arguments, strict=False)
+    return any(not text and not before.startswith("-") for before, text in pairs)
+
+
 def likely_mountpoint(arguments: list[str]) -> str | None:
     """Return where a daemon will probably be wanted; None if it will not be.
 

@@ -1,19 +1,29 @@
 """What stat(2) says of a node.
 
-What this room knows: default owner and modes, sizes, link counts and times. What it must not
-know: how FUSE packs them.
+What this room knows: default owner and modes, sizes, link counts and times, and which attributes
+need not be kept because they are the default. What it must not know: how FUSE packs them.
 
 Concurrency: none; pure functions.
 """
 
 import stat
-from dataclasses import dataclass
-from typing import final
+from dataclasses import dataclass, replace
+from typing import Final, final
 
 from etcdfs.drafts import Draft
-from etcdfs.tree import ROOT_INODE, Directory, File, Inode, Node, Overrides
+from etcdfs.sidekeys import Record, Type
+from etcdfs.sides import facts_of_node, record_of
+from etcdfs.tree import ROOT_INODE, Directory, File, Inode, Node
 
 BLOCK_SIZE = 4096
+
+_FORMATS: Final[dict[Type | None, int]] = {
+    None: stat.S_IFREG,
+    "symlink": stat.S_IFLNK,
+    "fifo": stat.S_IFIFO,
+    "socket": stat.S_IFSOCK,
+}
+_LINK_MODE: Final = 0o777  # of a symbolic link; nobody asks for it, and chmod(2) cannot change it
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +42,30 @@ class Attributes:
     timeout_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """A change of attributes; None leaves one as it is.
+
+    With `is_now` the mtime is that of the call itself, as after UTIME_NOW.
+    """
+
+    size: int | None = None
+    mode: int | None = None
+    uid: int | None = None
+    gid: int | None = None
+    atime_ns: int | None = None
+    mtime_ns: int | None = None
+    is_now: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a system call: the owner of what it makes."""
+
+    uid: int
+    gid: int
+
+
 @final
 class Defaults:
     """Owner and modes of what has no attributes of its own."""
@@ -46,30 +80,99 @@ class Defaults:
 
     def of(self, node: Node, timeout_s: float) -> Attributes:
         """Return the attributes of a node."""
+        record = record_of(node)
         if isinstance(node, Directory):
-            mode, size = self._directory_mode, 0
+            size = 0
             removed = node.directory is None and node.inode != ROOT_INODE
             nlink = 0 if removed else 2 + node.subdirectories
+            ctime_ns = node.ctime_ns
         else:
-            mode, nlink, size = self._file_mode, int(node.directory is not None), size_of(node)
-        overrides = node.overrides or _NONE
+            nlink, size = int(node.directory is not None), size_of(node)
+            ctime_ns = max(node.ctime_ns, mtime_of(node))
         mtime_ns = mtime_of(node)
         return Attributes(
             node.inode,
-            mode if overrides.mode is None else stat.S_IFMT(mode) | overrides.mode,
+            self._mode(node, record),
             nlink,
-            self._uid if overrides.uid is None else overrides.uid,
-            self._gid if overrides.gid is None else overrides.gid,
+            self._uid if record.uid is None else record.uid,
+            self._gid if record.gid is None else record.gid,
             size,
-            mtime_ns if overrides.atime_ns is None else overrides.atime_ns,
+            mtime_ns if record.atime_ns is None else record.atime_ns,
             mtime_ns,
-            max(node.ctime_ns, mtime_ns) if isinstance(node, File) else node.ctime_ns,
+            ctime_ns,
             timeout_s,
+        )
+
+    def _mode(self, node: Node, record: Record) -> int:
+        if isinstance(node, Directory):
+            return self._directory_mode if record.mode is None else stat.S_IFDIR | record.mode
+        if record.type == "symlink":
+            return stat.S_IFLNK | _LINK_MODE
+        mode = stat.S_IMODE(self._file_mode) if record.mode is None else record.mode
+        return _FORMATS[record.type] | mode
+
+    def of_new(
+        self, directory: Directory, caller: Caller, mode: int | None, kind: Type | None = None
+    ) -> Record:
+        """Return the attributes of what a caller makes in a directory.
+
+        Args:
+            directory: Where. If it has the set-group-ID bit, its group goes to all that is made
+                in it, and the bit to directories (inode(7)).
+            caller: The owner.
+            mode: As mknod(2) has it, with the umask taken away already; None for the default.
+            kind: What it is, if not a file or a directory.
+        """
+        is_directory = mode is not None and stat.S_ISDIR(mode)
+        gid = caller.gid
+        bits = None if mode is None else stat.S_IMODE(mode)
+        above = self.of(directory, 0.0)
+        if above.mode & stat.S_ISGID:
+            gid = above.gid
+            bits = bits | stat.S_ISGID if is_directory and bits is not None else bits
+        record = Record(mode=bits, uid=caller.uid, gid=gid, type=kind)
+        return self.trimmed(record, is_directory=is_directory)
+
+    def changed(self, node: Node, change: Change, *, mtime_holds: bool) -> Record:
+        """Return a node's own attributes after a change of mode, owner or times."""
+        record = record_of(node)
+        if not mtime_holds:
+            record = record.without_mtime()
+        record = replace(
+            record,
+            mode=record.mode if change.mode is None else stat.S_IMODE(change.mode),
+            uid=record.uid if change.uid is None else change.uid,
+            gid=record.gid if change.gid is None else change.gid,
+        )
+        if change.mtime_ns is not None or change.atime_ns is not None:
+            record = self._timed(node, record, change)
+        return self.trimmed(record, is_directory=isinstance(node, Directory))
+
+    def _timed(self, node: Node, record: Record, change: Change) -> Record:
+        # What is not set keeps the time it is shown with, which is the mtime without one.
+        atime_ns = self.of(node, 0.0).atime_ns if change.atime_ns is None else change.atime_ns
+        if change.mtime_ns is not None:
+            facts = facts_of_node(node)
+            revision = 0 if facts is None else facts.mod_revision
+            record = replace(record, mtime_ns=change.mtime_ns, mtime_revision=revision)
+        shown = mtime_of(node) if change.mtime_ns is None else change.mtime_ns
+        return replace(record, atime_ns=None if atime_ns == shown else atime_ns)
+
+    def trimmed(self, record: Record, *, is_directory: bool) -> Record:
+        """Return a record without what is the default anyway."""
+        mode = stat.S_IMODE(self._directory_mode if is_directory else self._file_mode)
+        return replace(
+            record,
+            mode=None if record.mode == mode or record.type == "symlink" else record.mode,
+            uid=None if record.uid == self._uid else record.uid,
+            gid=None if record.gid == self._gid else record.gid,
         )
 
 
 def size_of(file: File) -> int:
     """Return the size in bytes that a reader of this file would find."""
+    if record_of(file).type in ("fifo", "socket"):
+        return 0
     if isinstance(file.draft, Draft):
         return len(file.draft)
     return 0 if file.facts is None else file.facts.size
@@ -80,6 +183,3 @@ def mtime_of(node: Node) -> int:
     if isinstance(node, File) and isinstance(node.draft, Draft):
         return max(node.mtime_ns, node.draft.mtime_ns)
     return node.mtime_ns
-
-
-_NONE = Overrides()

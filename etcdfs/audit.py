@@ -15,16 +15,18 @@ mirror has passed the pinned revision (or nothing has come for a while, as when 
 were outside of the prefix) it is looked at again. What differs then differs for good: etcd owed
 us an event and did not send it.
 
-Cost: one listing's worth of reading for etcd, in pages of about `PAGE_BYTES`; here a slice of
-`SLICE` keys at a time, and for as long as it runs one table entry for each key.
+Cost: one listing's worth of reading for etcd, in pages of at most `PAGE` keys and about
+`PAGE_BYTES`; here a page or a slice of keys at a time, about a millisecond each, and for as long
+as it runs one table entry for each key.
 
-Concurrency: trio thread. `saw` and `void` are called by whoever changes the mirror.
+Concurrency: trio thread. `saw` and `note` are called by whoever changes the mirror.
 """
 
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, Protocol, final
 
 import trio
@@ -32,6 +34,8 @@ import trio
 from etcdfs.contents import Contents
 from etcdfs.errors import StoreError, StorePermissionError
 from etcdfs.link import Link
+from etcdfs.sidekeys import is_side_key
+from etcdfs.sides import find_facts, is_foreign, side_facts
 from etcdfs.store import Event, KeyValue, Revision, Store, Tombstone
 from etcdfs.tree import Directory, Facts, Node, Tree, facts_of
 
@@ -41,13 +45,11 @@ JITTER: Final = 0.5
 """An interval is up to so much longer, so that the mounts of a cluster do not come all at once."""
 
 RECHECK_S: Final = 5.0
-"""How soon etcd is asked again after it has said that we may not read."""
+"""How soon after one audit there may be another, if there is a reason for it: etcd has said that
+we may not read, or has repeated events."""
 
-PAGE_MIN: Final = 250
-PAGE_MAX: Final = 5000
-PAGE_SHARE: Final = 400
-"""A page has at most this fraction of all keys, but `PAGE_MIN`: etcd walks its index of all that
-is left of a range for each page (to count), and we decode each page in one go."""
+PAGE: Final = 100
+"""Keys read at a time, as each page is decoded in one go; about a millisecond."""
 PAGE_BYTES: Final = 1 << 20
 
 SLICE: Final = 100
@@ -116,7 +118,7 @@ class _Audit:
 
     revision: int = 0
     keys: int = 0
-    seen: set[Node] = field(default_factory=set)
+    seen: set[object] = field(default_factory=set)
     changed: set[bytes] = field(default_factory=set)
     suspects: dict[bytes, _Expected] = field(default_factory=dict)
     is_waiting: bool = False
@@ -162,6 +164,8 @@ class Auditor:
         self._patience_s = patience_s
         # --- mutable state
         self._audit: _Audit | None = None
+        self._hurry = trio.Event()
+        self._dropped = 0
         self._audits = self._void = self._failed = self._differing = self._differences = 0
         self._revision = self._keys = 0
         self._seconds = 0.0
@@ -179,10 +183,16 @@ class Auditor:
         if len(audit.changed) > MAX_CHANGED:
             audit.is_void = True
 
-    def void(self) -> None:
-        """Note that the watch was lost, or everything is listed again."""
-        if self._audit is not None:
+    def note(self, *, connected: bool, dropped: int) -> None:
+        """Note whether there is a confirmed watch, and how many events were dropped as repeated.
+
+        Any of those may have been a late one: an audit is made soon.
+        """
+        if not connected and self._audit is not None:
             self._audit.is_void = True
+        if dropped > self._dropped:
+            self._hurry.set()
+        self._dropped = dropped
 
     # --- auditing ---------------------------------------------------------------------------
 
@@ -191,7 +201,7 @@ class Auditor:
         if not self._interval_s:
             return
         while True:
-            await trio.sleep(self._pause())
+            await self._pause()
             try:
                 verdict = await self.audit()
             except AuditVoidError as exc:
@@ -207,10 +217,15 @@ class Auditor:
                 if verdict.differing:
                     doubt(_sentence(verdict))
 
-    def _pause(self) -> float:
+    async def _pause(self) -> None:
+        soon_s = min(RECHECK_S, self._interval_s)
+        longest_s = self._interval_s * random.uniform(1, 1 + JITTER)  # noqa: S311 - no secret
+        await trio.sleep(soon_s)
         if self._link.denied:
-            return min(RECHECK_S, self._interval_s)
-        return self._interval_s * random.uniform(1, 1 + JITTER)  # noqa: S311 - no secret
+            return
+        with trio.move_on_after(longest_s - soon_s):
+            await self._hurry.wait()
+        self._hurry = trio.Event()
 
     async def audit(self) -> Verdict:
         """Compare everything once.
@@ -254,9 +269,33 @@ class Auditor:
         )
 
     async def _read_all(self, audit: _Audit) -> None:
-        start, end = self._tree.keyspace.start, self._tree.keyspace.end
-        limit, most = PAGE_MIN, max(PAGE_MIN, min(PAGE_MAX, self._keys // PAGE_SHARE))
-        more = True
+        keyspace = self._tree.keyspace
+        # etcd walks its index of all that is asked for, page or not, to count it: asking for the
+        # rest of everything with each page would take it quadratic time.
+        starts = [keyspace.start, *await self._milestones(audit)]
+        for start, end in zip(starts, [*starts[1:], keyspace.end], strict=True):
+            await self._read_range(audit, start, end)
+
+    async def _milestones(self, audit: _Audit) -> list[bytes]:
+        """Return keys that are about a page apart, in order."""
+        found: set[bytes] = set()
+        keys = size = 0
+        for directory in self._tree.directories():
+            children = list(directory.children.values())  # it may change between two slices
+            for first in range(0, len(children), SLICE):
+                for child in children[first : first + SLICE]:
+                    if isinstance(child, Directory) or child.facts is None:
+                        continue
+                    keys += 1
+                    size += child.facts.size
+                    if keys >= PAGE or size >= PAGE_BYTES:
+                        keys = size = 0
+                        found.add(self._tree.key_of(child) or b"")
+                await _let_others(audit)
+        return sorted(key for key in found if key > self._tree.keyspace.start)
+
+    async def _read_range(self, audit: _Audit, start: bytes, end: bytes) -> None:
+        limit, more = PAGE, True
         while more:
             page = await self._store.range(start, end, limit=limit, revision=audit.revision)
             audit.revision = audit.revision or page.revision
@@ -269,13 +308,15 @@ class Auditor:
             if more:
                 start = page.entries[-1].key + b"\0"
                 size = sum(len(entry.value) for entry in page.entries) // len(page.entries)
-                limit = max(1, min(most, PAGE_BYTES // (size + 1)))
+                limit = max(1, min(PAGE, PAGE_BYTES // (size + 1)))
 
     def _compare(self, audit: _Audit, entry: KeyValue) -> None:
         audit.keys += 1
-        found = self._tree.find(entry.key)
+        if is_foreign(self._tree, entry.key):
+            return
+        found = find_facts(self._tree, entry.key)
         if found is not None:
-            audit.seen.add(found[0])
+            audit.seen.add(entry.key if is_side_key(entry.key) else found[0])
         if entry.key in audit.changed:
             return
         expected = _Expected(facts_of(entry))
@@ -298,6 +339,10 @@ class Auditor:
                 for child in children[first : first + SLICE]:
                     self._check_ghost(audit, child)
                 await _let_others(audit)
+
+        for key, facts in list(side_facts(self._tree)):
+            if key not in audit.seen:
+                self._suspect_ghost(audit, key, facts)
 
     def _check_ghost(self, audit: _Audit, child: Node) -> None:
         if isinstance(child, Directory) or child.facts is None or child in audit.seen:
@@ -346,7 +391,7 @@ class Auditor:
         return [key for key in convicted if key in audit.suspects]
 
     def _agrees(self, key: bytes, expected: _Expected) -> bool:
-        found = self._tree.find(key)
+        found = find_facts(self._tree, key)
         if found is None or expected.facts is None:
             return found is None and expected.facts is None
         held = self._contents.peek(key, expected.facts.mod_revision)
@@ -357,9 +402,9 @@ def difference(
     tree: Tree, contents: Contents, listed: Mapping[bytes, KeyValue], revision: Revision
 ) -> list[Event]:
     """Return the events that make a tree what was listed at a revision."""
-    listed = dict(listed)
+    listed = {key: entry for key, entry in listed.items() if not is_foreign(tree, key)}
     events: list[Event] = []
-    for key, facts in tree.facts():
+    for key, facts in chain(tree.facts(), side_facts(tree)):
         entry = listed.pop(key, None)
         if entry is None:
             events.append(Tombstone(key, revision))

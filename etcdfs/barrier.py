@@ -22,7 +22,7 @@ from etcdfs.audit import Audited
 from etcdfs.errors import CallerError, StoreTimeoutError
 from etcdfs.keys import VALUE_NAME
 from etcdfs.store import Get, Store, Transaction, range_end
-from etcdfs.tree import Directory, Node, Tree
+from etcdfs.tree import Directory, File, Node, Tree
 
 PAGE: Final = 1000
 SLICE: Final = 200
@@ -63,6 +63,16 @@ class Barrier:
             StoreError: etcd cannot be asked.
         """
         await self._pass(directory, name)
+
+    async def file(self, file: File) -> None:
+        """Return when the mirror shows at a file's path what etcd held when this was called.
+
+        Raises:
+            StoreTimeoutError: That took longer than `--timeout`.
+            StoreError: etcd cannot be asked.
+        """
+        if file.directory is not None:
+            await self._pass(file.directory, file.name)
 
     async def listing(self, directory: Directory) -> None:
         """Return when the mirror shows in a directory what etcd held when this was called.

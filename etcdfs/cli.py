@@ -19,7 +19,7 @@ from typing import Annotated, Final, NoReturn
 import typer
 
 from etcdfs import __version__
-from etcdfs.arguments import original_form
+from etcdfs.arguments import has_empty_operand, original_form
 from etcdfs.daemon import dismiss, run_in_foreground, start_in_background
 from etcdfs.errors import AuthUnsupportedError, CommandError, TlsUnsupportedError, UsageError
 from etcdfs.flags import (
@@ -43,6 +43,7 @@ from etcdfs.flags import (
     MaxStale,
     MountedAt,
     Mountpoint,
+    NoAttrs,
     OptionLists,
     Prefix,
     ReadOnly,
@@ -134,6 +135,7 @@ def mount(
     dir_mode: DirMode = "",
     umask: Umask = "",
     allow_other: AllowOther = False,
+    no_attrs: NoAttrs = False,
     log_level: LogLevel = "info",
     log_file: LogFile = "",
     max_file_size: MaxFileSize = "",
@@ -268,6 +270,8 @@ def run(arguments: Sequence[str], early: Spawned | None = None) -> int:
     logging.basicConfig(format="etcdfs: %(message)s", level=logging.WARNING)
     spelt_out = original_form(list(arguments)) or ["--help"]
     try:
+        if has_empty_operand(spelt_out):
+            raise UsageError("an argument is empty; the mountpoint, most likely")
         return app(spelt_out, prog_name="etcdfs", standalone_mode=False, obj=early) or 0
     except CommandError as exc:
         return _say(str(exc), exc.exit_code)

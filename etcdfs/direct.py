@@ -13,12 +13,31 @@ with the higher mod_revision stays.
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Final, final
+from typing import Final, Literal, final
 
+from etcdfs.answers import page_of
 from etcdfs.contents import Contents
-from etcdfs.errors import CallerError, CompactedError
+from etcdfs.errors import CallerError, CompactedError, StorePermissionError
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
-from etcdfs.store import Event, Get, KeyValue, Page, Store, Transaction, range_end
+from etcdfs.sidekeys import (
+    ATTRIBUTES,
+    ATTRIBUTES_END,
+    is_side_key,
+    owner_of,
+    side_key,
+    side_range,
+)
+from etcdfs.sides import facts_of_node, holds, put_on, renounce, side_of, type_of
+from etcdfs.store import (
+    Committed,
+    Event,
+    Get,
+    KeyValue,
+    Page,
+    Store,
+    Transaction,
+    range_end,
+)
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree, facts_of
 from etcdfs.values import value_of
@@ -53,23 +72,36 @@ class Direct:
             await self.listing(directory)  # part of a long name: only a scan can tell
             return
         names = tree.names(directory, name)
-        gets = _gets(tree.keyspace, names)
-        if not gets:
+        found = await self._ask(names)
+        # checkpoint: the directory may have gone
+        if found is None or not tree.is_attached(directory):
             return
-        committed = await self._store.commit(Transaction((), tuple(gets)))
-        value: KeyValue | None = None
-        below = False
-        for get, result in zip(gets, committed.results, strict=True):
-            assert isinstance(result, Page), "the store answers a Get with a Page"
-            if get.keys_only:
-                below = bool(result.entries)
-            elif result.entries:
-                value = result.entries[0]
+        value = found.value
         if name == MARKER_NAME and value is not None and not value.value:
             value = None
-        # checkpoint: the directory may have gone
-        if tree.is_attached(directory):
-            self._observe(directory, name, value, is_directory=below)
+        self._observe(directory, name, value, is_directory=found.below)
+        if name != MARKER_NAME:  # the marker's attributes are its directory's
+            side = found.directory_side if found.below else found.file_side
+            self._dress(directory, name, side, found.marker, found.revision)
+
+    async def _ask(self, names: tuple[bytes, ...]) -> "_Found | None":
+        """Ask what is at a path; None if nothing can be."""
+        tree = self.switch.tree
+        questions = _questions(tree.keyspace, names, sides=tree.attributes)
+        if not questions:
+            return None
+        try:
+            return await self._answers(questions)
+        except StorePermissionError as exc:
+            if not tree.attributes:
+                raise
+            found = await self._answers(_questions(tree.keyspace, names, sides=False))
+            renounce(tree, exc)
+            return found
+
+    async def _answers(self, questions: "list[_Question]") -> "_Found":
+        gets = tuple(get for _, get in questions)
+        return _sorted(questions, await self._store.commit(Transaction((), gets)))
 
     async def listing(self, directory: Directory) -> None:
         """See `View.listing`: as many requests as the level has entries, whatever is below."""
@@ -85,11 +117,23 @@ class Direct:
         for name, value in scan.found.items():
             if value is None or name not in scan.kept:
                 self._observe(directory, name, value, is_directory=value is None)
+            if name != MARKER_NAME:
+                side = scan.sides.get((name, value is None))
+                self._dress(directory, name, side, scan.markers.get(name), scan.revision)
 
     async def refresh(self, node: Node) -> None:
         """See `View.refresh`."""
         if node.directory is not None:
             await self.entry(node.directory, node.name)
+        elif isinstance(node, Directory) and node is self.switch.tree.root:
+            await self._refresh_root(node)
+
+    async def _refresh_root(self, root: Directory) -> None:
+        if not self.switch.tree.attributes or not self.switch.tree.keyspace.prefix:
+            return
+        found = await self._ask(())
+        if found is not None:
+            self._dress_node(root, found.directory_side, found.marker, found.revision)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
@@ -120,6 +164,7 @@ class Direct:
         try:
             scan = await self._scan(self.switch.tree.names(directory))
             await self._fetch(scan, directory)
+            await self._fetch_sides(scan)
         except CompactedError:
             if attempts == 1:
                 raise
@@ -173,6 +218,29 @@ class Direct:
             if page.entries and page.entries[0].value:
                 scan.found[MARKER_NAME] = page.entries[0]
 
+    async def _fetch_sides(self, scan: "_Scan") -> None:
+        """Get the attributes of what was found: mostly one request, and nothing."""
+        tree = self.switch.tree
+        if not tree.attributes or not scan.found:
+            return
+        start, end = side_range(tree.keyspace.scan_prefix(scan.names))
+        more = True
+        try:
+            while more:
+                page = await self._store.range(
+                    start, end, limit=VALUES_LIMIT, revision=scan.revision
+                )
+                for entry in page.entries:
+                    start = scan.take_side(entry) if entry.key >= start else start
+                more = page.more and start < end
+            own = _own_value(tree.keyspace, scan.names)
+            if own is not None and VALUE_NAME in scan.found:
+                page = await self._store.range(side_key(own), revision=scan.revision)
+                if page.entries:
+                    scan.sides[VALUE_NAME, False] = page.entries[0]
+        except StorePermissionError as exc:
+            renounce(tree, exc)
+
     def _is_known(self, directory: Directory, name: bytes, entry: KeyValue) -> bool:
         child = directory.children.get(name)
         return (
@@ -211,6 +279,40 @@ class Direct:
             if known >= value.mod_revision:
                 return
         self._replace(directory, name, self.switch.tree.new_version(old, facts), over=value)
+
+    def _dress(
+        self,
+        directory: Directory,
+        name: bytes,
+        side: KeyValue | None,
+        marker: KeyValue | None,
+        revision: int,
+    ) -> None:
+        """Give what is under a name its attributes."""
+        node = directory.children.get(name)
+        if isinstance(node, File):
+            if node.facts is None:
+                return  # made here: nobody else knows its attributes
+            found = None if side is None else side_of(side)
+            if not holds(found, node.facts):
+                found = None
+            if type_of(found) != type_of(node.side) and node.lookups:
+                node = self.switch.tree.new_version(node, node.facts)
+                self._replace(directory, name, node)
+        if node is not None:
+            self._dress_node(node, side, marker, revision)
+
+    def _dress_node(
+        self, node: Node, side: KeyValue | None, marker: KeyValue | None, revision: int
+    ) -> None:
+        if node.side is not None and node.side.facts.mod_revision > revision:
+            return  # a newer answer was here first
+        if isinstance(node, Directory):
+            node.marker = None if marker is None else facts_of(marker)
+        found = None if side is None else side_of(side)
+        if not holds(found, facts_of_node(node)):
+            found = None
+        put_on(node, found)
 
     def _replace(
         self, directory: Directory, name: bytes, node: Node | None, over: KeyValue | None = None
@@ -261,6 +363,9 @@ class _Scan:
     found: dict[bytes, KeyValue | None] = field(default_factory=dict)
     kept: set[bytes] = field(default_factory=set)
     runs: list[list[tuple[bytes, KeyValue]]] = field(default_factory=list)
+    markers: dict[bytes, KeyValue] = field(default_factory=dict)
+    sides: dict[tuple[bytes, bool], KeyValue] = field(default_factory=dict)
+    """Side keys, by name and whether it is the marker's."""
 
     def take(self, page: Page) -> int:
         """Sort a page's keys into entries; return how many were not jumped over."""
@@ -280,7 +385,24 @@ class _Scan:
         if self.found.get(names[-1]) is not None:
             self.found[names[-1]] = entry
 
+    def take_side(self, entry: KeyValue) -> bytes:
+        """Take over a side key; return the next one of interest."""
+        names, is_marker = self.keyspace.locate(owner_of(entry.key))
+        depth = len(self.names)
+        after = entry.key + b"\0"
+        if names[:depth] != self.names or len(names) == depth:
+            return after
+        if len(names) == depth + 1:
+            self.sides[names[depth], is_marker] = entry
+        elif not is_part(names[depth]):
+            below = self.keyspace.directory_prefix(names[: depth + 1])
+            return range_end(side_key(below))
+        return after
+
     def _sort(self, entry: KeyValue, *, unbroken: bool) -> bool:
+        if is_side_key(entry.key):
+            self.next_start = ATTRIBUTES_END
+            return False
         names, is_marker = self.keyspace.locate(entry.key)
         depth = len(self.names)
         if names[:depth] != self.names:
@@ -291,6 +413,8 @@ class _Scan:
         name = names[depth]
         if is_marker or len(names) > depth + 1:
             self.found[name] = None
+            if is_marker and len(names) == depth + 1:
+                self.markers[name] = entry
             if not is_part(name):
                 below = self.keyspace.directory_prefix((*self.names, name))
                 self.next_start = range_end(below)
@@ -304,17 +428,66 @@ class _Scan:
         return True
 
 
-def _gets(keyspace: Keyspace, names: tuple[bytes, ...]) -> list[Get]:
+@dataclass(slots=True, kw_only=True)
+class _Found:
+    """What there is at one path."""
+
+    revision: int
+    value: KeyValue | None = None
+    file_side: KeyValue | None = None
+    below: bool = False
+    marker: KeyValue | None = None
+    directory_side: KeyValue | None = None
+
+
+_About = Literal["value", "file_side", "below", "directory_side"]
+_Question = tuple[_About, Get]
+
+
+def _questions(keyspace: Keyspace, names: tuple[bytes, ...], *, sides: bool) -> list[_Question]:
     """Return what to read to know what is at a path; empty if nothing can be there."""
-    gets: list[Get] = []
+    found: list[_Question] = []
     with suppress(CallerError):
-        gets.append(Get(keyspace.file_key(names)))
+        key = keyspace.file_key(names)
+        found.append(("value", Get(key)))
+        if sides and not key.endswith(b"/"):
+            found.append(("file_side", Get(side_key(key))))
     try:
         prefix = keyspace.directory_prefix(names)
     except CallerError:
-        return gets
-    gets.append(Get(prefix, range_end(prefix), limit=1, keys_only=True))
-    return gets
+        return found
+    for start, end in _without_sides(prefix):
+        found.append(("below", Get(start, end, limit=1, keys_only=True)))
+    if sides:
+        found.append(("directory_side", Get(side_key(prefix))))
+    return found
+
+
+def _without_sides(prefix: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the ranges of what is shown below a prefix; side keys are not."""
+    end = range_end(prefix)
+    if not ATTRIBUTES.startswith(prefix):
+        return [(prefix, end)]
+    return [(prefix, ATTRIBUTES), (ATTRIBUTES_END, end)]
+
+
+def _sorted(questions: list[_Question], committed: Committed) -> _Found:
+    """Return the answers to `_questions` by what they are about."""
+    found = _Found(revision=committed.revision)
+    for (about, get), result in zip(questions, committed.results, strict=True):
+        for entry in page_of(result).entries:
+            match about:
+                case "value":
+                    found.value = entry
+                case "file_side":
+                    found.file_side = entry
+                case "directory_side":
+                    found.directory_side = entry
+                case "below":
+                    found.below = True
+                    if entry.key == get.key:
+                        found.marker = entry
+    return found
 
 
 def _own_value(keyspace: Keyspace, names: tuple[bytes, ...]) -> bytes | None:

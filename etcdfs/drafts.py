@@ -33,10 +33,14 @@ class Draft:
         base: The published value the draft starts from.
         kind: What the changes since `base` amount to.
         mtime_ns: When it was last changed.
+        times: What utimens(2) set mtime and atime to (None: not atime); they hold for the
+            version that is yet to be published, unless it was changed after that.
         tries: What was sent to etcd without an answer, to be recognised later, each with all
             that the draft was then (others' bytes may come before ours in what was sent).
         is_bare: Whether the file was only made, neither emptied nor written to: it must not
             replace what another client has made meanwhile.
+        is_refused: Whether the last attempt to publish what is here failed, and whoever flushed
+            was told: a release, which can tell nobody, does not try again.
         is_torn: Whether a write did not fit: what is here is half of what was meant, and must
             not be published. A truncation says that the writer has taken note.
     """
@@ -46,9 +50,11 @@ class Draft:
         "_overwritten",
         "base",
         "is_bare",
+        "is_refused",
         "is_torn",
         "kind",
         "mtime_ns",
+        "times",
         "tries",
     )
 
@@ -57,8 +63,10 @@ class Draft:
         self.base = base
         self.kind = Kind.WHOLE if whole else Kind.NONE
         self.mtime_ns = 0
+        self.times: tuple[int, int | None] | None = None
         self.tries: list[tuple[bytes, bytes]] = []
         self.is_bare = False
+        self.is_refused = False
         self.is_torn = False
         self._buffer = bytearray() if whole else bytearray(base)
         # INVARIANT: all old bytes before this offset have been replaced
@@ -82,6 +90,11 @@ class Draft:
         """What was added past the old end."""
         return bytes(self._buffer[len(self.base) :])
 
+    @property
+    def times_set(self) -> tuple[int, int | None] | None:
+        """The times that were set, if nothing was written since."""
+        return self.times if self.times is not None and self.times[0] == self.mtime_ns else None
+
     def read(self, offset: int, size: int) -> bytes:
         """Return up to `size` bytes from `offset` on."""
         return bytes(self._buffer[offset : offset + size])
@@ -95,7 +108,7 @@ class Draft:
         """Put `data` at `offset` (at the end with `append`); a gap is filled with NUL."""
         if not data:
             return
-        self.is_bare = False
+        self.is_bare = self.is_refused = False
         if append:
             offset = len(self._buffer)
         self._classify(offset, len(data))
@@ -106,7 +119,7 @@ class Draft:
 
     def truncate(self, size: int, now_ns: int) -> None:
         """Cut to `size`, or extend to it with NUL."""
-        self.is_bare = self.is_torn = False
+        self.is_bare = self.is_refused = self.is_torn = False
         if size == 0:
             self.kind = Kind.WHOLE
         elif size != len(self._buffer) and self.kind is not Kind.WHOLE:

@@ -106,6 +106,18 @@ class NotPermittedError(CallerError):
     errno = errno.EPERM
 
 
+class NoAttributeError(CallerError):
+    """There is no extended attribute of that name."""
+
+    errno = errno.ENODATA
+
+
+class AttributesFullError(CallerError):
+    """No more extended attributes fit beside those that are there (setxattr(2): ENOSPC)."""
+
+    errno = errno.ENOSPC
+
+
 class InvalidRequestError(CallerError):
     """The arguments make no sense together."""
 

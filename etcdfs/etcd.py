@@ -29,6 +29,7 @@ from etcdfs.errors import (
     StoreUnavailableError,
 )
 from etcdfs.etcd_bridge import Bridge, CancelledElsewhereError, open_bridge
+from etcdfs.etcd_lease import LeaseCalls
 from etcdfs.etcd_watch import EtcdWatch, Stream
 from etcdfs.options import Endpoint
 from etcdfs.store import (
@@ -101,6 +102,7 @@ class Connection:
         self._channel = grpc.aio.insecure_channel(str(endpoint), options=_CHANNEL_OPTIONS)
         self._watch_channel = grpc.aio.insecure_channel(str(endpoint), options=_CHANNEL_OPTIONS)
         self._kv = rpc.KVStub(self._channel)
+        self._leases = rpc.LeaseStub(self._channel)
         self._maintenance = rpc.MaintenanceStub(self._channel)
         self._watch = rpc.WatchStub(self._watch_channel)
 
@@ -126,6 +128,10 @@ class Connection:
     async def txn(self, request: wire.Message, deadline: float) -> wire.Message:
         """Send a transaction."""
         return await self._call(self._kv.Txn, request, deadline)
+
+    async def lease(self, method: str, request: wire.Message, deadline: float) -> wire.Message:
+        """Send a request about a lease."""
+        return await self._call(getattr(self._leases, method), request, deadline)
 
     async def status(self, deadline: float) -> wire.Message:
         """Ask the member for its status, which it knows by itself."""
@@ -164,7 +170,7 @@ async def _unary(
 
 
 @final
-class EtcdStore:
+class EtcdStore(LeaseCalls):
     """etcd, as the port `Store` describes it. Made by `open_store`."""
 
     def __init__(self, bridge: Bridge, connection: Connection, timeout_s: float) -> None:
@@ -232,6 +238,10 @@ class EtcdStore:
             yield watch
         finally:
             await watch.close()
+
+    async def _lease(self, method: str, request: wire.Message) -> wire.Message:
+        deadline = self._deadline()
+        return await self._read(lambda c: c.lease(method, request, deadline), deadline)
 
     async def status(self) -> StoreStatus:
         """Ask the member in use for its version and size."""

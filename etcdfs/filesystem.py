@@ -11,18 +11,15 @@ Concurrency: trio thread only. After every `await` the tree may have changed; wh
 before is looked up again (`# checkpoint`).
 """
 
-import json
 import os
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, NewType, final
 
-import trio
-
-from etcdfs.answers import page_of, parent_event, put_event, tombstone
-from etcdfs.attributes import BLOCK_SIZE, Attributes, Defaults
+from etcdfs.answers import events_of, page_of, parent_event, put_event, tombstone
+from etcdfs.attributes import BLOCK_SIZE, Attributes, Caller, Change, Defaults
 from etcdfs.errors import (
     CallerError,
     CrossDirectoryError,
@@ -38,10 +35,14 @@ from etcdfs.errors import (
     ReadOnlyError,
     StaleError,
     StoreError,
-    StoreTimeoutError,
+    StorePermissionError,
 )
 from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME
+from etcdfs.metadata import Metadata
 from etcdfs.openfiles import Handle, OpenFiles
+from etcdfs.records import drop_record, write_record
+from etcdfs.sidekeys import Record, Type
+from etcdfs.sides import record_of, renounce
 from etcdfs.store import Committed, Event, KeyValue, Put, Store, Transaction
 from etcdfs.switch import Intent
 from etcdfs.transactions import (
@@ -53,18 +54,18 @@ from etcdfs.transactions import (
     remove_directory,
     remove_file,
 )
-from etcdfs.tree import Directory, Entry, File, Node, Overrides, Tree
+from etcdfs.tree import NOT_IN_ETCD, Directory, Entry, File, Node, Side, Tree
 from etcdfs.view import View
+from etcdfs.xattrs import Xattrs
 
 DirectoryHandle = NewType("DirectoryHandle", int)
 
-STATISTICS_XATTR: Final = b"user.etcdfs.statistics"
-WAIT_XATTR: Final = b"user.etcdfs.wait."
 ASSUMED_QUOTA: Final = 2 * 1024**3  # etcd's default --quota-backend-bytes
 ASSUMED_FREE_INODES: Final = 2**31
 MAX_RETRIES: Final = 16
 """Lost races before a rename gives up; each loss means that somebody changed the file."""
 
+PATH_MAX: Final = 4096  # include/uapi/linux/limits.h; the NUL at the end included
 RENAME_NOREPLACE: Final = 1  # include/uapi/linux/fs.h
 
 
@@ -88,18 +89,6 @@ class SpaceStatistics:
     name_max: int = NAME_MAX
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """A change of attributes; None leaves one as it is."""
-
-    size: int | None = None
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    atime_ns: int | None = None
-    mtime_ns: int | None = None
-
-
 @final
 class Filesystem:
     """The calls on one mounted keyspace."""
@@ -121,10 +110,18 @@ class Filesystem:
         self._view = view
         self._files = files
         self._defaults = defaults
-        self._statistics = statistics
+        self._metadata = Metadata(store, view, files, defaults)
+        self.xattrs = Xattrs(
+            store,
+            view,
+            files,
+            self._metadata,
+            timeout_s=timeout_s,
+            read_only=read_only,
+            statistics=statistics,
+        )
         # --- constants
         self._kernel_timeout_s = kernel_timeout_s
-        self._timeout_s = timeout_s
         self._read_only = read_only
         # --- mutable state
         self._listings: dict[DirectoryHandle, tuple[Directory, list[bytes]]] = {}
@@ -168,6 +165,8 @@ class Filesystem:
         """
         node = self._tree.node(inode)
         await self._view.refresh(node)
+        if isinstance(node, File) and node.gone:
+            return self._defaults.of(node, 0.0)  # held by O_PATH: unlinked, no links
         return self.attributes(node)
 
     def attributes(self, node: Node) -> Attributes:
@@ -248,28 +247,24 @@ class Filesystem:
             files_free=ASSUMED_FREE_INODES,
         )
 
-    async def getxattr(self, inode: int, name: bytes) -> bytes | None:
-        """Return an extended attribute; None if there is none.
-
-        The root has two that no listing shows: the counters of the mount, and
-        `user.etcdfs.wait.<revision>`, which answers once readers see that revision.
+    async def readlink(self, inode: int) -> bytes:
+        """Return the target of a symbolic link: the value of its key.
 
         Raises:
-            StoreTimeoutError: The revision did not come within `--timeout`.
+            InvalidRequestError: It is none.
+            NameTooLongError: What another client has put there is too long for a path.
         """
-        self._tree.node(inode)
-        if inode != self._tree.root.inode:
-            return None
-        if name == STATISTICS_XATTR:
-            return json.dumps(self._statistics(), sort_keys=True).encode()
-        wanted = name.removeprefix(WAIT_XATTR)
-        if wanted == name or not wanted.isdigit():
-            return None
-        with trio.move_on_after(self._timeout_s):
-            await self._view.reached(int(wanted))
-            return wanted
-        msg = f"revision {int(wanted)} was not reached within {self._timeout_s} s"
-        raise StoreTimeoutError(msg)
+        node = self._tree.node(inode)
+        await self._view.refresh(node)
+        if not isinstance(node, File) or record_of(node).type != "symlink":
+            msg = f"inode {inode} is no symbolic link"
+            raise InvalidRequestError(msg)
+        self._tree.check_usable(node)
+        target = await self._view.value(node)
+        if len(target) >= PATH_MAX:
+            msg = f"the target of inode {inode} has {len(target)} bytes"
+            raise NameTooLongError(msg)
+        return target
 
     async def open(self, inode: int, flags: int) -> Handle:
         """Open a file.
@@ -287,8 +282,17 @@ class Filesystem:
 
     # --- making -----------------------------------------------------------------------------
 
-    async def create(self, parent: int, name: bytes, flags: int) -> tuple[Handle, Attributes]:
+    async def create(
+        self,
+        parent: int,
+        name: bytes,
+        flags: int,
+        mode: int | None = None,
+        caller: Caller | None = None,
+    ) -> tuple[Handle, Attributes]:
         """Make and open a file. Only O_EXCL claims the name in etcd now; else close does.
+
+        Without a mode and a caller it gets the mount's defaults, as in `mknod` and `mkdir`.
 
         Raises:
             ExistsError: O_EXCL, and the name is taken.
@@ -303,29 +307,64 @@ class Filesystem:
         if node is not None and not flags & os.O_EXCL:
             handle = await self._files.open(node, flags)
             return handle, self._hand_out(node)
+        record = self._record(directory, mode, caller)
         if flags & os.O_EXCL:
-            file = await self._claim(directory, name, key)
+            file = await self._claim(directory, name, key, record)
         else:
             file = self._tree.new_file(None)
+            file.side = Side(record, NOT_IN_ETCD) if record else None
             self._tree.attach(directory, name, file)
         return self._files.open_new(file, flags), self._hand_out(file)
 
-    async def mknod(self, parent: int, name: bytes, mode: int) -> Attributes:
-        """Make an empty file in etcd.
+    async def mknod(
+        self, parent: int, name: bytes, mode: int, caller: Caller | None = None
+    ) -> Attributes:
+        """Make an empty file, a FIFO or a socket in etcd.
 
         Raises:
-            NotPermittedError: It is not a regular file (mknod(2): EPERM).
+            NotPermittedError: It is a device node, or there is nowhere to keep what it is
+                (mknod(2): EPERM).
             ExistsError: The name is taken.
         """
         self._check_writable()
-        if not stat.S_ISREG(mode) and stat.S_IFMT(mode):
-            msg = "only regular files and directories can be made in etcd"
+        kind = stat.S_IFMT(mode) or stat.S_IFREG
+        if kind not in _TYPES:
+            msg = "devices cannot be made in etcd"
+            raise NotPermittedError(msg)
+        return await self._make(parent, name, b"", _TYPES[kind], mode, caller)
+
+    async def symlink(
+        self, parent: int, name: bytes, target: bytes, caller: Caller | None = None
+    ) -> Attributes:
+        """Make a symbolic link: a key whose value is the target.
+
+        Raises:
+            NotPermittedError: There is nowhere to keep what it is (symlink(2): EPERM).
+            ExistsError: The name is taken.
+        """
+        self._check_writable()
+        return await self._make(parent, name, target, "symlink", None, caller)
+
+    async def _make(
+        self,
+        parent: int,
+        name: bytes,
+        value: bytes,
+        kind: Type | None,
+        mode: int | None,
+        caller: Caller | None,
+    ) -> Attributes:
+        if kind is not None and not self._tree.attributes:
+            msg = f"there is nowhere to keep that {name!r} is a {kind}"
             raise NotPermittedError(msg)
         directory, key = await self._place(parent, name)
-        file = await self._claim(directory, name, key)
+        record = self._record(directory, mode, caller, kind)
+        file = await self._claim(directory, name, key, record, value)
         return self._hand_out(file)
 
-    async def mkdir(self, parent: int, name: bytes) -> Attributes:
+    async def mkdir(
+        self, parent: int, name: bytes, mode: int | None = None, caller: Caller | None = None
+    ) -> Attributes:
         """Make a directory: put its marker key.
 
         Raises:
@@ -336,18 +375,22 @@ class Filesystem:
         if name in directory.children:
             raise _exists(name)
         marker = self._tree.keyspace.directory_prefix(self._tree.names(directory, name))
+        record = self._record(directory, None if mode is None else mode | stat.S_IFDIR, caller)
         async with self._changing((directory, name)) as locked:
-            committed = await self._store.commit(make_directory(marker[:-1]))
+            making = make_directory(marker[:-1])
+            making, committed = await self._commit_with(making, marker, record)
             if not committed.succeeded:
                 raise _exists(name)
-            await self._settle(committed, (put_event(committed, 1, marker, b""),), locked)
+            await self._settle(committed, events_of(making, committed), locked)
         node = directory.children.get(name)
         if node is None:
             msg = f"{marker!r} was deleted again by another client"
             raise NotFoundError(msg)
         return self._hand_out(node)
 
-    async def _claim(self, directory: Directory, name: bytes, key: bytes) -> File:
+    async def _claim(
+        self, directory: Directory, name: bytes, key: bytes, record: Record, value: bytes = b""
+    ) -> File:
         if name in directory.children:
             raise _exists(name)
         if name == MARKER_NAME:
@@ -355,15 +398,44 @@ class Filesystem:
             raise NameReservedError(msg)
         file = self._tree.new_file(None)
         async with self._changing((directory, name)) as locked:
-            intent = self._view.switch.intents[key] = Intent(file=file, value=b"")
+            intent = self._view.switch.intents[key] = Intent(file=file, value=value)
             try:
-                committed = await self._store.commit(make_file(key, is_value=name == VALUE_NAME))
+                making = make_file(key, value, is_value=name == VALUE_NAME)
+                making, committed = await self._commit_with(making, key, record)
                 if not committed.succeeded:
                     raise _exists(name)
-                await self._settle(committed, (put_event(committed, 1, key, b""),), locked)
+                await self._settle(committed, events_of(making, committed), locked)
             finally:
                 self._view.switch.withdraw_intent(key, intent)
         return file
+
+    def _record(
+        self,
+        directory: Directory,
+        mode: int | None,
+        caller: Caller | None,
+        kind: Type | None = None,
+    ) -> Record:
+        """Return the attributes of what is to be made; nothing where they cannot be kept."""
+        if not self._tree.attributes or caller is None:
+            return Record(type=kind)
+        return self._defaults.of_new(directory, caller, mode, kind)
+
+    async def _commit_with(
+        self, making: Transaction, key: bytes, record: Record
+    ) -> tuple[Transaction, Committed]:
+        """Make a key with its attributes; without, if etcd's roles say so: content still works."""
+        if not record:
+            return making, await self._store.commit(making)
+        dressed = replace(making, then=(*making.then, *write_record(key, record, 0)))
+        try:
+            return dressed, await self._store.commit(dressed)
+        except StorePermissionError as exc:
+            if record.type is not None:
+                raise NotPermittedError(str(exc)) from exc
+            committed = await self._store.commit(making)
+            renounce(self._tree, exc)
+            return making, committed
 
     # --- removing ---------------------------------------------------------------------------
 
@@ -379,6 +451,7 @@ class Filesystem:
         file = self._file(directory, name)
         if file.facts is None and not await self._is_published(file, directory):
             self._view.let_go(self._view.switch.withdraw(directory, name, gone=True))
+            self._files.give_up_name(key)
             return
         if name == MARKER_NAME:
             await self._unlink_marker(directory, key)
@@ -386,13 +459,14 @@ class Filesystem:
         async with self._changing((directory, name)) as locked:
             intent = self._view.switch.intents[key] = Intent()
             try:
-                committed = await self._store.commit(self._removal(name, key))
+                removal = self._with_record(self._removal(name, key), key, file)
+                committed = await self._store.commit(removal)
                 if not committed.succeeded:
                     raise _not_removed(key, committed)
-                events = (tombstone(committed, key), *parent_event(committed, key, self._root))
-                await self._settle(committed, events, locked)
+                await self._settle(committed, events_of(removal, committed), locked)
             finally:
                 self._view.switch.withdraw_intent(key, intent)
+        self._files.give_up_name(key)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         """Delete an empty directory's marker.
@@ -414,12 +488,12 @@ class Filesystem:
             raise _not_empty(name)
         marker = self._tree.prefix_of(node)
         async with self._changing((directory, name)) as locked:
-            committed = await self._store.commit(
-                remove_directory(marker, parent_prefix(marker, self._root))
-            )
+            removal = remove_directory(marker, parent_prefix(marker, self._root))
+            removal = self._with_record(removal, marker, node)
+            committed = await self._store.commit(removal)
             if not committed.succeeded:
                 raise _not_empty(name)
-            events = (tombstone(committed, marker), *parent_event(committed, marker, self._root))
+            events = events_of(removal, committed)
             # The kernel holds the directory's own lock as well.
             with self._view.holding((Entry(node.inode, b""),)):
                 await self._settle(committed, events, locked)
@@ -439,6 +513,14 @@ class Filesystem:
         is_value = name == VALUE_NAME
         parent = None if is_value else parent_prefix(key, self._root)
         return remove_file(key, parent, is_value=is_value)
+
+    def _with_record(self, removal: Transaction, key: bytes, node: Node) -> Transaction:
+        """Have the attributes go with the key; one that is void as well, if it is known."""
+        if not self._tree.attributes:
+            return removal
+        side = self._tree.sides.get(key) if self._tree.complete else node.side
+        drop = drop_record(key, 0 if side is None else side.facts.mod_revision)
+        return replace(removal, then=(*removal.then, *drop))
 
     async def _is_published(self, file: File, directory: Directory) -> bool:
         """Wait for a publication on its way; say whether the file is in etcd after it."""
@@ -481,6 +563,7 @@ class Filesystem:
                 raise _missing(old_name)
             async with self._files.settled(file):
                 await self._move(file, move, replace=not flags & RENAME_NOREPLACE)
+        self._files.give_up_name(source)
 
     async def _move(self, file: File, move: "_Move", *, replace: bool) -> None:
         value = await self._view.value(file)
@@ -520,7 +603,7 @@ class Filesystem:
         if mover is None and file.directory is None:
             # Until then the new name leads to it: an open must be sent to look again (ESTALE).
             # It was a version of the old key, which is deleted.
-            file.lost_key = None
+            file.lost_key, file.gone = None, False
         file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
 
     def _moving(self, move: "_Move", mod_revision: int, put: Put, replace: bool) -> Transaction:
@@ -542,10 +625,9 @@ class Filesystem:
     async def setattr(self, inode: int, change: Change) -> Attributes:
         """Change size, mode, owner or times.
 
-        Mode, owner and times are kept in memory, for as long as this mount lasts.
-
         Raises:
             IsADirectoryFileError: A directory is to be truncated.
+            NotPermittedError: Mode or owner cannot be kept.
         """
         self._check_writable()
         node = self._tree.node(inode)
@@ -554,21 +636,8 @@ class Filesystem:
                 msg = f"inode {inode} is a directory"
                 raise IsADirectoryFileError(msg)
             await self._files.truncate(node, change.size)
-        self._override(node, change)
+        await self._metadata.change(node, change)
         return self.attributes(node)
-
-    def _override(self, node: Node, change: Change) -> None:
-        old = node.overrides or Overrides()
-        node.overrides = Overrides(
-            mode=old.mode if change.mode is None else stat.S_IMODE(change.mode),
-            uid=old.uid if change.uid is None else change.uid,
-            gid=old.gid if change.gid is None else change.gid,
-            atime_ns=old.atime_ns if change.atime_ns is None else change.atime_ns,
-        )
-        if change.mtime_ns is not None:
-            self._files.set_mtime(node, change.mtime_ns)
-        if change != Change(size=change.size):
-            node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
 
     # --- helpers ----------------------------------------------------------------------------
 
@@ -649,6 +718,13 @@ class _Move:
     to_directory: Directory
     to_name: bytes
     target: bytes
+
+
+_TYPES: Final[dict[int, Type | None]] = {
+    stat.S_IFREG: None,
+    stat.S_IFIFO: "fifo",
+    stat.S_IFSOCK: "socket",
+}
 
 
 def _why_not_moved(move: _Move, committed: Committed, *, replace: bool) -> KeyValue:

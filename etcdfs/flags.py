@@ -224,6 +224,15 @@ AllowOther = Annotated[
         help="Let other users in; needs user_allow_other in /etc/fuse.conf unless root.",
     ),
 ]
+NoAttrs = Annotated[
+    bool,
+    typer.Option(
+        "--no-attrs",
+        envvar="ETCDFS_NO_ATTRS",
+        rich_help_panel=_PERMISSIONS,
+        help="Keep no attributes of files in etcd: no chmod, chown or symbolic links.",
+    ),
+]
 LogLevel = Annotated[
     str,
     typer.Option(

@@ -15,6 +15,7 @@ import errno
 import functools
 import logging
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -40,10 +41,11 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from etcdfs.attributes import BLOCK_SIZE, Attributes
+from etcdfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError, FuseRefusedError
-from etcdfs.filesystem import Change, Filesystem
+from etcdfs.filesystem import Filesystem
 from etcdfs.openfiles import OpenFiles
+from etcdfs.xattrs import Xattrs
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,13 @@ SECTOR_SIZE: Final = 512  # the unit of st_blocks (stat(2))
 MAX_TASKS: Final = 1024
 """Requests handled at once. A writer that waits for etcd holds one; pyfuse3's default of 99
 would let a hundred of them stop cached stats as well (FACTS.md 7, worker limit)."""
+
+MAX_TICKS: Final = 5
+"""Ticks of the coarse clock, of 1 to 10 ms, that a request may take to reach us."""
+
+TICK_ERROR_NS: Final = 1000
+
+_REALTIME_COARSE: Final = 5  # include/uapi/linux/time.h; Python lacks it
 
 MAX_FDS: Final = 256
 """Descriptors of a process that are looked at when it closes a file it has not written to."""
@@ -87,12 +96,15 @@ def handler(
 class Operations(pyfuse3.Operations):
     """What pyfuse3 calls."""
 
-    def __init__(self, filesystem: Filesystem, files: OpenFiles, *, keep_cache: bool) -> None:
+    def __init__(
+        self, filesystem: Filesystem, files: OpenFiles, xattrs: Xattrs, *, keep_cache: bool
+    ) -> None:
         """Serve `filesystem`; `keep_cache` lets pages outlive the last close of a file."""
         super().__init__()
         # --- dependencies
         self._filesystem = filesystem
         self._files = files
+        self._xattrs = xattrs
         # --- constants
         self._keep_cache = keep_cache
         # --- mutable state
@@ -130,13 +142,13 @@ class Operations(pyfuse3.Operations):
         rdev: int,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        return _pack(await self._filesystem.mknod(parent_inode, name, mode))
+        return _pack(await self._filesystem.mknod(parent_inode, name, mode, _caller(ctx)))
 
     @handler
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> EntryAttributes:
-        return _pack(await self._filesystem.mkdir(parent_inode, name))
+        return _pack(await self._filesystem.mkdir(parent_inode, name, mode, _caller(ctx)))
 
     @handler
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
@@ -162,11 +174,12 @@ class Operations(pyfuse3.Operations):
     async def symlink(
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
-        raise FUSEError(errno.EPERM)  # symlink(2): the filesystem does not support it
+        made = await self._filesystem.symlink(parent_inode, name, target, _caller(ctx))
+        return _pack(made)
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
-        raise FUSEError(errno.EINVAL)  # readlink(2): not a symbolic link
+        return FileNameT(await self._filesystem.readlink(inode))
 
     @handler
     async def link(
@@ -200,6 +213,7 @@ class Operations(pyfuse3.Operations):
             gid=attr.st_gid if fields.update_gid else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            is_now=fields.update_mtime and _is_now(attr.st_mtime_ns),
         )
         return _pack(await self._filesystem.setattr(inode, change))
 
@@ -217,24 +231,21 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        value = await self._filesystem.getxattr(inode, name)
-        if value is None:
-            raise FUSEError(pyfuse3.ENOATTR)
-        return value
+        return await self._xattrs.getxattr(inode, name)
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        return ()
+        return [XAttrNameT(name) for name in await self._xattrs.listxattr(inode)]
 
     @handler
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        raise FUSEError(errno.ENOTSUP)
+        await self._xattrs.setxattr(inode, name, value)
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        raise FUSEError(errno.ENOTSUP)
+        await self._xattrs.removexattr(inode, name)
 
     # --- files ------------------------------------------------------------------------------
 
@@ -254,7 +265,9 @@ class Operations(pyfuse3.Operations):
         flags: FlagT,
         ctx: RequestContext,
     ) -> tuple[FileInfo, EntryAttributes]:
-        handle, attributes = await self._filesystem.create(parent_inode, name, flags)
+        handle, attributes = await self._filesystem.create(
+            parent_inode, name, flags, mode, _caller(ctx)
+        )
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self._openers[handle] = (ctx.pid, InodeT(attributes.inode))
         info = FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
@@ -401,6 +414,22 @@ def _is_writer_of(inode: int, fdinfo: str) -> bool:
 
 
 _DOTS: Final = 2  # "." and ".." come first in every listing
+
+
+def _is_now(time_ns: int) -> bool:
+    """Say whether a time is the one that Linux gives to a call that was just made.
+
+    It sends UTIME_NOW together with the time, and pyfuse3 then passes on only that. It is the
+    time of a tick of the coarse clock: the last one, or one shortly before.
+    """
+    age_ns = time.clock_gettime_ns(_REALTIME_COARSE) - time_ns
+    tick_ns = round(time.clock_getres(_REALTIME_COARSE) * 1e9)
+    ticks = round(age_ns / tick_ns)
+    return 0 <= ticks <= MAX_TICKS and abs(age_ns - ticks * tick_ns) < TICK_ERROR_NS
+
+
+def _caller(ctx: RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid)
 
 
 def _pack(attributes: Attributes) -> EntryAttributes:

@@ -211,6 +211,7 @@ class PipeReporter:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._is_done = False
         os.set_inheritable(fd, False)  # an etcd of ours must not keep the pipe open
         os.set_blocking(fd, False)
 
@@ -218,8 +219,11 @@ class PipeReporter:
         """Send it; progress only while the parent keeps reading.
 
         After the last word the pipe is closed and what is still connected to the parent's
-        terminal is let go: from here on the daemon is on its own.
+        terminal is let go: from here on the daemon is on its own, and says nothing more. The
+        number of the pipe may be somebody else's by then.
         """
+        if self._is_done:
+            return
         if isinstance(report, Waiting):
             report = Waiting(reason=report.reason[:_MESSAGE_MAX], left_s=report.left_s)
         if isinstance(report, Progress | Waiting):
@@ -231,6 +235,7 @@ class PipeReporter:
         else:
             _let_go_of_errors()
         self._send(report)
+        self._is_done = True
         os.close(self._fd)
 
     def _send(self, report: Report) -> None:

@@ -24,6 +24,8 @@ A key that ends in `/` is the *marker* of a directory. Two reserved names reach 
 path of its own: `a/%value` is the value of the key `a` when `a/b` is a key too, and `a/%marker`
 is the value of the marker `a/` when it is not empty.
 
+Side keys (`etcdfs.sidekeys`) are attributes of other keys. They are no files, and have no path.
+
 Concurrency: none; pure functions and frozen values.
 """
 
@@ -32,6 +34,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from etcdfs.errors import InvalidRequestError, NameReservedError, NameTooLongError
+from etcdfs.sidekeys import ATTRIBUTES, is_side_key
 from etcdfs.store import END_OF_KEYS, range_end
 
 VALUE_NAME: Final = b"%value"
@@ -120,6 +123,11 @@ class Keyspace:
         """Tell whether a key is under the prefix."""
         return key != b"" and key.startswith(self.prefix)
 
+    @property
+    def holds_sides(self) -> bool:
+        """Whether the side keys are among the keys under the prefix."""
+        return ATTRIBUTES.startswith(self.prefix)
+
     def locate(self, key: bytes) -> Location:
         """Return the path at which a key is shown.
 
@@ -169,7 +177,7 @@ class Keyspace:
         if not components[-1]:
             # The key would end in a slash, and is the marker of the directory above.
             raise NameReservedError(f"{names!r} can only be a directory")
-        return self.prefix + b"/".join(components)
+        return _not_reserved(self.prefix + b"/".join(components))
 
     def directory_prefix(self, names: tuple[bytes, ...]) -> bytes:
         """Return what all keys below a directory begin with; it is also its marker key.
@@ -181,7 +189,8 @@ class Keyspace:
             NameTooLongError: A name has more than 255 bytes.
             NameReservedError: No key can be below that path, or it is part of a long escape.
         """
-        return self.prefix + b"".join(component + b"/" for component in _components(names))
+        components = _components(names)
+        return _not_reserved(self.prefix + b"".join(component + b"/" for component in components))
 
     def scan_prefix(self, names: tuple[bytes, ...]) -> bytes:
         """Return the longest known beginning of all keys below a directory.
@@ -206,6 +215,12 @@ class Keyspace:
         if not key:
             raise NameReservedError("the root of the whole keyspace has no marker")
         return key
+
+
+def _not_reserved(key: bytes) -> bytes:
+    if is_side_key(key):
+        raise NameReservedError(f"{key!r} is kept for the attributes of other keys")
+    return key
 
 
 def _needs_escape(component: bytes, *, at_root: bool) -> bool:

@@ -81,6 +81,8 @@ class Link:
             self.heard()
         if connected == self._connected:
             return
+        if connected:  # confirmed, by reading
+            self._denied = None
         self._connected = connected
         self._turned = trio.current_time()
         self._losses += not connected

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from functools import partial
 
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, is_plain
+from etcdfs.sidekeys import is_side_key, owner_of
+from etcdfs.sides import side_of
 from etcdfs.store import KeyValue
 from etcdfs.tree import Directory, Facts, File, Inode, Tree, facts_of
 
@@ -50,6 +52,9 @@ class _Loader:
     def _find_directory(self, entry: KeyValue, stem: bytes, name: bytes) -> None:
         """Place the first key of a directory, or one whose name is not plain."""
         self._stem = None
+        if is_side_key(entry.key):
+            self._put_aside(entry)
+            return
         names, is_marker = self._tree.keyspace.locate(entry.key)
         if is_marker:
             self._mark(self._walk(names), entry)
@@ -58,6 +63,11 @@ class _Loader:
         self._place(self._directory, names[-1], facts_of(entry))
         if is_plain(name):
             self._stem = stem
+
+    def _put_aside(self, entry: KeyValue) -> None:
+        owner = owner_of(entry.key)
+        if self._tree.attributes and owner in self._tree.keyspace:
+            self._tree.sides[owner] = side_of(entry)
 
     def _mark(self, directory: Directory, entry: KeyValue) -> None:
         directory.marker = facts_of(entry)

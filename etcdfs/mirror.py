@@ -7,17 +7,16 @@ Concurrency: trio thread; one task lists, watches and hands batches on, in order
 """
 
 import logging
-import random
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Final, assert_never, final
+from typing import Any, Final, assert_never, final
 
 import trio
 
-from etcdfs.applier import Applier, KernelCache
+from etcdfs.applier import Applier
 from etcdfs.audit import Auditor, difference
 from etcdfs.barrier import Barrier
 from etcdfs.contents import Contents
@@ -28,10 +27,14 @@ from etcdfs.errors import (
     StorePermissionError,
     WatchLostError,
 )
+from etcdfs.letting import KernelCache
 from etcdfs.link import UNLIMITED, Link
 from etcdfs.loader import load
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.replica import Replica, State
+from etcdfs.sidekeys import is_side_key
+from etcdfs.sidemirror import SideMirror
+from etcdfs.sides import dress
 from etcdfs.steps import (
     Apply,
     BackOff,
@@ -53,7 +56,7 @@ from etcdfs.store import Event, KeyValue, Revision, Store
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 from etcdfs.values import value_of
-from etcdfs.watching import Watching
+from etcdfs.watching import Watching, back_off
 
 log = logging.getLogger(__name__)
 
@@ -61,10 +64,6 @@ STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
 
 _VALUE: Final = attrgetter("value")
-
-BACKOFF_FIRST_S: Final = 0.05
-BACKOFF_CAP_S: Final = 5.0
-BACKOFF_DOUBLINGS: Final = 16  # more than enough for the cap; 2**1024 is no float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +114,7 @@ class Mirror:
         self._contents = contents
         self.switch = Switch(tree)
         self._applier = Applier(self.switch, contents, kernel, self._on_failure)
+        self._letting = self._applier.letting
         self.link = Link(max_stale_s=max_stale_s)
         self.auditor = Auditor(
             store,
@@ -132,6 +132,18 @@ class Mirror:
             self.link,
             watch_timeout_s=watch_timeout_s,
             answer_timeout_s=timeout_s,
+        )
+        # Where side keys come by the mirror's own watch, they need none of theirs.
+        self.sides = (
+            None
+            if tree.keyspace.holds_sides or not tree.attributes
+            else SideMirror(
+                store,
+                tree,
+                self._show,
+                watch_timeout_s=watch_timeout_s,
+                answer_timeout_s=timeout_s,
+            )
         )
         # --- constants
         self._settle_timeout_s = settle_timeout_s
@@ -171,8 +183,8 @@ class Mirror:
         if node is self.switch.tree.root:
             return
         self.link.check()
-        if self.barrier is not None and isinstance(node, File) and node.directory is not None:
-            await self.barrier.entry(node.directory, node.name)
+        if self.barrier is not None and isinstance(node, File):
+            await self.barrier.file(node)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
@@ -184,7 +196,10 @@ class Mirror:
     ) -> None:
         """See `View.settle`: wait for the watch, so that revisions are seen in order."""
         with self.holding(locked), trio.move_on_after(self._settle_timeout_s):
-            await self.reached(revision)
+            if self.sides is None or any(not is_side_key(event.key) for event in events):
+                await self.reached(revision)
+            if self.sides is not None and any(is_side_key(event.key) for event in events):
+                await self.sides.reached(revision)
             return
         self._ahead += 1
         self.auditor.saw(events)
@@ -194,9 +209,9 @@ class Mirror:
             revision,
         )
         for event in events:
-            if isinstance(event, KeyValue):
+            if isinstance(event, KeyValue) and not is_side_key(event.key):
                 self._contents.put(event.key, event.mod_revision, event.value)
-        self._applier.submit(self.switch.apply_ahead(events, remember=True))
+        self._letting.submit(self.switch.apply_ahead(events, remember=True))
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`; the caller bounds it."""
@@ -204,24 +219,20 @@ class Mirror:
             await self._applier.advanced()
 
     async def advanced(self) -> None:
-        """Return when readers see a newer revision; the caller bounds it."""
+        """Return when readers see a newer revision."""
         await self._applier.advanced()
 
     async def let_go_first(self, stale: Collection[Cached]) -> None:
         """See `View.let_go_first`."""
-        done = trio.Event()
-        self._applier.submit(stale, done.set)
-        if not self._applier.is_held:
-            with trio.move_on_after(self._settle_timeout_s):
-                await done.wait()
+        await self._letting.first(stale, timeout_s=self._settle_timeout_s)
 
     def let_go(self, stale: Collection[Cached]) -> None:
         """See `View.let_go`."""
-        self._applier.submit(stale)
+        self._letting.submit(stale)
 
     def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
         """See `View.holding`."""
-        return self._applier.holding(locked)
+        return self._letting.holding(locked)
 
     def statistics(self) -> MirrorStatistics:
         """Say how far the mirror is."""
@@ -269,15 +280,12 @@ class Mirror:
                     task_status.started()
                     task_status = trio.TASK_STATUS_IGNORED
                 steps = replica.receive(message or await self._watching.receive())
-                self._turn(connected=replica.state is State.WATCHING)
+                self._note(replica)
 
-    def _turn(self, *, connected: bool) -> None:
-        """Note whether the watch stands and is confirmed."""
-        if connected and not self.link.connected:
-            self.link.allow()
-        if not connected:
-            self.auditor.void()
-        self.link.turn(connected=connected)
+    def _note(self, replica: Replica) -> None:
+        """Tell the others whether the watch is confirmed, and can be believed."""
+        self.link.turn(connected=replica.state is State.WATCHING)
+        self.auditor.note(connected=replica.state is State.WATCHING, dropped=replica.dropped)
 
     def doubt(self, reason: str) -> None:
         """Have everything listed again: what is here is not what etcd has."""
@@ -290,16 +298,16 @@ class Mirror:
             case Stage():
                 await self._stage(step, progress)
             case Restore(revision):
-                await self._restore(revision)
+                return await self._try_to_apply(self._restore(revision))
             case Apply(events):
                 self.auditor.saw(events)
-                await self._applier.take(events)
+                return await self._try_to_apply(self._take(events))
             case OpenWatch(from_revision):
                 return await self._open(from_revision)
             case CloseWatch():
                 await self._watching.aclose()
             case BackOff():
-                await self._back_off(step)
+                await back_off(step)
             case _ as never:
                 assert_never(never)
         return None
@@ -349,18 +357,12 @@ class Mirror:
             raise answer
         return answer
 
-    async def _back_off(self, step: BackOff) -> None:
-        # Not each one: an outage may last for days.
-        log.log(
-            logging.WARNING if step.attempt.bit_count() <= 1 else logging.DEBUG,
-            "%s; %s (attempt %d)",
-            step.reason,
-            "listing everything again" if step.relist else "trying again",
-            step.attempt + 1,
-        )
-        longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(step.attempt, BACKOFF_DOUBLINGS))
-        # Jittered, so that the mounts of a cluster do not come back all at once.
-        await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
+    async def _try_to_apply(self, applying: Coroutine[Any, Any, None]) -> Message | None:
+        try:
+            await applying
+        except StoreError as exc:
+            return Doubted(f"the attributes of new keys could not be read: {exc}")
+        return None
 
     def _on_failure(self) -> None:
         self.doubt("a batch could not be applied")
@@ -381,7 +383,8 @@ class Mirror:
         for start in range(0, len(stage.entries), STAGE_SIZE):
             self._stage_some(stage.entries[start : start + STAGE_SIZE])
             await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
-        progress(self._staged_keys, self._staged_bytes)
+        if not self._is_restored:
+            progress(self._staged_keys, self._staged_bytes)
 
     async def keep_loaded(self) -> None:
         """Keep the values of the first listing, as many as fit, while others work.
@@ -408,6 +411,7 @@ class Mirror:
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:
             self._is_restored = True
+            dress(self.switch.tree)
             self._applier.revision = revision
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
             return
@@ -417,4 +421,17 @@ class Mirror:
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
         self.switch.relisted()
-        await self._applier.replace(events, revision)
+        await self._applier.replace((*events, *await self._sides_of(events)), revision)
+
+    # --- applying ---------------------------------------------------------------------------
+
+    async def _take(self, events: Sequence[Event]) -> None:
+        """Have a batch made visible, with the attributes of what is new in it."""
+        await self._applier.take(events, await self._sides_of(events))
+
+    async def _sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
+        return () if self.sides is None else await self.sides.sides_of(events)
+
+    async def _show(self, events: Sequence[Event], force: bool) -> None:
+        """Make a change of attributes visible that came by a watch of their own."""
+        await self._applier.show(events, force=force)

@@ -85,7 +85,12 @@ class Rooms:
         """Put the rooms together; nothing runs yet."""
         self.options = options
         self.store = store
-        self.tree = Tree(Keyspace(options.prefix), time.time_ns, complete=options.cache)
+        self.tree = Tree(
+            Keyspace(options.prefix),
+            time.time_ns,
+            complete=options.cache,
+            attributes=not options.no_attrs,
+        )
         self.contents = Contents(options.cache_size)
         self.kernel = KernelCache()
         self.mirror: Mirror | None = None
@@ -127,7 +132,9 @@ class Rooms:
             read_only=options.read_only,
             statistics=self.statistics,
         )
-        self.operations = Operations(self.filesystem, self.files, keep_cache=options.cache)
+        self.operations = Operations(
+            self.filesystem, self.files, self.filesystem.xattrs, keep_cache=options.cache
+        )
 
     def statistics(self) -> Mapping[str, Any]:
         """Return all counters, by room; what `user.etcdfs.statistics` and SIGUSR1 show."""
@@ -240,7 +247,10 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
     gc.disable()
     try:
         with _store_errors():
-            await tasks.start(mirror.run, progress)
+            if not mirror.revision:  # else only what comes after it failed, and is tried again
+                await tasks.start(mirror.run, progress)
+            if mirror.sides is not None:
+                await tasks.start(mirror.sides.run)
     finally:
         gc.enable()
         gc.freeze()

@@ -69,21 +69,22 @@ class OpenFiles:
             ReadOnlyError: It is opened for writing on a read-only mount.
             StoreError: Its value is not here and cannot be fetched.
         """
-        writable = flags & os.O_ACCMODE != os.O_RDONLY
-        if writable and self._read_only:
+        # Linux empties a file that is opened for reading with O_TRUNC, too (open(2), BUGS).
+        changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if changes and self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
         self._view.switch.tree.check_usable(file)
         file.handles += 1  # keeps it while we wait
         try:
             await self._load(file)
-            if writable and flags & os.O_TRUNC:
+            if flags & os.O_TRUNC:
                 async with self._publisher.lock(file):
                     self._draft(file).truncate(0, self._now(file))
         except BaseException:
             self._unpin(file)
             raise
-        return self._add(file, flags, publishes=writable)
+        return self._add(file, flags, publishes=changes)
 
     def open_new(self, file: File, flags: int) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""
@@ -207,13 +208,18 @@ class OpenFiles:
     async def release(self, handle: int) -> None:
         """Close for good; what a memory map wrote after the last flush is published now.
 
+        Not what that flush could not publish: its caller was told that it failed, and must not
+        find it done after all.
+
         Raises:
             EtcdfsError: As `Publisher.publish`; nobody is told by the kernel.
         """
         opened = self._opened(handle)
         del self._open[Handle(handle)]
         try:
-            if opened.publishes and not self._has_publisher(opened.file):
+            draft = opened.file.draft
+            refused = isinstance(draft, Draft) and draft.is_refused
+            if opened.publishes and not refused and not self._has_publisher(opened.file):
                 await self.publish(opened.file)
         finally:
             self._unpin(opened.file)
@@ -223,6 +229,15 @@ class OpenFiles:
         await self._publisher.publish(file)
         self._drop_clean_draft(file)
 
+    def give_up_name(self, key: bytes) -> None:
+        """Note that a name was taken away: no file whose making failed there takes it again.
+
+        Such a file was never in etcd, so that nothing there tells its late flush of the removal.
+        """
+        for opened in self._open.values():
+            if opened.file.facts is None and opened.file.lost_key == key:
+                opened.file.lost_key = None
+
     @asynccontextmanager
     async def settled(self, file: File) -> AsyncIterator[None]:
         """Hold a file still: none of its drafts is on its way to etcd meanwhile."""
@@ -231,11 +246,19 @@ class OpenFiles:
         if not file.handles:
             self._publisher.release(file)
 
-    def set_mtime(self, node: Node, mtime_ns: int) -> None:
-        """Set the mtime as utimens(2) does; of unpublished writes, too."""
-        node.mtime_ns = mtime_ns
-        if isinstance(node, File) and isinstance(node.draft, Draft):
-            node.draft.mtime_ns = mtime_ns
+    def is_being_written(self, node: Node) -> bool:
+        """Say whether there are writes of which etcd does not know yet."""
+        return isinstance(node, File) and isinstance(node.draft, Draft) and node.draft.is_dirty
+
+    def set_times(self, file: File, mtime_ns: int, atime_ns: int | None, *, keep: bool) -> None:
+        """Show the times of unpublished writes as utimens(2) sets them.
+
+        With `keep` they go to etcd along with what was written.
+        """
+        file.mtime_ns = mtime_ns
+        if isinstance(file.draft, Draft):
+            file.draft.mtime_ns = mtime_ns
+            file.draft.times = (mtime_ns, atime_ns) if keep else None
 
     async def flush_all(self) -> list[tuple[File, EtcdfsError]]:
         """Publish every draft, as at unmount; return the failures."""

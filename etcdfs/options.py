@@ -51,6 +51,7 @@ class MountOptions:
         dir_mode: Permission bits of directories, before `umask`.
         umask: Bits taken away from both modes.
         allow_other: Let other users in (permissions are then checked by the kernel).
+        no_attrs: Put nothing but the user's own keys into etcd: no attributes.
         timeout_s: Bound of every request to etcd.
         kernel_timeout_s: How long the kernel may keep an entry or attributes unasked.
         settle_timeout_s: How long a write waits for the watch to bring it home.
@@ -77,6 +78,7 @@ class MountOptions:
     dir_mode: int = 0o755
     umask: int = 0
     allow_other: bool = False
+    no_attrs: bool = False
     timeout_s: float = DEFAULT_TIMEOUT_S
     kernel_timeout_s: float = DEFAULT_KERNEL_TIMEOUT_S
     settle_timeout_s: float = DEFAULT_SETTLE_TIMEOUT_S

@@ -16,18 +16,22 @@ from typing import Final, final
 
 import trio
 
-from etcdfs.answers import inner_of, page_of
+from etcdfs.answers import events_of, inner_of, page_of
+from etcdfs.company import ALONE, Company, company_of
 from etcdfs.contents import Contents
 from etcdfs.drafts import Draft, Kind
 from etcdfs.errors import (
     FileTooLargeError,
     OutcomeUnknownError,
     StoreError,
+    StorePermissionError,
     WriteConflictError,
 )
+from etcdfs.sides import renounce
 from etcdfs.store import (
     Committed,
     Compare,
+    Event,
     Get,
     KeyValue,
     Operation,
@@ -63,11 +67,19 @@ class PublisherStatistics:
 
 @dataclass(frozen=True, slots=True)
 class _Done:
-    """A publication that reached etcd. `value` is what the key holds, `merged` with others'."""
+    """A publication that reached etcd.
+
+    Attributes:
+        facts: What etcd says of the key.
+        value: What it holds.
+        merged: Whether that is not, or not only, what was published.
+        sides: What became of its attributes.
+    """
 
     facts: Facts
     value: bytes
     merged: bool
+    sides: tuple[Event, ...] = ()
 
 
 @final
@@ -141,6 +153,7 @@ class Publisher:
                 _check_whole(draft, key)
                 await self._publish(file, draft, key)
             except (StoreError, WriteConflictError, FileTooLargeError):
+                draft.is_refused = True
                 await self._abandon(file)
                 raise
 
@@ -153,7 +166,7 @@ class Publisher:
         try:
             done = await self._recognise_earlier(file, draft, key)
             if done is None:
-                done = await self._resolve(file, draft, key, intent)
+                done = await self._accompanied(file, draft, key, intent)
             if done is None:
                 # The key was deleted or made anew: the file is as good as unlinked.
                 self._dropped += 1
@@ -167,18 +180,37 @@ class Publisher:
                 draft.published(draft.value)
                 file.value = done.value
             self._contents.put(key, done.facts.mod_revision, done.value)
-            event = _event(key, done)
-            await self._view.settle(done.facts.mod_revision, (event,))
+            draft.times = None
+            events = (_event(key, done), *done.sides)
+            await self._view.settle(max(e.mod_revision for e in events), events)
         finally:
             self._view.switch.withdraw_intent(key, intent)
         if not done.merged:
             _keep_newer(file, done.facts)
-            file.mtime_ns = file.ctime_ns = max(draft.mtime_ns, file.mtime_ns)
+            file.mtime_ns = max(draft.mtime_ns, file.mtime_ns)
+            file.ctime_ns = max(file.ctime_ns, file.mtime_ns)
 
-    async def _resolve(self, file: File, draft: Draft, key: bytes, intent: Intent) -> _Done | None:
+    async def _accompanied(
+        self, file: File, draft: Draft, key: bytes, intent: Intent
+    ) -> _Done | None:
+        """Publish with the attributes that go along; without, if etcd's roles say so."""
+        tree = self._view.switch.tree
+        company = company_of(tree, file, draft, key)
+        try:
+            return await self._resolve(file, draft, key, intent, company)
+        except StorePermissionError as exc:
+            if company == ALONE:
+                raise
+            done = await self._resolve(file, draft, key, intent, ALONE)
+            renounce(tree, exc)
+            return done
+
+    async def _resolve(
+        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+    ) -> _Done | None:
         """Commit, and if no answer comes, read back what became of it."""
         try:
-            return await self._commit(file, draft, key, intent)
+            return await self._commit(file, draft, key, intent, company)
         except OutcomeUnknownError as unknown:
             try:
                 entries = (await self._store.range(key)).entries
@@ -191,16 +223,18 @@ class Publisher:
                 facts_of(entries[0]), entries[0].value, merged=entries[0].value != draft.value
             )
 
-    async def _commit(self, file: File, draft: Draft, key: bytes, intent: Intent) -> _Done | None:
+    async def _commit(
+        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+    ) -> _Done | None:
         match draft.kind:
             case Kind.WHOLE if file.facts is None:
-                return await self._put_new(draft, key, intent)
+                return await self._put_new(draft, key, intent, company)
             case Kind.WHOLE:
-                return await self._replace(file, draft, key, intent)
+                return await self._replace(file, draft, key, intent, company)
             case _:
-                return await self._change(file, draft, key, intent)
+                return await self._change(file, draft, key, intent, company)
 
-    async def _put_new(self, draft: Draft, key: bytes, intent: Intent) -> _Done:
+    async def _put_new(self, draft: Draft, key: bytes, intent: Intent, company: Company) -> _Done:
         """Publish a file made here: it takes the name, whoever else took it meanwhile.
 
         Unless nothing was written: what O_CREAT finds stays as it is.
@@ -208,32 +242,41 @@ class Publisher:
         value = intent.value = draft.value
         is_marker = key.endswith(b"/")  # it is there with its directory, and means no file then
         when = (absent(key),) if draft.is_bare and not is_marker else ()
-        put = Transaction(when, _put(key, value), (Get(key),))
+        put = Transaction(when, (*_put(key, value), *company.changed), (Get(key),))
         committed = await self._send(draft, put, value)
         if not committed.succeeded:
             (found,) = page_of(committed.results[0]).entries
             return _Done(facts_of(found), found.value, merged=True)
-        return _Done(_facts(committed, len(value)), value, merged=False)
+        return _done(put, committed, value)
 
-    async def _replace(self, file: File, draft: Draft, key: bytes, intent: Intent) -> _Done | None:
+    async def _replace(
+        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+    ) -> _Done | None:
         """Replace the whole value: the last writer wins, over the same incarnation."""
         assert file.facts is not None
         value = intent.value = draft.value
-        put = Transaction((_same_incarnation(key, file.facts),), _put(key, value, keep_lease=True))
+        put = whole = Transaction(
+            (_same_incarnation(key, file.facts),),
+            (*_put(key, value, keep_lease=True), *company.changed),
+        )
         if value == draft.base:
             # Nothing changed, unless somebody else changed it: decided by etcd, not by us.
-            put = Transaction((unchanged(key, file.facts.mod_revision),), (), (put,))
-        committed = await self._send(draft, put, value)
+            same = unchanged(key, file.facts.mod_revision)
+            whole = Transaction((same,), company.same, (put,))
+        committed = await self._send(draft, whole, value)
         if value == draft.base:
             if committed.succeeded:
                 self._unchanged += 1
-                return _Done(file.facts, value, merged=False)
+                sides = events_of(whole, committed)
+                return _Done(file.facts, value, merged=False, sides=sides)
             committed = inner_of(committed)
         if not committed.succeeded:
             return None
-        return _Done(_facts(committed, len(value)), value, merged=False)
+        return _done(put, committed, value)
 
-    async def _change(self, file: File, draft: Draft, key: bytes, intent: Intent) -> _Done | None:
+    async def _change(
+        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+    ) -> _Done | None:
         """Append to the newest value, or overwrite part of the one that was read."""
         assert file.facts is not None
         facts, base = file.facts, draft.base
@@ -243,18 +286,15 @@ class Publisher:
             self.check_size(file, len(value))
             if merged:
                 intent.file = None
-            committed = await self._send(
-                draft,
-                Transaction(
-                    (unchanged(key, facts.mod_revision),),
-                    _put(key, value, keep_lease=True),
-                    (Get(key),),
-                ),
-                value,
+            put = Transaction(
+                (unchanged(key, facts.mod_revision),),
+                (*_put(key, value, keep_lease=True), *company.changed),
+                (Get(key),),
             )
+            committed = await self._send(draft, put, value)
             if committed.succeeded:
                 self._rebased += merged
-                return _Done(_facts(committed, len(value)), value, merged=merged)
+                return _done(put, committed, value, merged=merged)
             current = page_of(committed.results[0]).entries
             if not current or current[0].create_revision != facts.create_revision:
                 return None
@@ -348,9 +388,10 @@ def _same_incarnation(key: bytes, facts: Facts) -> Compare:
     return Compare(key, "create_revision", "==", facts.create_revision)
 
 
-def _facts(committed: Committed, size: int) -> Facts:
-    (entry,) = page_of(committed.results[1]).entries
-    return Facts(entry.create_revision, entry.mod_revision, entry.version, entry.lease, size)
+def _done(put: Transaction, committed: Committed, value: bytes, *, merged: bool = False) -> _Done:
+    own, *sides = events_of(put, committed)
+    assert isinstance(own, KeyValue), "the put comes first"
+    return _Done(facts_of(own), value, merged=merged, sides=tuple(sides))
 
 
 def _event(key: bytes, done: _Done) -> KeyValue:

@@ -32,10 +32,10 @@ of two histories are never shown as one.
 What etcd guarantees a watch (ordered, unique, atomic, reliable, resumable, bookmarkable) is
 checked as far as it can be seen from here; what breaks it is not applied, and leads to a new
 listing. Repeated events are the exception: releases before 3.4.24 and 3.5.8 send them, they do
-no harm, and are dropped.
+no harm, and are dropped. A late one looks the same: when `dropped` grows, an audit is due.
 
-What no witness can tell is left to an audit, whose verdict comes in as `Doubted`: events that
-etcd lost, and a history that differs only between the last change and a later bookmark.
+What no witness can tell is left to audits, whose verdict comes in as `Doubted`: events that etcd
+lost, and a history that differs only between the last change and a later bookmark.
 
 Concurrency: owned by the trio thread; no operation waits.
 """
@@ -68,14 +68,13 @@ from etcdfs.steps import (
 )
 from etcdfs.store import (
     Event,
-    KeyValue,
     Page,
     Revision,
-    Tombstone,
     WatchEvents,
     WatchOpened,
     WatchProgress,
 )
+from etcdfs.witnesses import Check, checks_on
 
 # Keys per page. etcd builds a page in memory and sends it whole: 5000 keys of 200 bytes are
 # 1.5 MB and about 60 ms, large enough that round trips do not show, small enough that others wait
@@ -91,46 +90,6 @@ class State(Enum):
     CONFIRMING = "confirming"
     WATCHING = "watching"
     CLOSED = "closed"
-
-
-# --- witnesses ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Check:
-    """What a read must give if the history is the one we know.
-
-    Attributes:
-        read: The read.
-        present: Whether there must be an entry.
-        entry: The very entry, if it is known.
-    """
-
-    read: Read
-    present: bool
-    entry: KeyValue | None = None
-
-    def holds(self, page: Page) -> bool:
-        """Tell whether the page is what was expected."""
-        if page.revision < self.read.revision:
-            return False
-        if not self.present:
-            return not page.entries
-        return bool(page.entries) and self.entry in (None, page.entries[0])
-
-
-def _checks_on(witness: Event, revision: Revision) -> tuple[_Check, ...]:
-    """Return what must hold at `revision` if `witness` is the last change of its key."""
-    now = Read(witness.key, None, revision, 1)
-    match witness:
-        case KeyValue():
-            return (_Check(now, present=True, entry=witness),)
-        case Tombstone():
-            # That a key is not there says little. That it was there until just then says a lot.
-            before = Read(witness.key, None, Revision(witness.mod_revision - 1), 1)
-            return (_Check(before, present=True), _Check(now, present=False))
-        case _:
-            assert_never(witness)
 
 
 # --- the machine ----------------------------------------------------------------------------
@@ -227,7 +186,7 @@ class Replica:
         # The changes, last of their keys, to be read back after a break; none: there was nothing.
         self._witnesses: tuple[Event, ...] = ()
         # INVARIANT: there are some exactly in CONFIRMING, and the first one's read is `_read`.
-        self._checks: tuple[_Check, ...] = ()
+        self._checks: tuple[Check, ...] = ()
         # The last change applied, the last bookmark, and the keys that changed at the former.
         # INVARIANT: applied <= known.
         self._applied = Revision(0)
@@ -249,6 +208,11 @@ class Replica:
     def revision(self) -> Revision:
         """Everything up to it is applied; 0 before the first `Restore`."""
         return self._known
+
+    @property
+    def dropped(self) -> int:
+        """Events dropped, as applied before."""
+        return self._counts["dropped_duplicates"]
 
     def start(self) -> tuple[Step, ...]:
         """Return the first steps."""
@@ -364,9 +328,9 @@ class Replica:
         # Its own revision may be below ours: this member may be behind, and that is no fault.
         self._reached = revision
         at = Revision(self._from - 1)
-        checks = [check for witness in self._witnesses for check in _checks_on(witness, at)]
+        checks = [check for witness in self._witnesses for check in checks_on(witness, at)]
         # Without any change to go by: there was nothing in the range then, and must not be.
-        nothing = _Check(Read(self._start, self._end, at, 1), present=False)
+        nothing = Check(Read(self._start, self._end, at, 1), present=False)
         self._checks = tuple(checks) or (nothing,)
         self._state = State.CONFIRMING
         self._read = self._checks[0].read

@@ -267,6 +267,21 @@ class Store(Protocol):
         """
         ...
 
+    async def lease_grant(self, ttl_s: int) -> int:
+        """Make a lease that ends by itself; return its number.
+
+        If no answer comes, a lease may be left that nobody uses; it ends.
+        """
+        ...
+
+    async def lease_time_to_live(self, lease: int) -> int | None:
+        """Return the seconds a lease has left, rounded down; None if it has ended."""
+        ...
+
+    async def lease_revoke(self, lease: int) -> None:
+        """End a lease now, and delete the keys it holds; nothing if it has ended."""
+        ...
+
     async def status(self) -> StoreStatus:
         """Ask the member in use for its version and size."""
         ...

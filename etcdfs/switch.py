@@ -20,8 +20,21 @@ from dataclasses import dataclass, field
 from typing import final
 
 from etcdfs.keys import MARKER_NAME, VALUE_NAME
-from etcdfs.store import Event, KeyValue, Revision, Tombstone
-from etcdfs.tree import Cached, Directory, Entry, Facts, File, Node, Tree, facts_of
+from etcdfs.sidekeys import is_side_key, owner_of
+from etcdfs.sides import holds, is_news, put_on, side_of, type_of
+from etcdfs.store import Event, KeyValue, Tombstone
+from etcdfs.tree import (
+    NOT_IN_ETCD,
+    Cached,
+    Directory,
+    Entry,
+    Facts,
+    File,
+    Node,
+    Side,
+    Tree,
+    facts_of,
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,12 +61,16 @@ class Plan:
         facts: Files that keep their inode and get new facts.
         markers: Directories whose marker key changes.
         deleted: Files whose key is deleted, not only superseded.
+        sides: What becomes of the side keys, by the key that each belongs to.
+        dressed: Nodes whose own attributes change, and to what.
     """
 
     entries: dict[Directory, dict[bytes, Node | None]] = field(default_factory=dict)
     facts: dict[File, Facts] = field(default_factory=dict)
     markers: dict[Directory, Facts | None] = field(default_factory=dict)
     deleted: set[Node] = field(default_factory=set)
+    sides: dict[bytes, Side | None] = field(default_factory=dict)
+    dressed: dict[Node, Side | None] = field(default_factory=dict)
 
     def changes(self) -> Iterator[tuple[Directory, bytes, Node | None, Node | None]]:
         """Yield (directory, name, before, after) of each name that really changes."""
@@ -105,6 +122,11 @@ class Switch:
             touched.add(Entry(directory.inode, name))
             if not plan.is_version(before, after):
                 touched.add(self.tree.listing_of(directory))
+        for node in plan.dressed:
+            listing = self.tree.listing_of(node)
+            touched.add(listing)
+            if listing.within is not None:
+                touched.add(listing.within)
         return touched
 
     def invalidations(self, plan: Plan) -> set[Cached]:
@@ -118,6 +140,7 @@ class Switch:
                 stale.add(entry)
             if directory.told and not plan.is_version(before, after):
                 stale.add(self.tree.listing_of(directory))
+        stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
 
     def publish(self, plan: Plan) -> None:
@@ -137,6 +160,18 @@ class Switch:
             directory.marker = marker
         for file, facts in plan.facts.items():
             file.facts = facts
+        self._dress(plan)
+
+    def _dress(self, plan: Plan) -> None:
+        if self.tree.complete:
+            for key, side in plan.sides.items():
+                if side is None:
+                    self.tree.sides.pop(key, None)
+                else:
+                    self.tree.sides[key] = side
+        for node, side in plan.dressed.items():
+            put_on(node, side)
+            node.ctime_ns = max(self.tree.clock(), node.ctime_ns + 1)
 
     def apply_ahead(self, events: Iterable[Event], *, remember: bool) -> set[Cached]:
         """Apply this mount's own change before the watch has brought it.
@@ -197,6 +232,7 @@ class _Planner:
         self._where: dict[Directory, tuple[Directory, bytes]] = {}
         self._deletions: set[tuple[bytes, int]] = set()
         self._own_puts: set[bytes] = set()
+        self._undressed: set[bytes] = set()  # keys that are made or go, and have attributes
 
     def note(self, events: Iterable[Event]) -> None:
         """Note which keys the whole batch deletes, and when, and which this mount put."""
@@ -207,6 +243,9 @@ class _Planner:
                 self._own_puts.add(event.key)
 
     def add(self, event: Event) -> None:
+        if is_side_key(event.key):
+            self._side(event)
+            return
         location = self._tree.keyspace.locate(event.key)
         if location.is_marker:
             self._marker(event, location.names)
@@ -224,6 +263,8 @@ class _Planner:
         if self._tree.complete:
             while self._doubtful:
                 self._vanish_if_empty(self._doubtful.pop())
+        for key in (*self._plan.sides, *self._undressed):
+            self._dress(key)
         return self._plan
 
     # --- events -----------------------------------------------------------------------------
@@ -236,7 +277,7 @@ class _Planner:
             directory, name = child, VALUE_NAME
             child = self._child(directory, name)
         old = child if isinstance(child, File) else None
-        if old is not None and self._is_behind(event, (old.facts or _NOT_IN_ETCD).mod_revision):
+        if old is not None and self._is_behind(event, (old.facts or NOT_IN_ETCD).mod_revision):
             return
         facts = facts_of(event)
         intent = self._own_intent(event, directory, name)
@@ -248,6 +289,7 @@ class _Planner:
         else:
             file = self._tree.new_version(old, facts)
         self._set(directory, name, file)
+        self._undress(event.key, file)
 
     def _own_intent(self, event: KeyValue, directory: Directory, name: bytes) -> Intent | None:
         """Return the intent that a put fulfils, if this mount made it.
@@ -278,7 +320,7 @@ class _Planner:
             return
         if child.facts is None and event.key not in self._own_puts:
             return  # made here and not yet published: not what was deleted
-        if self._is_behind(event, (child.facts or _NOT_IN_ETCD).mod_revision):
+        if self._is_behind(event, (child.facts or NOT_IN_ETCD).mod_revision):
             return
         intent = self._intents.get(event.key)
         if intent is None or intent.file is not child:
@@ -292,6 +334,7 @@ class _Planner:
             if found is None or self._is_behind(event, self._marker_revision(found)):
                 return
             self._plan.markers[found] = None
+            self._undress(event.key, found)
             self._drop_marker_file(found)
             self._doubtful.add(found)
             return
@@ -299,6 +342,7 @@ class _Planner:
         if self._is_behind(event, self._marker_revision(directory)):
             return
         facts = self._plan.markers[directory] = facts_of(event)
+        self._undress(event.key, directory)
         intent = self._own_intent(event, directory, MARKER_NAME)
         if not event.value:
             self._drop_marker_file(directory, None if intent is None else intent.file)
@@ -316,6 +360,69 @@ class _Planner:
         if isinstance(shown, File) and (shown.facts is not None or shown is own):
             self._plan.deleted.add(shown)
             self._set(directory, MARKER_NAME, None)
+
+    # --- attributes -------------------------------------------------------------------------
+
+    def _side(self, event: Event) -> None:
+        owner = owner_of(event.key)
+        if not self._tree.attributes or owner not in self._tree.keyspace:
+            return
+        known = self._tree.sides.get(owner)
+        if known is not None and self._is_behind(event, known.facts.mod_revision):
+            return
+        self._plan.sides[owner] = side_of(event) if isinstance(event, KeyValue) else None
+
+    def _undress(self, key: bytes, node: Node) -> None:
+        """Have `finish` look which attributes hold now; most keys have none."""
+        if node.side is not None or key in self._tree.sides:
+            self._undressed.add(key)
+
+    def _dress(self, key: bytes) -> None:
+        node = self._node_of(key)
+        if node is None:
+            return
+        facts = self._facts_of(node)
+        side = self._side_of(key, node)
+        if side is not None and not holds(side, facts):
+            side = None
+        if isinstance(node, File) and facts is not None and type_of(side) != type_of(node.side):
+            node = self._of_another_type(node, key, facts)
+        if is_news(side, node, facts):
+            self._plan.dressed[node] = side
+
+    def _side_of(self, key: bytes, node: Node) -> Side | None:
+        if key in self._plan.sides:
+            return self._plan.sides[key]
+        return self._tree.sides.get(key) if self._tree.complete else node.side
+
+    def _facts_of(self, node: Node) -> Facts | None:
+        if isinstance(node, Directory):
+            return self._plan.markers.get(node, node.marker)
+        return self._plan.facts.get(node, node.facts)
+
+    def _of_another_type(self, file: File, key: bytes, facts: Facts) -> File:
+        """Give a file that becomes a symbolic link, say, a new inode if the kernel knows it."""
+        if file.lookups == 0:
+            return file
+        names, _ = self._tree.keyspace.locate(key)
+        directory = self._find(names[:-1])
+        assert directory is not None, "the file was found there"
+        name, child = names[-1], self._child(directory, names[-1])
+        if isinstance(child, Directory):
+            directory, name = child, VALUE_NAME
+        made = self._tree.new_version(file, facts)
+        self._set(directory, name, made)
+        return made
+
+    def _node_of(self, key: bytes) -> Node | None:
+        names, is_marker = self._tree.keyspace.locate(key)
+        if not names:
+            return self._tree.root
+        directory = self._find(names[:-1])
+        node = None if directory is None else self._child(directory, names[-1])
+        if is_marker:
+            return node if isinstance(node, Directory) else None
+        return self._child(node, VALUE_NAME) if isinstance(node, Directory) else node
 
     # --- directories that come and go -------------------------------------------------------
 
@@ -387,6 +494,3 @@ class _Planner:
     def _marker_revision(self, directory: Directory) -> int:
         marker = self._plan.markers.get(directory, directory.marker)
         return 0 if marker is None else marker.mod_revision
-
-
-_NOT_IN_ETCD = Facts(Revision(0), Revision(0), 0, 0, 0)

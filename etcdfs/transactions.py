@@ -33,11 +33,12 @@ def parent_prefix(key: bytes, root: bytes) -> bytes | None:
     return prefix if len(prefix) > len(root) else None
 
 
-def make_file(key: bytes, *, is_value: bool) -> Transaction:
-    """Claim a name for an empty file; fails if it is a file or a directory.
+def make_file(key: bytes, value: bytes = b"", *, is_value: bool) -> Transaction:
+    """Claim a name for a new file; fails if it is a file or a directory.
 
     Args:
         key: The file's key.
+        value: What it holds.
         is_value: Whether it is the `%value` of a directory, which has keys below it.
     """
     conditions: tuple[Compare, ...] = (absent(key),)
@@ -45,7 +46,7 @@ def make_file(key: bytes, *, is_value: bool) -> Transaction:
         conditions += (absent(key + b"/", range_end(key + b"/")),)
     return Transaction(
         conditions,
-        (Put(key, b""), Get(key, keys_only=True)),
+        (Put(key, value), Get(key, keys_only=True)),
     )
 
 

@@ -18,6 +18,7 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 (`check_invariants`) true.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -25,6 +26,7 @@ from typing import Final, NamedTuple, NewType, final
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
+from etcdfs.sidekeys import Record
 from etcdfs.store import Clock, KeyValue, Revision
 
 Inode = NewType("Inode", int)
@@ -53,14 +55,14 @@ def facts_of(entry: KeyValue) -> Facts:
     )
 
 
-@dataclass(slots=True)
-class Overrides:
-    """Attributes set through this mount; None where the default holds."""
+class Side(NamedTuple):
+    """Attributes of a key's own, and what etcd says of the side key that has them."""
 
-    mode: int | None = None
-    uid: int | None = None
-    gid: int | None = None
-    atime_ns: int | None = None
+    record: Record
+    facts: Facts
+
+
+NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)  # not yet, or no longer
 
 
 @final
@@ -68,18 +70,18 @@ class File:
     """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services."""
 
     __slots__ = (
-        "atime_ns",
         "ctime_ns",
         "directory",
         "draft",
         "facts",
+        "gone",
         "handles",
         "inode",
         "lookups",
         "lost_key",
         "mtime_ns",
         "name",
-        "overrides",
+        "side",
         "told",
         "value",
     )
@@ -90,9 +92,10 @@ class File:
         self.directory: Directory | None = None
         self.name = b""
         self.lost_key: bytes | None = None
+        self.gone = False  # its name was taken away: no path leads here, an O_PATH may
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
-        self.overrides: Overrides | None = None
+        self.side: Side | None = None
         self.lookups = 0
         self.told = False  # the kernel may have the name cached
         self.handles = 0
@@ -113,7 +116,7 @@ class Directory:
         "marker",
         "mtime_ns",
         "name",
-        "overrides",
+        "side",
         "subdirectories",
         "told",
     )
@@ -126,7 +129,7 @@ class Directory:
         self.marker: Facts | None = None
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
-        self.overrides: Overrides | None = None
+        self.side: Side | None = None
         self.subdirectories = 0
         self.lookups = 0
         self.told = False
@@ -145,7 +148,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """A directory's own attributes; `within` is its entry, None for the root."""
+    """The attributes of an inode; `within` is its entry, None for the root."""
 
     inode: Inode
     within: Entry | None
@@ -157,9 +160,16 @@ Cached = Entry | Listing
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TreeStatistics:
-    """Sizes of the tree's tables."""
+    """Sizes of the tree's tables.
+
+    Attributes:
+        inodes_known: Inodes that the kernel holds.
+        old_versions: Those of them that no path leads to any more: held open, or not forgotten.
+        negatives: Missing names that the kernel may remember.
+    """
 
     inodes_known: int
+    old_versions: int
     negatives: int
 
 
@@ -167,7 +177,9 @@ class TreeStatistics:
 class Tree:
     """All nodes, by name and by inode number."""
 
-    def __init__(self, keyspace: Keyspace, clock: Clock, *, complete: bool) -> None:
+    def __init__(
+        self, keyspace: Keyspace, clock: Clock, *, complete: bool, attributes: bool = True
+    ) -> None:
         """Make an empty tree.
 
         Args:
@@ -175,6 +187,7 @@ class Tree:
             clock: Nanoseconds since the epoch.
             complete: Whether the tree will hold every key (a mirror), so that the kernel may
                 cache what it says and an empty directory without a marker is known to be gone.
+            attributes: Whether keys have attributes of their own, in side keys.
         """
         # --- dependencies
         self.keyspace = keyspace
@@ -182,6 +195,9 @@ class Tree:
         # --- constants
         self.complete = complete
         # --- mutable state
+        self.attributes = attributes
+        # Side keys by the key each belongs to, void ones too; only in a complete tree.
+        self.sides: dict[bytes, Side] = {}
         self.root = Directory(ROOT_INODE, clock())
         self.root.lookups = 1
         self.root.told = True
@@ -190,7 +206,9 @@ class Tree:
         self.numbers = count(ROOT_INODE + 1)
         # INVARIANT: holds exactly the nodes whose lookup count is not 0
         self._known: dict[Inode, Node] = {ROOT_INODE: self.root}
-        self._negatives: dict[Entry, int] = {}
+        # Missing names as told to the kernel, until when; those that end first come first, as
+        # all are told for the same time.
+        self._negatives: OrderedDict[Entry, int] = OrderedDict()
         self.switching: set[Cached] = set()
 
     # --- finding ----------------------------------------------------------------------------
@@ -328,11 +346,16 @@ class Tree:
         if not self.may_cache(entry):
             return False
         now = self.clock()
-        if len(self._negatives) >= MAX_NEGATIVES:
-            self._negatives = {e: end for e, end in self._negatives.items() if end > now}
-            if len(self._negatives) >= MAX_NEGATIVES:
+        negatives = self._negatives
+        # Only those at the front are looked at: looking through all, once there are so many,
+        # took milliseconds at every missing name. And only then: should the clock jump, the
+        # kernel still has them.
+        while len(negatives) >= MAX_NEGATIVES:
+            if next(iter(negatives.values())) > now:
                 return False
-        self._negatives[entry] = now + lifetime_ns
+            negatives.popitem(last=False)
+        negatives[entry] = now + lifetime_ns
+        negatives.move_to_end(entry)
         return True
 
     def is_told(self, directory: Directory, name: bytes) -> bool:
@@ -344,11 +367,11 @@ class Tree:
             Entry(directory.inode, name) in self._negatives
         )
 
-    def listing_of(self, directory: Directory) -> Listing:
-        """Return how to tell the kernel of a directory's changed attributes."""
-        parent = directory.directory
-        within = None if parent is None else Entry(parent.inode, directory.name)
-        return Listing(directory.inode, within)
+    def listing_of(self, node: Node) -> Listing:
+        """Return how to tell the kernel of a node's changed attributes."""
+        parent = node.directory
+        within = None if parent is None else Entry(parent.inode, node.name)
+        return Listing(node.inode, within)
 
     def told(self) -> list[Cached]:
         """Return everything that the kernel may have cached, attributes of open files too."""
@@ -372,7 +395,7 @@ class Tree:
     def new_version(self, old: File | None, facts: Facts) -> File:
         """Make the file for a version that another client wrote over `old`.
 
-        Its mtime is later than the old one's even if the clock went back; mode and owner stay
+        Its mtime is later than the old one's even if the clock went back; its attributes stay
         as long as it is the same incarnation of the key.
         """
         file = self.new_file(facts)
@@ -380,7 +403,7 @@ class Tree:
             if file.mtime_ns <= old.mtime_ns:
                 file.mtime_ns = file.ctime_ns = old.mtime_ns + 1
             same = old.facts is not None and old.facts.create_revision == facts.create_revision
-            file.overrides = old.overrides if same else None
+            file.side = old.side if same else None
         return file
 
     def new_directory(self) -> Directory:
@@ -402,6 +425,7 @@ class Tree:
             directory.subdirectories += 1
         else:
             node.lost_key = None
+            node.gone = False
         self._negatives.pop(Entry(directory.inode, name), None)
         if not as_version:
             self._touch(directory)
@@ -415,6 +439,7 @@ class Tree:
             return None
         if isinstance(node, File):
             node.lost_key = None if gone else self.key_of(node)
+            node.gone = gone
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
             directory.subdirectories -= 1
@@ -432,6 +457,7 @@ class Tree:
         self.root.children.clear()
         self.root.subdirectories = 0
         self.root.marker = None
+        self.sides.clear()
 
     def facts(self, top: Directory | None = None) -> Iterator[tuple[bytes, Facts]]:
         """Iterate over all keys of the tree, markers included, and what is known of each.
@@ -458,7 +484,10 @@ class Tree:
 
     def statistics(self) -> TreeStatistics:
         """Return the sizes of the tables."""
-        return TreeStatistics(inodes_known=len(self._known), negatives=len(self._negatives))
+        old = sum(node.directory is None for node in self._known.values()) - 1  # the root
+        return TreeStatistics(
+            inodes_known=len(self._known), old_versions=old, negatives=len(self._negatives)
+        )
 
     def check_invariants(self) -> None:
         """Assert what must hold between any two calls."""

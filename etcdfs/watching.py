@@ -1,7 +1,7 @@
 """The one watch that stands, and how a silent etcd is told from one that has nothing to say.
 
-What this room knows: how a watch of the store is opened, listened to and left, and when its
-silence is too long (`--watch-timeout`). What it must not know: what messages mean for the copy
+What this room knows: how a watch of the store is opened, listened to and left, when its silence
+is too long (`--watch-timeout`), and how long to wait after a loss. What it must not know: what messages mean for the copy
 (the replica's), the tree.
 
 After a silence etcd is asked for a progress notice. The notice is a sign of life and no more:
@@ -13,15 +13,17 @@ decides: if etcd is no further than the watch, the watch had nothing to say.
 Concurrency: trio thread; one task opens, receives and closes; any may `tell`.
 """
 
+import logging
+import random
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
-from typing import final
+from typing import Final, final
 
 import trio
 
 from etcdfs.errors import CompactedError, StoreError, StorePermissionError, WatchLostError
 from etcdfs.keys import Keyspace
 from etcdfs.link import UNLIMITED, Link
-from etcdfs.steps import Message, RevisionCompacted, WatchLost
+from etcdfs.steps import BackOff, Message, RevisionCompacted, WatchLost
 from etcdfs.store import (
     Page,
     Store,
@@ -31,6 +33,12 @@ from etcdfs.store import (
     WatchOpened,
     WatchProgress,
 )
+
+log = logging.getLogger(__name__)
+
+BACKOFF_FIRST_S: Final = 0.05
+BACKOFF_CAP_S: Final = 5.0
+BACKOFF_DOUBLINGS: Final = 16  # more than enough for the cap; 2**1024 is no float
 
 
 @final
@@ -172,3 +180,18 @@ class Watching:
     async def _first_key(self) -> Page:
         start, end = self._keyspace.start, self._keyspace.end
         return await self._store.range(start, end, limit=1, keys_only=True)
+
+
+async def back_off(step: BackOff) -> None:
+    """Wait before the next try, longer the more there were; say why."""
+    # Not each one is a warning: an outage may last for days.
+    log.log(
+        logging.WARNING if step.attempt.bit_count() <= 1 else logging.DEBUG,
+        "%s; %s (attempt %d)",
+        step.reason,
+        "listing everything again" if step.relist else "trying again",
+        step.attempt + 1,
+    )
+    longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(step.attempt, BACKOFF_DOUBLINGS))
+    # Jittered, so that the mounts of a cluster do not come back all at once.
+    await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret

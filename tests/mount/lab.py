@@ -111,9 +111,11 @@ class Pool:
         return self._mounts[name]
 
     @contextlib.contextmanager
-    def private(self, etcd: EtcdProcess, *options: str) -> Iterator[Mounted]:
+    def private(
+        self, etcd: EtcdProcess, *options: str, via: str | None = None
+    ) -> Iterator[Mounted]:
         """Yield a mount of the test's own, guarded by the watchdog."""
-        with Mounted(etcd, *options) as mounted:
+        with Mounted(etcd, *options, via=via) as mounted:
             self._private.append(mounted)
             try:
                 yield mounted

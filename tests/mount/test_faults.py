@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,13 +51,20 @@ class Daemon:
 
 @contextlib.contextmanager
 def daemon(
-    etcd: EtcdProcess, *, cache: bool, program: str = "from etcdfs.mount import main"
+    etcd: EtcdProcess,
+    *,
+    cache: bool,
+    program: str = "from etcdfs.mount import main",
+    **fields: Any,
 ) -> Iterator[Daemon]:
-    """Start the daemon as `etcdfs mount` does, but from a Python program that may patch it."""
+    """Start the daemon as `etcdfs mount` does, but from a Python program that may patch it.
+
+    `fields` are further ones of `MountOptions`.
+    """
     home = Path(tempfile.mkdtemp(prefix="etcdfs-test-daemon-"))
     path = home / "mnt"
     path.mkdir()
-    options = MountOptions(mountpoint=str(path), endpoints=(etcd.endpoint,), cache=cache)
+    options = MountOptions(mountpoint=str(path), endpoints=(etcd.endpoint,), cache=cache, **fields)
     settings = LogSettings(level="info", file=str(home / "log"))
     options_fd = send_handover(Handover(options=options, log=settings))
     status_read, status_write = os.pipe()
@@ -315,7 +323,7 @@ def test_b28_changes_made_while_disconnected_are_seen(
             assert (mounted.path / "d" / f"{n}").read_bytes() == b"old"
         assert not (mounted.path / "new").exists()
         unchanged = (mounted.path / "d" / "19").stat()
-        mounted.expect_log("etcdfs.mirror")
+        mounted.expect_log("etcdfs.watching")
         daemon_pid = mounted.daemon
         os.kill(daemon_pid, signal.SIGSTOP)
         try:

@@ -304,15 +304,13 @@ def test_fsync_and_friends(place: Path) -> None:
 def test_an_unsupported_kind_of_node_is_refused(place: Path) -> None:
     if place.is_relative_to("/dev/shm"):
         pytest.skip("tmpfs has them")
-    for kind in (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK):
+    for kind in (stat.S_IFCHR, stat.S_IFBLK):
         with pytest.raises(PermissionError) as caught:
             os.mknod(place / "node", kind | 0o644)
         assert caught.value.errno == errno.EPERM
     (place / "file").touch()
     with pytest.raises(PermissionError):
         os.link(place / "file", place / "link")
-    with pytest.raises(PermissionError):
-        os.symlink("file", place / "link")
     assert os.listdir(place) == ["file"]
 
 

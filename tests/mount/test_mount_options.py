@@ -56,10 +56,12 @@ def test_owner_and_modes(pool: Pool, cached: Lab, mode: str) -> None:
         for found, mode_bits in (
             (path.stat(), stat.S_IFDIR | 0o750),
             ((path / "file").stat(), stat.S_IFREG | 0o640),
-            ((path / "new").stat(), stat.S_IFREG | 0o640),
         ):
             assert (found.st_uid, found.st_gid) == (12, 34)
             assert found.st_mode == mode_bits
+        made = (path / "new").stat()
+        assert (made.st_uid, made.st_gid) == (os.getuid(), os.getgid())
+        assert made.st_mode == stat.S_IFREG | 0o644, "as whoever made it said"
 
 
 def as_nobody(script: str) -> "subprocess.CompletedProcess[str]":

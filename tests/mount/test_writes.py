@@ -109,7 +109,7 @@ def test_b10_nothing_changed_nothing_put(lab: Lab) -> None:
             pass
         sh(
             lab.path,
-            "exec 3<> file; exec 3>&-; exec 3>> file; exec 3>&-; touch file; chmod 600 file",
+            "exec 3<> file; exec 3>&-; exec 3>> file; exec 3>&-; chmod 644 file",
         )
         os.truncate(file, 6)
         file.write_bytes(b"value\n")

@@ -21,9 +21,10 @@ class SlowKernel:
 
     def __init__(self) -> None:
         self.asked: list[tuple[set[Cached], Callable[[], None] | None]] = []
+        self.is_slow = True
 
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        if cached:
+        if cached and self.is_slow:
             self.asked.append((set(cached), done))
         elif done is not None:
             done()
@@ -106,6 +107,7 @@ async def test_a_backlog_is_bounded(autojump_clock: MockClock) -> None:
             taken += 1
     assert scope.cancelled_caught
     assert taken == WAITING_MAX * BATCH_KEYS
+    rig.kernel.is_slow = False
     rig.kernel.let_go()
     with trio.fail_after(60):
         await rig.applier.idle()
@@ -118,6 +120,7 @@ async def test_one_revision_is_never_cut(autojump_clock: MockClock) -> None:
     await rig.applier.take([put(b"a", 2)])
     events: list[Event] = [put(b"%d" % number, 3) for number in range(2 * BATCH_KEYS)]
     await rig.applier.take(events)
+    rig.kernel.is_slow = False
     rig.kernel.let_go()
     with trio.fail_after(60):
         await rig.applier.idle()
@@ -127,7 +130,7 @@ async def test_one_revision_is_never_cut(autojump_clock: MockClock) -> None:
 async def test_a_call_that_holds_the_lock_is_not_waited_for(autojump_clock: MockClock) -> None:
     rig = Rig(b"a")
     await rig.applier.take([put(b"a", 2)])
-    with rig.applier.holding([Entry(rig.tree.root.inode, b"x")]):
+    with rig.applier.letting.holding([Entry(rig.tree.root.inode, b"x")]):
         assert rig.shown(b"a") == 2
     assert rig.applier.early == 1
     rig.kernel.let_go()  # late, and nobody cares

@@ -1,5 +1,6 @@
 """The audit: what it finds, what it must not be fooled by, and what it costs."""
 
+import itertools
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from etcdfs import audit as audit_room
 from etcdfs.errors import StorePermissionError, StoreUnavailableError
 from etcdfs.store import Delete, Put, Transaction
 from tests.service.mirrors import AGAIN, REFUSED, content, quiet
-from tests.support.fake_kernel import FakeMount, open_mount
+from tests.support.fake_kernel import FakeMount, make_mount, open_mount
 from tests.support.fake_store import FakeStore
 
 INTERVAL_S = 100.0
@@ -79,6 +80,24 @@ async def test_lost_events_are_found_and_mended(
 
 
 @pytest.mark.expect_log(AGAIN)
+async def test_only_the_first_listing_is_reported(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Whoever waited for the mount is gone by the time of the second."""
+    mount = make_mount(store)
+    told: list[int] = []
+    store.put_now(b"/f", b"one")
+    async with trio.open_nursery() as nursery:
+        await nursery.start(mount.mirror.run, lambda keys, _size: told.append(keys))
+        mount.mirror.doubt("a test")
+        await trio.sleep(10)
+        assert mount.mirror.replica is not None
+        assert mount.mirror.replica.statistics().lists == 2
+        assert told == [1]
+        nursery.cancel_scope.cancel()
+
+
+@pytest.mark.expect_log(AGAIN)
 async def test_another_value_at_the_same_revision_is_found(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
@@ -108,6 +127,21 @@ async def test_a_key_that_no_file_can_have_is_compared_too(
             store.put_now(b"/m/", b"new")
         await audited(mount)
         assert found(mount) == (2, 1, 3)
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_a_late_event_hastens_the_audit(autojump_clock: MockClock, store: FakeStore) -> None:
+    """It looks like a repeated one, and is dropped (FAULTS 12)."""
+    async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
+        with store.losing_events():
+            first, second = store.put_now(b"/a", b"1"), store.put_now(b"/b", b"2")
+        store.deliver_now([second], [first])
+        await quiet(mount)
+        assert await content(mount, (b"b",)) == b"2"
+        assert await content(mount, (b"a",)) is None
+        await trio.sleep(2 * audit_room.RECHECK_S + 1)
+        assert found(mount)[1:] == (1, 1)
+        assert await content(mount, (b"a",)) == b"1"
 
 
 # --- what is no difference ------------------------------------------------------------------
@@ -277,7 +311,7 @@ async def test_intervals_are_jittered(autojump_clock: MockClock, store: FakeStor
         assert 100 / (1 + audit_room.JITTER) <= audits < 95
 
 
-async def test_every_page_is_at_one_revision_and_small(
+async def test_every_page_is_small_at_one_revision_and_only_of_its_own_keys(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     fill(store, 1000)
@@ -287,16 +321,30 @@ async def test_every_page_is_at_one_revision_and_small(
         calls = store.range_calls[before:]
         assert calls[0].revision == 0
         assert {call.revision for call in calls[1:]} == {store.revision}
-        assert {call.limit for call in calls} == {audit_room.PAGE_MIN}
-        assert len(calls) == 4
+        assert {call.limit for call in calls} == {audit_room.PAGE}
+        assert 10 <= len(calls) <= 14
+        for call, following in itertools.pairwise(calls):
+            more = call.end == following.end and call.start < following.start
+            assert more or call.end == following.start, "all of them are everything, once"
+        assert (calls[0].start, calls[-1].end) == (b"/", b"0")
 
 
 async def test_large_values_make_small_pages(autojump_clock: MockClock, store: FakeStore) -> None:
     for n in range(600):
-        store.put_now(b"/%04d" % n, b"x" * 10_000)
+        store.put_now(b"/%04d" % n, b"x" * 100_000)
     async with open_mount(store, audit_interval_s=INTERVAL_S) as mount:
         before = len(store.range_calls)
         await audited(mount)
-        assert store.range_calls[-1].limit == audit_room.PAGE_BYTES // 10_001
         assert found(mount) == (1, 0, 0)
-        assert len(store.range_calls) - before == 5
+        assert len(store.range_calls) - before == 600 // 11 + 1
+
+
+async def test_the_whole_keyspace_is_audited_with_its_strangest_keys(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    for key in (b"\0", b"\0\0", b"a", b"a/", b"\xff", b"\xff\xff"):
+        store.put_now(key, b"x" * audit_room.PAGE_BYTES)
+    async with open_mount(store, prefix=b"", audit_interval_s=INTERVAL_S) as mount:
+        await audited(mount)
+        assert found(mount) == (1, 0, 0)
+        assert mount.mirror.auditor.statistics().keys == 6

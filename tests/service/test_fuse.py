@@ -13,24 +13,20 @@ import pytest
 from pyfuse3 import EntryAttributes, FUSEError
 
 import etcdfs.errors
-from etcdfs.attributes import Attributes
+from etcdfs.attributes import Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError, NotFoundError, StoreFullError
-from etcdfs.filesystem import Change, Filesystem, Listed, SpaceStatistics
+from etcdfs.filesystem import Filesystem, Listed, SpaceStatistics
 from etcdfs.fuse import Operations
 from etcdfs.openfiles import OpenFiles
 from etcdfs.tree import Inode
+from etcdfs.xattrs import Xattrs
 
 BUG = "%s failed; this is a bug of etcdfs"
 CONTEXT = cast("pyfuse3.RequestContext", SimpleNamespace(uid=1, gid=2, pid=os.getpid(), umask=0))
+CALLER = Caller(1, 2)
 ATTRIBUTES = Attributes(Inode(5), 0o100640, 1, 3, 4, 1000, 11, 22, 33, 60.0)
 
-FIXED = {
-    "symlink": errno.EPERM,
-    "link": errno.EPERM,
-    "readlink": errno.EINVAL,
-    "setxattr": errno.ENOTSUP,
-    "removexattr": errno.ENOTSUP,
-}
+FIXED = {"link": errno.EPERM}
 """Handlers that ask nobody."""
 
 
@@ -71,7 +67,12 @@ class Recording:
 
 
 def operations(fake: Any, *, keep_cache: bool = True) -> Operations:
-    return Operations(cast("Filesystem", fake), cast("OpenFiles", fake), keep_cache=keep_cache)
+    return Operations(
+        cast("Filesystem", fake),
+        cast("OpenFiles", fake),
+        cast("Xattrs", fake),
+        keep_cache=keep_cache,
+    )
 
 
 def handlers() -> list[str]:
@@ -125,7 +126,7 @@ async def test_planted_exception_is_eio_and_logged(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     function = getattr(operations(Raising(RuntimeError("planted"))), name)
-    if name in ("listxattr", "fsyncdir"):
+    if name == "fsyncdir":
         await function(*arguments(getattr(Operations, name)))  # ask nobody, and succeed
         return
     number = await errno_of(function(*arguments(getattr(Operations, name))))
@@ -139,7 +140,7 @@ async def test_planted_exception_is_eio_and_logged(
 async def test_errors_on_purpose_have_their_errno(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if name in ("listxattr", "fsyncdir"):
+    if name == "fsyncdir":
         return
     function = getattr(operations(Raising(NotFoundError("on purpose"))), name)
     number = await errno_of(function(*arguments(getattr(Operations, name))))
@@ -207,7 +208,7 @@ async def test_open_and_create(keep_cache: bool) -> None:
         cast("Any", 1), cast("Any", b"f"), cast("Any", 0o644), cast("Any", flags), CONTEXT
     )
     assert (info.fh, info.keep_cache, packed.st_ino) == (8, keep_cache, 5)
-    assert fake.calls == [("open", 5, os.O_RDWR), ("create", 1, b"f", flags)]
+    assert fake.calls == [("open", 5, os.O_RDWR), ("create", 1, b"f", flags, 0o644, CALLER)]
 
 
 @pytest.mark.parametrize(
@@ -242,12 +243,28 @@ async def test_statfs() -> None:
 
 
 async def test_extended_attributes() -> None:
-    name = cast("Any", b"user.x")
-    served = operations(Recording(getxattr=b"v"))
-    assert await served.getxattr(cast("Any", 1), name, CONTEXT) == b"v"
-    missing = operations(Recording(getxattr=None))
-    assert await errno_of(missing.getxattr(cast("Any", 1), name, CONTEXT)) == errno.ENODATA
-    assert list(await missing.listxattr(cast("Any", 1), CONTEXT)) == []
+    inode, name = cast("Any", 1), cast("Any", b"user.x")
+    fake = Recording(getxattr=b"v", listxattr=(b"user.x", b"user.y"))
+    served = operations(fake)
+    assert await served.getxattr(inode, name, CONTEXT) == b"v"
+    assert list(await served.listxattr(inode, CONTEXT)) == [b"user.x", b"user.y"]
+    await served.setxattr(inode, name, b"w", CONTEXT)
+    await served.removexattr(inode, name, CONTEXT)
+    assert fake.calls[2:] == [("setxattr", 1, b"user.x", b"w"), ("removexattr", 1, b"user.x")]
+
+
+async def test_what_is_made_knows_its_maker() -> None:
+    parent, name = cast("Any", 1), cast("Any", b"f")
+    fake = Recording(mknod=ATTRIBUTES, mkdir=ATTRIBUTES, symlink=ATTRIBUTES)
+    served = operations(fake)
+    await served.mknod(parent, name, cast("Any", 0o010600), 0, CONTEXT)
+    await served.mkdir(parent, name, cast("Any", 0o700), CONTEXT)
+    await served.symlink(parent, name, cast("Any", b"to"), CONTEXT)
+    assert fake.calls == [
+        ("mknod", 1, b"f", 0o010600, CALLER),
+        ("mkdir", 1, b"f", 0o700, CALLER),
+        ("symlink", 1, b"f", b"to", CALLER),
+    ]
 
 
 async def test_requests_are_counted() -> None:

@@ -230,6 +230,7 @@ async def test_own_change_is_visible_when_the_call_returns(
         await mount.kernel.rmdir((b"d",))
         assert await mount.kernel.listdir(()) == []
         assert mount.mirror.statistics().ahead == 0
+        assert not mount.mirror._letting._held  # nothing of what was changed is kept
 
 
 @pytest.mark.expect_log(LATE)

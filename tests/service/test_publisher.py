@@ -441,6 +441,55 @@ async def test_failed_publication_of_a_new_file_leaves_no_name(
         assert await shown(mount) == b"mine"
 
 
+@pytest.mark.parametrize("flags", [os.O_WRONLY | os.O_TRUNC, os.O_WRONLY, APPEND])
+async def test_what_close_could_not_publish_is_not_published_behind_its_back(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, flags: int
+) -> None:
+    """Who was told that close(2) failed may have done something else about it by then."""
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, flags)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.fail_next("commit", StoreFullError("full"))
+        assert await errno_of(mount.kernel.close(handle)) == errno.ENOSPC
+        assert held(store) == b"old"
+        assert await shown(mount) == b"old"
+
+
+async def test_what_a_map_wrote_after_a_failed_flush_is_published(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.fail_next("commit", StoreFullError("full"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ENOSPC
+        await mount.kernel.write(handle, 4, b" more")
+        await mount.kernel.release(handle)
+        assert held(store) == b"mine more"
+
+
+@pytest.mark.parametrize("remove", ["unlink", "rename"])
+async def test_a_file_that_could_not_be_made_does_not_take_a_name_that_was_removed(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, remove: str
+) -> None:
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_CREAT)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.fail_next("commit", StoreFullError("full"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ENOSPC
+        second = await mount.kernel.open(PATH, os.O_WRONLY | os.O_CREAT)
+        await mount.kernel.write(second, 0, b"theirs")
+        await mount.kernel.close(second)
+        if remove == "unlink":
+            await mount.kernel.unlink(PATH)
+        else:
+            await mount.kernel.rename(PATH, (b"elsewhere",))
+        assert await errno_of(mount.kernel.close(handle)) == 0, "as if it had been unlinked"
+        assert held(store) is None
+
+
 async def test_failed_truncation_by_path_is_over(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:

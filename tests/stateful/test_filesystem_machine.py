@@ -960,6 +960,12 @@ class FilesystemMachine(RuleBasedStateMachine):
             assert not [k for k in self.live() if k.startswith(marker)]
             self.check_parent_stays(marker)
 
+    @property
+    def shown_revision(self) -> int:
+        """What the mount shows is at least that new."""
+        view = self.mount.view
+        return view.revision if isinstance(view, Mirror) else self.store.revision
+
     @precondition(lambda self: self.may_lock)
     @rule(choice=st.integers(0, 20), path=_paths, race=_races, early=st.booleans())
     def unlink(self, choice: int, path: Path, race: list[Foreign] | None, early: bool) -> None:
@@ -976,9 +982,10 @@ class FilesystemMachine(RuleBasedStateMachine):
         current = self.store.current(key)
         if path[-1] == b"%marker":
             assert current is None or not current.value
-        else:
+        elif current is None or current.mod_revision <= self.shown_revision:
             assert current is None
             self.check_parent_stays(key)
+        # Else what went was made here, and never reached etcd; the key is not seen here yet.
         for version in self.versions.values():
             if version.key == key and (version.published is not None) == (key in self.raced):
                 version.key = None

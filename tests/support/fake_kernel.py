@@ -20,11 +20,11 @@ from typing import Any, TypeVar, final
 
 import trio
 
-from etcdfs.attributes import Attributes, Defaults
+from etcdfs.attributes import Attributes, Caller, Change, Defaults
 from etcdfs.contents import Contents
 from etcdfs.direct import Direct
 from etcdfs.errors import EtcdfsError, NotFoundError
-from etcdfs.filesystem import Change, Filesystem
+from etcdfs.filesystem import Filesystem
 from etcdfs.guard import watch_over
 from etcdfs.keys import Keyspace
 from etcdfs.mirror import Mirror
@@ -551,13 +551,20 @@ class FakeKernel:
             raise fail(errno.ENOTDIR)
         return inode
 
-    async def mkdir(self, path: Path) -> None:
+    async def mkdir(
+        self, path: Path, mode: int | None = None, caller: Caller | None = None
+    ) -> None:
         """mkdir(2)."""
-        await self._make(path, self._filesystem.mkdir)
+        await self._make(
+            path, lambda parent, name: self._filesystem.mkdir(parent, name, mode, caller)
+        )
 
-    async def mknod(self, path: Path) -> None:
+    async def mknod(self, path: Path, mode: int = 0o644, caller: Caller | None = None) -> None:
         """mknod(2) of a regular file."""
-        await self._make(path, lambda parent, name: self._filesystem.mknod(parent, name, 0o100644))
+        kind = 0o100000 | mode
+        await self._make(
+            path, lambda parent, name: self._filesystem.mknod(parent, name, kind, caller)
+        )
 
     async def _make(self, path: Path, make: Callable[[int, bytes], Awaitable[Attributes]]) -> None:
         directory = await self._walk_directory(path[:-1])
@@ -679,6 +686,8 @@ class FakeMount:
         nursery.start_soon(self.kernel.run)
         if isinstance(self.view, Mirror):
             await nursery.start(self.view.run, lambda _keys, _size: None)
+            if self.view.sides is not None:
+                await nursery.start(self.view.sides.run)
             nursery.start_soon(watch_over, self.view)
 
     def check_invariants(self) -> None:

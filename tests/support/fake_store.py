@@ -81,6 +81,7 @@ class FakeStore:
         self.range_calls: list[RangeCall] = []
         self.commit_calls: list[Transaction] = []
         self.leases: set[int] = set()
+        self._lease_ends: dict[int, float] = {}
         self._live: dict[bytes, KeyValue] = {}
         self._keys: list[bytes] = []  # every key that ever was, sorted
         self._versions: dict[bytes, list[Event]] = {}
@@ -140,6 +141,29 @@ class FakeStore:
             yield watch
         finally:
             self._watchers.discard(watch)
+
+    async def lease_grant(self, ttl_s: int) -> int:
+        """Make a lease; see the port. It ends only by `lease_revoke`."""
+        await trio.lowlevel.checkpoint()
+        lease = 0x1000 + len(self._lease_ends)
+        self.leases.add(lease)
+        self._lease_ends[lease] = trio.current_time() + ttl_s
+        return lease
+
+    async def lease_time_to_live(self, lease: int) -> int | None:
+        """Return the seconds a lease has left; see the port."""
+        await trio.lowlevel.checkpoint()
+        if lease not in self.leases:
+            return None
+        return int(self._lease_ends[lease] - trio.current_time())
+
+    async def lease_revoke(self, lease: int) -> None:
+        """End a lease; see the port."""
+        await trio.lowlevel.checkpoint()
+        self.leases.discard(lease)
+        held = [kv.key for kv in self._live.values() if kv.lease == lease]
+        if held:
+            self.commit_now(Transaction(then=tuple(Delete(key) for key in held)))
 
     async def status(self) -> StoreStatus:
         """Return a member's status."""
@@ -254,6 +278,27 @@ class FakeStore:
             self._losing = False
             for watch in self._watchers:
                 watch.skip()
+
+    def deliver_now(self, *messages: Sequence[int]) -> bool:
+        """Have every watch told of revisions, whether or not that was done; say if there is one.
+
+        Args:
+            messages: The revisions of each message, in their order.
+        """
+        told = [watch.send(revisions) for watch in self._watchers for revisions in messages]
+        return all(told) and bool(told)
+
+    def go_back_now(self, revision: int) -> None:
+        """Become what a snapshot of `revision` was: another history from there on."""
+        del self._history[revision - self._first + 1 :]
+        self._compacted = min(self._compacted, revision)
+        self._live.clear()
+        for key in list(self._versions):
+            kept = [e for e in self._versions[key] if e.mod_revision <= revision]
+            self._versions[key] = kept
+            if kept and isinstance(kept[-1], KeyValue):
+                self._live[key] = kept[-1]
+        self.break_watches()
 
     def mute(self, *, muted: bool) -> None:
         """Leave questions for progress unanswered, as some releases of etcd do."""
@@ -410,6 +455,14 @@ class FakeWatch:
             self._on_its_way.extend([progress] * self._questions)
             self._questions = 0
         self._changed.set()
+
+    def send(self, revisions: Sequence[int]) -> bool:
+        """Tell of some revisions in one message; say if the watch stands."""
+        events = tuple(e for revision in revisions for e in self._events_of(revision))
+        if events and self._opened and self._error is None:
+            self._on_its_way.append(WatchEvents(events, events[-1].mod_revision))
+            self._changed.set()
+        return self._opened and self._error is None
 
     def skip(self) -> None:
         """Go on after the newest revision."""

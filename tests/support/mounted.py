@@ -51,8 +51,11 @@ class Mounted:
         log_file: What the daemon logs.
     """
 
-    def __init__(self, etcd: EtcdProcess, *options: str) -> None:
-        """Mount with `options` of the command line, `--cache` or `--no-cache` among them."""
+    def __init__(self, etcd: EtcdProcess, *options: str, via: str | None = None) -> None:
+        """Mount with `options` of the command line, `--cache` or `--no-cache` among them.
+
+        `via` is the address to give to etcdfs, if that is not etcd's own.
+        """
         self._etcd = etcd
         self._home = Path(tempfile.mkdtemp(prefix="etcdfs-test-mount-"))
         self.path = self._home / "mnt"
@@ -65,7 +68,7 @@ class Mounted:
                 "mount",
                 str(self.path),
                 "--endpoints",
-                etcd.client_url,
+                via or etcd.client_url,
                 "--log-file",
                 str(self.log_file),
                 "--log-level",

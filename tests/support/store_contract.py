@@ -403,6 +403,48 @@ class CommitContract:
         assert kv.value == b"2"
 
 
+class LeaseContract:
+    async def test_a_lease_takes_its_keys_along(self, lab: Lab) -> None:
+        lease = await lab.store.lease_grant(60)
+        await do(lab, Put(b"a", b"1", lease=lease), Put(b"b", b"2", lease=lease))
+        await do(lab, Put(b"b", b"3"))
+        kv = await get(lab, b"a")
+        assert kv is not None
+        assert kv.lease == lease
+        async with everything(lab, 0) as watch:
+            await receive(watch)
+            await lab.store.lease_revoke(lease)
+            message = await receive(watch)
+        assert isinstance(message, WatchEvents)
+        assert message.events == (Tombstone(b"a", message.revision),)
+        kept = await get(lab, b"b")
+        assert kept is not None
+        assert (kept.value, kept.lease) == (b"3", 0)
+
+    async def test_a_lease_says_how_long_it_lasts(self, lab: Lab) -> None:
+        lease = await lab.store.lease_grant(60)
+        left = await lab.store.lease_time_to_live(lease)
+        assert left is not None
+        assert 30 < left <= 60
+        await lab.store.lease_revoke(lease)
+        assert await lab.store.lease_time_to_live(lease) is None
+
+    async def test_a_lease_that_has_ended_can_be_revoked_again(self, lab: Lab) -> None:
+        lease = await lab.store.lease_grant(60)
+        await lab.store.lease_revoke(lease)
+        await lab.store.lease_revoke(lease)
+        with pytest.raises(StoreError, match="lease not found"):
+            await do(lab, Put(b"a", b"1", lease=lease))
+
+    async def test_a_put_that_keeps_the_lease(self, lab: Lab) -> None:
+        lease = await lab.store.lease_grant(60)
+        await do(lab, Put(b"a", b"1", lease=lease))
+        await do(lab, Put(b"a", b"2", keep_lease=True))
+        kv = await get(lab, b"a")
+        assert kv is not None
+        assert (kv.value, kv.lease) == (b"2", lease)
+
+
 class WatchContract:
     async def test_a_watch_first_says_that_it_is_open(self, lab: Lab) -> None:
         revision = await put(lab, b"a")
@@ -585,5 +627,5 @@ async def _put_many(lab: Lab, count: int) -> None:
         await put(lab, b"n")
 
 
-class StoreContract(RangeContract, CommitContract, WatchContract):
+class StoreContract(RangeContract, CommitContract, LeaseContract, WatchContract):
     """The whole contract."""

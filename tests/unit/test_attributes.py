@@ -6,8 +6,9 @@ from etcdfs.attributes import Defaults, mtime_of, size_of
 from etcdfs.drafts import Draft
 from etcdfs.keys import Keyspace
 from etcdfs.loader import load
+from etcdfs.sidekeys import Record
 from etcdfs.store import KeyValue, Revision
-from etcdfs.tree import Directory, File, Overrides, Tree
+from etcdfs.tree import NOT_IN_ETCD, Directory, File, Side, Tree
 
 DEFAULTS = Defaults(uid=7, gid=8, file_mode=0o666, dir_mode=0o777, umask=0o022)
 
@@ -65,9 +66,9 @@ def test_file_that_is_not_in_etcd_yet() -> None:
     assert size_of(tree.new_file(None)) == 0
 
 
-def test_overrides() -> None:
+def test_attributes_of_its_own() -> None:
     file = file_of(tree_of(b"/f"))
-    file.overrides = Overrides(mode=0o4600, uid=1, gid=2, atime_ns=3)
+    file.side = Side(Record(mode=0o4600, uid=1, gid=2, atime_ns=3), NOT_IN_ETCD)
     found = DEFAULTS.of(file, 0.0)
     assert found.mode == stat.S_IFREG | 0o4600
     assert (found.uid, found.gid, found.atime_ns, found.mtime_ns) == (1, 2, 3, 1000)

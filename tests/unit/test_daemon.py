@@ -27,6 +27,7 @@ from etcdfs.handshake import (
     Ready,
     Report,
     TerminalReporter,
+    Waiting,
     decode_handover,
     decode_report,
     encode_handover,
@@ -47,6 +48,7 @@ HANDOVER = Handover(
 numbers = st.integers(0, 2**63)
 reports: st.SearchStrategy[Report] = st.one_of(
     st.builds(Progress, keys=numbers, bytes=numbers),
+    st.builds(Waiting, reason=st.text(), left_s=st.floats(0, 1e9)),
     st.builds(Ready, revision=numbers, keys=numbers, client_url=st.one_of(st.none(), st.text())),
     st.builds(Failed, message=st.text(), exit_code=st.integers(1, 255)),
 )
@@ -125,14 +127,31 @@ def test_reports_to_a_parent_that_is_gone_are_lost_quietly() -> None:
     reporter.report(Ready(revision=1, keys=1))
 
 
+def test_nothing_is_said_after_the_last_word() -> None:
+    """The number of the pipe belongs to somebody else by then: it once got our progress."""
+    with pipe() as (reading, writing), pipe() as (elsewhere, other):
+        reporter = open_reporter(writing)
+        reporter.report(Ready(revision=1, keys=1))
+        os.dup2(other, writing)
+        os.close(other)
+        reporter.report(Progress(keys=1, bytes=1))
+        reporter.report(Failed(message="late", exit_code=1))
+        os.close(writing)
+        with os.fdopen(os.dup(reading), "rb") as stream:
+            assert list(read_reports(stream)) == [Ready(revision=1, keys=1)]
+        assert os.read(elsewhere, 100) == b""
+
+
 def test_foreground_prints_the_url_and_the_failure(capsys: pytest.CaptureFixture[str]) -> None:
     reporter = open_reporter(None)
     assert isinstance(reporter, TerminalReporter)
     reporter.report(Progress(keys=1, bytes=1))
     reporter.report(Ready(revision=1, keys=1))
     reporter.report(Ready(revision=1, keys=1, client_url="http://127.0.0.1:1"))
+    reporter.report(Waiting(reason="nobody there", left_s=4.6))
     reporter.report(Failed(message="no", exit_code=1))
-    assert capsys.readouterr() == ("http://127.0.0.1:1\n", "etcdfs: no\n")
+    said = "etcdfs: waiting for etcd (5 s left): nobody there\netcdfs: no\n"
+    assert capsys.readouterr() == ("http://127.0.0.1:1\n", said)
 
 
 @pytest.mark.parametrize("abstract", [False, True])

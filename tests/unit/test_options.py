@@ -284,7 +284,7 @@ def test_option_list_lets_the_last_word_win() -> None:
 def test_option_list_has_every_option() -> None:
     for name in VALUED:
         assert parse_option_list(f"{name}=x").texts == {name: "x"}
-    flags = parse_option_list("ro,allow_other,cache,embedded").texts
+    flags = parse_option_list("ro,allow_other,no_attrs,cache,embedded").texts
     assert flags.keys() == NAMES - VALUED
 
 
@@ -328,6 +328,7 @@ def test_every_option_changes_its_field() -> None:
         "dir-mode": "700",
         "umask": "077",
         "allow-other": "on",
+        "no-attrs": "on",
         "timeout": "1",
         "kernel-timeout": "0",
         "settle-timeout": "3",
@@ -348,6 +349,7 @@ def test_every_option_changes_its_field() -> None:
         dir_mode=0o700,
         umask=0o077,
         allow_other=True,
+        no_attrs=True,
         timeout_s=1.0,
         kernel_timeout_s=0.0,
         settle_timeout_s=3.0,
@@ -410,6 +412,7 @@ mount_options = st.builds(
     dir_mode=modes,
     umask=modes,
     allow_other=st.booleans(),
+    no_attrs=st.booleans(),
     timeout_s=seconds,
     kernel_timeout_s=seconds,
     settle_timeout_s=seconds,

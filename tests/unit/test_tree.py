@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import etcdfs.tree
 from etcdfs.errors import NotADirectoryFileError, StaleError
 from etcdfs.keys import Keyspace
 from etcdfs.loader import load
@@ -199,7 +200,26 @@ def test_missing_names_are_bounded() -> None:
     assert not tree.tell_negative(tree.root, b"one more", 1000)
     clock.now += 2000
     assert tree.tell_negative(tree.root, b"one more", 1000)
-    assert tree.statistics().negatives == 1
+    assert tree.statistics().negatives == MAX_NEGATIVES
+
+
+def test_missing_names_make_room_in_the_order_in_which_they_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(etcdfs.tree, "MAX_NEGATIVES", 3)
+    clock = Clock()
+    tree = Tree(ROOT, clock, complete=True)
+    for name in (b"a", b"b", b"c", b"a"):
+        clock.now += 100
+        tree.tell_negative(tree.root, name, 1000)
+        if name == b"c":
+            tree.attach(tree.root, b"c", tree.new_file(None))
+    assert tree.tell_negative(tree.root, b"d", 1000)
+    clock.now += 850  # now the time of b is up, but not that of a, which was told again
+    assert tree.tell_negative(tree.root, b"e", 1000)
+    assert not tree.is_told(tree.root, b"b")
+    assert tree.is_told(tree.root, b"a")
+    assert not tree.tell_negative(tree.root, b"f", 1000)
 
 
 def test_names_in_a_forgotten_directory_are_not_told() -> None:
@@ -241,9 +261,9 @@ def test_attributes_stay_with_the_incarnation(created: int, kept: bool) -> None:
     tree = tree_of(b"/f")
     old = at(tree, b"f")
     assert isinstance(old, File)
-    old.overrides = overrides = object()  # type: ignore[assignment]
+    old.side = side = object()  # type: ignore[assignment]
     new = tree.new_version(old, Facts(Revision(created), Revision(5), 1, 0, 1))
-    assert (new.overrides is overrides) == kept
+    assert (new.side is side) == kept
 
 
 def test_directory_times_never_go_back() -> None:

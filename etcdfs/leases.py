@@ -1,0 +1,99 @@
+"""Keys that expire: a file's lease, as `user.etcd.ttl` shows and sets it.
+
+What this room knows: how a key is given a lease, and loses it, without its value being touched.
+What it must not know: names of attributes, FUSE.
+
+A lease that is made here is for one key, so that the key does not go with others. Another client's
+lease is never revoked: it may hold keys that this mount knows nothing of.
+
+Concurrency: trio thread; a file's publications are held off meanwhile.
+"""
+
+from contextlib import suppress
+from dataclasses import replace
+from typing import final
+
+from etcdfs.answers import events_of
+from etcdfs.errors import NotFoundError, OutcomeUnknownError, StaleError, StoreError
+from etcdfs.openfiles import OpenFiles
+from etcdfs.records import same_record, write_record
+from etcdfs.sides import record_of
+from etcdfs.store import Get, Operation, Put, Store, Transaction, unchanged
+from etcdfs.switch import Intent
+from etcdfs.tree import File
+from etcdfs.view import View
+
+
+@final
+class Leases:
+    """The leases of files."""
+
+    def __init__(self, store: Store, view: View, files: OpenFiles) -> None:
+        # --- dependencies
+        self._store = store
+        self._view = view
+        self._files = files
+
+    async def time_left(self, lease: int) -> int | None:
+        """Return the seconds a lease has left; None without one, or once it has expired."""
+        return await self._store.lease_time_to_live(lease) if lease else None
+
+    async def attach(self, file: File, ttl_s: int) -> None:
+        """Let a file expire after so many seconds.
+
+        Raises:
+            NotFoundError: It is not in etcd (any more).
+        """
+        lease = await self._store.lease_grant(ttl_s)
+        try:
+            await self._put_again(file, lease)
+        except OutcomeUnknownError:
+            raise  # if it was done, revoking the lease would delete the file
+        except BaseException:
+            with suppress(StoreError):
+                await self._store.lease_revoke(lease)
+            raise
+
+    async def detach(self, file: File) -> bool:
+        """Let a file last again; False if it had no lease."""
+        await self._view.refresh(file)
+        if file.facts is None or not file.facts.lease:
+            return False
+        await self._put_again(file, 0)
+        return True
+
+    async def _put_again(self, file: File, lease: int) -> None:
+        """Put a file's value as it is, with another lease."""
+        async with self._files.settled(file):
+            # checkpoint: another client may have written or deleted it
+            key, facts = self._view.switch.tree.key_of(file), file.facts
+            if key is None or facts is None or file.directory is None:
+                msg = f"inode {file.inode} is no key"
+                raise NotFoundError(msg)
+            value = await self._view.value(file)
+            put = Transaction(
+                (unchanged(key, facts.mod_revision),),
+                (Put(key, value, lease), Get(key, keys_only=True), *self._record(file, key)),
+            )
+            intents = self._view.switch.intents
+            intent = intents[key] = Intent(file=file, value=value)
+            try:
+                committed = await self._store.commit(put)
+                if not committed.succeeded:
+                    msg = f"{key!r} was changed by another client"
+                    raise StaleError(msg)
+                await self._view.settle(committed.revision, events_of(put, committed))
+            finally:
+                self._view.switch.withdraw_intent(key, intent)
+
+    def _record(self, file: File, key: bytes) -> tuple[Operation, ...]:
+        """Keep the time that was set for this version; it is the same content."""
+        if file.side is None or file.facts is None or not self._view.switch.tree.attributes:
+            return ()
+        record = record_of(file)
+        if record.mtime_at(file.facts.mod_revision) is None:
+            return ()
+        known = file.side.facts.mod_revision
+        guard = same_record(key, known, file.facts.create_revision)
+        own = replace(record, mtime_revision=0)
+        return (Transaction(guard, write_record(key, own, known)),)

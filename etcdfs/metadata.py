@@ -1,0 +1,257 @@
+"""Attributes that last: chmod, chown, utimens and user.* xattrs, as transactions on side keys.
+
+What this room knows: when a change of attributes goes to etcd and when it can only be remembered,
+and how it survives a race. What it must not know: FUSE, names, how records are written.
+
+A change is one transaction, on condition that the key is the one that is meant and that nobody
+else has changed its attributes meanwhile; else it is made again, on top of theirs.
+
+Not everything has a key to keep attributes with: a file that is not published yet (they go along
+with its first put), an old version that is still open, the root of the whole keyspace. And etcd's
+roles, or `--no-attrs`, may forbid it. Then times are remembered until the mount ends, because
+tools that copy files give up without; a mode or an owner is refused (EPERM), because it would
+protect nothing.
+
+Concurrency: trio thread. What was read before an `await` is a condition of the transaction.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Final, final
+
+from etcdfs.answers import events_of, page_of
+from etcdfs.attributes import Change, Defaults
+from etcdfs.errors import (
+    AttributesFullError,
+    CallerError,
+    NoAttributeError,
+    NotFoundError,
+    NotPermittedError,
+    NotSupportedError,
+    StaleError,
+    StorePermissionError,
+)
+from etcdfs.keys import MARKER_NAME
+from etcdfs.openfiles import OpenFiles
+from etcdfs.records import change_record
+from etcdfs.sidekeys import Record, encode
+from etcdfs.sides import facts_of_node, holds, is_mtime_true, record_of, side_of
+from etcdfs.store import Committed, Store
+from etcdfs.tree import NOT_IN_ETCD, Directory, Entry, File, Node, Side, Tree
+from etcdfs.view import View
+
+MAX_RETRIES: Final = 16
+"""Lost races before a change gives up; each loss means that somebody changed the attributes."""
+
+MAX_NAMES_SIZE: Final = 64 * 1024
+"""Bytes of all names of a file's xattrs: more cannot be listed (XATTR_LIST_MAX)."""
+
+MAX_RECORD_SIZE: Final = 256 * 1024
+"""Bytes of a record. Each change writes all of it, and every mount keeps it in memory."""
+
+Edit = Callable[[Node], Record]
+"""What a node's record becomes, from what it is at that moment."""
+
+
+@final
+class Metadata:
+    """Changes the attributes of nodes."""
+
+    def __init__(self, store: Store, view: View, files: OpenFiles, defaults: Defaults) -> None:
+        # --- dependencies
+        self._store = store
+        self._view = view
+        self._files = files
+        self._defaults = defaults
+
+    @property
+    def _tree(self) -> Tree:
+        return self._view.switch.tree
+
+    # --- mode, owner, times -----------------------------------------------------------------
+
+    async def change(self, node: Node, change: Change) -> None:
+        """Change mode, owner or times.
+
+        Raises:
+            NotPermittedError: A mode or an owner cannot be kept.
+            StaleError: Another client has replaced the file meanwhile.
+        """
+        if isinstance(node, File) and self._set_times(node, change):
+            change = replace(change, mtime_ns=None, atime_ns=None)
+        if change == Change(size=change.size, is_now=change.is_now):
+            return
+
+        def edit(node: Node) -> Record:
+            return self._defaults.changed(node, change, mtime_holds=is_mtime_true(node))
+
+        if await self._keep(node, edit):
+            node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
+        else:
+            self._remember(node, change)
+
+    def _set_times(self, file: File, change: Change) -> bool:
+        """Set the times of writes that are still to be published; False if there are none.
+
+        "Now" is what they have anyway: `touch` of a new file keeps nothing in etcd but the file.
+        """
+        if change.mtime_ns is None or not self._files.is_being_written(file):
+            return False
+        self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=not change.is_now)
+        file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
+        return True
+
+    def _remember(self, node: Node, change: Change) -> None:
+        """Change what has no key to keep it with, for as long as the mount lasts."""
+        shown = self._defaults.of(node, 0.0)
+        wanted = (
+            shown.mode if change.mode is None else shown.mode & ~0o7777 | change.mode & 0o7777,
+            shown.uid if change.uid is None else change.uid,
+            shown.gid if change.gid is None else change.gid,
+        )
+        if node.directory is not None or node is self._tree.root:
+            is_new = isinstance(node, File) and node.facts is None and self._tree.attributes
+            if not is_new and wanted != (shown.mode, shown.uid, shown.gid):
+                msg = f"inode {node.inode}: nothing but its times can be changed here"
+                raise NotPermittedError(msg)
+        record = self._defaults.changed(node, change, mtime_holds=is_mtime_true(node))
+        self._set(node, record)
+        if change.mtime_ns is not None:
+            node.mtime_ns = change.mtime_ns
+
+    def _set(self, node: Node, record: Record) -> None:
+        node.side = Side(record, NOT_IN_ETCD) if record else None
+        node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
+
+    # --- extended attributes ----------------------------------------------------------------
+
+    def xattrs(self, node: Node) -> Mapping[bytes, bytes]:
+        """Return the user.* attributes of a node."""
+        return record_of(node).xattrs
+
+    async def set_xattr(self, node: Node, name: bytes, value: bytes) -> None:
+        """Set a user.* attribute.
+
+        Raises:
+            AttributesFullError: It does not fit beside the others.
+            NotSupportedError: It cannot be kept.
+        """
+
+        def edit(node: Node) -> Record:
+            record = self._current(node)
+            found = {**record.xattrs, name: value}
+            record = replace(record, xattrs=found)
+            names_size = sum(len(each) + 1 for each in found)
+            if names_size > MAX_NAMES_SIZE or len(encode(record)) > MAX_RECORD_SIZE:
+                msg = f"{len(value)} bytes as {name!r} do not fit beside the other attributes"
+                raise AttributesFullError(msg)
+            return record
+
+        await self._keep_xattrs(node, edit)
+
+    async def remove_xattr(self, node: Node, name: bytes) -> None:
+        """Remove a user.* attribute.
+
+        Raises:
+            NoAttributeError: There is none of that name.
+            NotSupportedError: It cannot be kept.
+        """
+
+        def edit(node: Node) -> Record:
+            record = self._current(node)
+            if name not in record.xattrs:
+                raise no_attribute(name)
+            found = {each: value for each, value in record.xattrs.items() if each != name}
+            return replace(record, xattrs=found)
+
+        await self._keep_xattrs(node, edit)
+
+    async def _keep_xattrs(self, node: Node, edit: Edit) -> None:
+        if await self._keep(node, edit):
+            return
+        is_unpublished = isinstance(node, File) and node.facts is None
+        if not self._tree.attributes or not (is_unpublished or node.directory is None):
+            msg = f"inode {node.inode} has nowhere to keep attributes"
+            raise NotSupportedError(msg)
+        self._set(node, edit(node))
+
+    def _current(self, node: Node) -> Record:
+        record = record_of(node)
+        return record if is_mtime_true(node) else record.without_mtime()
+
+    # --- in etcd ----------------------------------------------------------------------------
+
+    async def _keep(self, node: Node, edit: Edit) -> bool:
+        """Bring a change to etcd; False if the node has no key to keep it with.
+
+        Raises:
+            StaleError: The key was made anew by another client, or races were lost.
+            NotFoundError: It was deleted.
+            NotPermittedError: etcd's roles forbid it.
+        """
+        if isinstance(node, Directory):
+            # The kernel holds the directory's own lock.
+            with self._view.holding((Entry(node.inode, b""),)):
+                return await self._keep_still(node, edit)
+        async with self._files.settled(node):
+            return await self._keep_still(node, edit)
+
+    async def _keep_still(self, node: Node, edit: Edit) -> bool:
+        for _ in range(MAX_RETRIES):
+            key = self._key_of(node)
+            if key is None:
+                return False
+            record = edit(node)
+            if record == record_of(node):
+                return True
+            facts = facts_of_node(node)
+            wanted = change_record(
+                key,
+                record,
+                create_revision=0 if facts is None else facts.create_revision,
+                known=0 if node.side is None else node.side.facts.mod_revision,
+            )
+            try:
+                committed = await self._store.commit(wanted)
+            except StorePermissionError as exc:
+                raise NotPermittedError(str(exc)) from exc
+            if committed.succeeded:
+                await self._view.settle(committed.revision, events_of(wanted, committed))
+                return True
+            # checkpoint: the view may have changed the node, or taken it away
+            await self._catch_up(node, key, committed)
+        msg = f"the attributes of inode {node.inode} changed {MAX_RETRIES} times meanwhile"
+        raise StaleError(msg)
+
+    async def _catch_up(self, node: Node, key: bytes, committed: Committed) -> None:
+        """Take over what another client has made of the attributes."""
+        own, sides = (page_of(result).entries for result in committed.results)
+        known = facts_of_node(node)
+        if not own and isinstance(node, File):
+            msg = f"{key!r} was deleted by another client"
+            raise NotFoundError(msg)
+        if known is not None and (not own or own[0].create_revision != known.create_revision):
+            msg = f"{key!r} was made anew by another client"
+            raise StaleError(msg)
+        events = [*own, *sides] if isinstance(node, Directory) else [*sides]
+        if events:
+            await self._view.settle(max(e.mod_revision for e in events), events)
+        side = side_of(sides[0]) if sides else None
+        node.side = side if holds(side, facts_of_node(node)) else None
+
+    def _key_of(self, node: Node) -> bytes | None:
+        """Return the key whose attributes are those of a node, None if it has none."""
+        if not self._tree.attributes or not self._tree.is_attached(node):
+            return None
+        try:
+            if isinstance(node, Directory):
+                return self._tree.prefix_of(node) or None
+            key = self._tree.key_of(node)
+        except CallerError:  # part of an escaped long name
+            return None
+        return None if node.facts is None or node.name == MARKER_NAME else key
+
+
+def no_attribute(name: bytes) -> NoAttributeError:
+    """Return the error for a missing extended attribute."""
+    return NoAttributeError(f"there is no attribute {name!r}")

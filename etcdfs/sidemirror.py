@@ -1,0 +1,226 @@
+"""A mirror of the side keys, where they are not among the keys of the mount's own prefix.
+
+What this room knows: how the attributes of the keys under a prefix are followed by a watch of
+their own, and how a key is kept from being seen before its attributes. What it must not know: how
+changes become visible (the mirror's), system calls.
+
+Two watches are not in step. So before a batch with new keys is published, the side keys of these
+are read (`sides_of`): what was made with mode 0600 is never seen with the default mode. Later
+changes of attributes come by the watch of the side keys alone.
+
+If etcd's roles do not allow it, the mount goes on without attributes.
+
+Concurrency: trio thread; one task follows.
+"""
+
+import logging
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Final, assert_never, final
+
+import trio
+
+from etcdfs.answers import page_of
+from etcdfs.errors import (
+    CompactedError,
+    FutureRevisionError,
+    StoreError,
+    StorePermissionError,
+)
+from etcdfs.keys import Keyspace
+from etcdfs.link import UNLIMITED, Link
+from etcdfs.replica import Replica
+from etcdfs.sidekeys import side_key
+from etcdfs.sides import renounce
+from etcdfs.steps import (
+    Apply,
+    BackOff,
+    CloseWatch,
+    Message,
+    OpenWatch,
+    PageArrived,
+    Read,
+    ReadFailed,
+    Restore,
+    RevisionAhead,
+    RevisionCompacted,
+    Stage,
+    Step,
+)
+from etcdfs.store import Event, Get, KeyValue, Store, Tombstone, Transaction
+from etcdfs.tree import Tree, facts_of
+from etcdfs.watching import Watching
+
+log = logging.getLogger(__name__)
+
+MAX_GETS: Final = 128
+"""Side keys read in one transaction (etcd's --max-txn-ops)."""
+
+BACKOFF_FIRST_S: Final = 0.05
+BACKOFF_CAP_S: Final = 5.0
+BACKOFF_DOUBLINGS: Final = 7
+
+Publish = Callable[[Sequence[Event], bool], Awaitable[None]]
+"""Makes changes visible; by force, if the bool says so."""
+
+
+@final
+class SideMirror:
+    """Follows the side keys of one prefix."""
+
+    def __init__(
+        self,
+        store: Store,
+        tree: Tree,
+        publish: Publish,
+        *,
+        watch_timeout_s: float,
+        answer_timeout_s: float,
+    ) -> None:
+        # --- dependencies
+        self._store = store
+        self._tree = tree
+        self._publish = publish
+        self._keyspace = Keyspace(side_key(tree.keyspace.prefix))
+        self._link = Link(max_stale_s=UNLIMITED)
+        self._watching = Watching(
+            store,
+            self._keyspace,
+            self._link,
+            watch_timeout_s=watch_timeout_s,
+            answer_timeout_s=answer_timeout_s,
+        )
+        # --- mutable state
+        self.revision = 0
+        self._staged: dict[bytes, KeyValue] = {}
+        self._is_restored = False
+        self._advanced = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """List, watch, and follow until cancelled. Started once the first listing is in.
+
+        Raises:
+            StoreError: The first listing failed. Later failures are retried for ever.
+        """
+        replica = Replica(self._keyspace.start, self._keyspace.end)
+        self._is_restored = False
+        async with aclosing(self._watching):
+            steps = replica.start()
+            while self._tree.attributes:
+                message: Message | None = None
+                for step in steps:
+                    message = await self._carry_out(step)
+                if self._is_restored:
+                    task_status.started()
+                    task_status = trio.TASK_STATUS_IGNORED
+                if self._tree.attributes:
+                    steps = replica.receive(message or await self._watching.receive())
+        task_status.started()
+
+    async def reached(self, revision: int) -> None:
+        """Return once readers see what side keys were at a revision; the caller bounds it."""
+        while self.revision < revision and self._tree.attributes:
+            await self._advanced.wait()
+
+    async def sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
+        """Return the attributes of what is made in a batch.
+
+        A revision that is nothing but one put over a key that was there brings no attributes:
+        that is what most are, and they cost nothing.
+
+        Raises:
+            StoreError: They could not be read.
+        """
+        if not self._tree.attributes:
+            return ()
+        sizes = Counter(event.mod_revision for event in events)
+        made = {
+            event.key
+            for event in events
+            if isinstance(event, KeyValue)
+            and (event.create_revision == event.mod_revision or sizes[event.mod_revision] > 1)
+        }
+        try:
+            return await self._read_sides(sorted(made))
+        except StorePermissionError as exc:
+            renounce(self._tree, exc)
+            return ()
+
+    async def _read_sides(self, keys: list[bytes]) -> list[KeyValue]:
+        found: list[KeyValue] = []
+        for first in range(0, len(keys), MAX_GETS):
+            gets = tuple(Get(side_key(key)) for key in keys[first : first + MAX_GETS])
+            committed = await self._store.commit(Transaction((), gets))
+            found.extend(entry for result in committed.results for entry in page_of(result).entries)
+        return found
+
+    # --- following --------------------------------------------------------------------------
+
+    async def _carry_out(self, step: Step) -> Message | None:
+        match step:
+            case Read():
+                return await self._read(step)
+            case Stage(entries, first):
+                if first:
+                    self._staged.clear()
+                self._staged.update((entry.key, entry) for entry in entries)
+            case Restore(revision):
+                await self._apply(self._difference(revision), revision, force=True)
+                self._is_restored = True
+            case Apply(events, revision):
+                await self._apply(events, revision, force=False)
+            case OpenWatch(from_revision):
+                start, end = self._keyspace.start, self._keyspace.end
+                return await self._watching.open(self._store.watch(start, end, from_revision))
+            case CloseWatch():
+                await self._watching.aclose()
+            case BackOff():
+                log.info("side keys: %s (attempt %d)", step.reason, step.attempt + 1)
+                doublings = min(step.attempt, BACKOFF_DOUBLINGS)
+                longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2**doublings)
+                await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
+            case _ as never:
+                assert_never(never)
+        return None
+
+    async def _read(self, read: Read) -> Message:
+        try:
+            page = await self._store.range(
+                read.start, read.end, limit=read.limit, revision=read.revision
+            )
+        except CompactedError as exc:
+            return RevisionCompacted(exc.compact_revision)
+        except FutureRevisionError:
+            return RevisionAhead()
+        except StorePermissionError as exc:
+            renounce(self._tree, exc)
+            self._wake()
+            return ReadFailed(str(exc))
+        except StoreError as exc:
+            if not self._is_restored:
+                raise
+            return ReadFailed(str(exc))
+        return PageArrived(page)
+
+    def _difference(self, revision: int) -> list[Event]:
+        """Return the events that make what the tree has of side keys what was listed."""
+        staged, self._staged = self._staged, {}
+        events: list[Event] = []
+        for key, side in self._tree.sides.items():
+            entry = staged.pop(side_key(key), None)
+            if entry is not None and facts_of(entry) != side.facts:
+                events.append(entry)
+            elif entry is None and side.facts.mod_revision <= revision:
+                events.append(Tombstone(side_key(key), side.facts.mod_revision))
+        return [*events, *staged.values()]
+
+    async def _apply(self, events: Sequence[Event], revision: int, *, force: bool) -> None:
+        await self._publish(events, force)
+        self.revision = revision
+        self._wake()
+
+    def _wake(self) -> None:
+        self._advanced.set()
+        self._advanced = trio.Event()

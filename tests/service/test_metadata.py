@@ -1,0 +1,390 @@
+"""Attributes between a store in memory and the calls: races, rights, and what is only remembered."""
+
+import os
+import stat
+from collections.abc import Awaitable
+from typing import Any
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from etcdfs.attributes import Attributes, Caller, Change
+from etcdfs.errors import EtcdfsError, OutcomeUnknownError, StorePermissionError
+from etcdfs.sidekeys import is_side_key, side_key
+from etcdfs.store import Delete, Operation, Put, Transaction
+from tests.support.fake_kernel import FakeMount, open_mount
+from tests.support.fake_store import FakeStore, FakeWatch
+
+CALLER = Caller(7, 8)  # the default owner of a FakeMount
+LONG_AGO = 1_000_000_007
+
+
+@pytest.fixture
+def store() -> FakeStore:
+    return FakeStore()
+
+
+@pytest.fixture(params=[True, False], ids=["cache", "direct"])
+def cache(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(params=[b"/", b"/p/"], ids=["inside", "outside"])
+def prefix(request: pytest.FixtureRequest) -> bytes:
+    """Return a prefix that has the side keys inside, and one that has not."""
+    return bytes(request.param)
+
+
+def record(store: FakeStore, key: bytes) -> bytes | None:
+    found = store.current(side_key(key))
+    return None if found is None else found.value
+
+
+async def errno_of(call: Awaitable[Any]) -> int:
+    try:
+        await call
+    except (OSError, EtcdfsError) as exc:
+        return exc.errno or -1
+    return 0
+
+
+async def stat_of(mount: FakeMount, *path: bytes) -> Attributes:
+    return await mount.kernel.stat(path)
+
+
+def side_keys_of(operations: tuple[Operation, ...]) -> list[bytes]:
+    found: list[bytes] = []
+    for operation in operations:
+        if isinstance(operation, Transaction):
+            found += side_keys_of((*operation.then, *operation.otherwise))
+        elif is_side_key(operation.key):
+            found.append(operation.key)
+    return found
+
+
+def forbid(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, *, reading: bool, writing: bool
+) -> None:
+    """Have etcd refuse whatever touches side keys, as roles without that range do."""
+    commit, look = store.commit, store.range
+
+    async def guarded_commit(transaction: Transaction) -> Any:
+        found = side_keys_of((transaction,))
+        writes = [o for o in _flat((transaction,)) if isinstance(o, (Put, Delete))]
+        if (reading and found) or (writing and any(is_side_key(o.key) for o in writes)):
+            raise StorePermissionError("etcdserver: permission denied")
+        return await commit(transaction)
+
+    async def guarded_range(start: bytes, *args: Any, **kwargs: Any) -> Any:
+        if reading and is_side_key(start):
+            raise StorePermissionError("etcdserver: permission denied")
+        return await look(start, *args, **kwargs)
+
+    monkeypatch.setattr(store, "commit", guarded_commit)
+    monkeypatch.setattr(store, "range", guarded_range)
+
+
+def _flat(operations: tuple[Operation, ...]) -> list[Operation]:
+    found: list[Operation] = []
+    for operation in operations:
+        if isinstance(operation, Transaction):
+            found += _flat((*operation.then, *operation.otherwise))
+        else:
+            found.append(operation)
+    return found
+
+
+async def test_a_change_is_one_transaction(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
+) -> None:
+    store.put_now(prefix + b"f", b"value")
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        before = store.revision
+        got = await mount.filesystem.setattr(inode, Change(mode=0o600, uid=1))
+        assert store.revision == before + 1
+        assert (got.mode & 0o7777, got.uid, got.gid) == (0o600, 1, 8)
+        assert record(store, prefix + b"f") == b'{"mode":"0600","uid":1}'
+        assert (await stat_of(mount, b"f")).mode & 0o7777 == 0o600
+        await mount.filesystem.setattr(inode, Change(mode=0o644, uid=7))
+        assert record(store, prefix + b"f") is None
+        assert await mount.view.value(mount.tree.root.children[b"f"]) == b"value"  # type: ignore[arg-type]
+        assert trio.current_time() == 0, "no timeout was waited for"
+
+
+async def test_a_foreign_change_arrives(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
+) -> None:
+    store.put_now(prefix + b"d/f", b"value")
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        inode = (await stat_of(mount, b"d", b"f")).inode
+        store.put_now(side_key(prefix + b"d/f"), b'{"mode":"0400","mtime_ns":7,"mtime_revision":2}')
+        store.put_now(prefix + b"d/", b"")
+        store.put_now(side_key(prefix + b"d/"), b'{"mode":"0700","uid":5}')
+        await trio.testing.wait_all_tasks_blocked()
+        found = await stat_of(mount, b"d", b"f")
+        assert (found.mode & 0o7777, found.mtime_ns, found.inode) == (0o400, 7, inode)
+        found = await stat_of(mount, b"d")
+        assert (found.mode, found.uid) == (stat.S_IFDIR | 0o700, 5)
+        store.put_now(prefix + b"d/f", b"other")
+        await trio.testing.wait_all_tasks_blocked()
+        found = await stat_of(mount, b"d", b"f")
+        assert found.mode & 0o7777 == 0o400
+        assert found.mtime_ns != 7, "the time was that of the other version"
+        store.delete_now(side_key(prefix + b"d/f"))
+        store.delete_now(prefix + b"d/")
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await stat_of(mount, b"d", b"f")).mode & 0o7777 == 0o644
+        assert (await stat_of(mount, b"d")).mode & 0o7777 == 0o755
+
+
+async def test_the_listing_has_attributes(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
+) -> None:
+    for key in (b"f", b"plain", b"v", b"v/below", b"d/", b"d/deep/er/x", b"void"):
+        store.put_now(prefix + key, b"value")
+    for key in (b"f", b"v", b"v/below", b"d/", b"d/deep/er/x", b"missing"):
+        store.put_now(side_key(prefix + key), b'{"uid":5}')
+    store.put_now(side_key(prefix + b"void"), b'{"uid":5}')
+    store.delete_now(prefix + b"void")
+    store.put_now(prefix + b"void", b"new")
+    store.put_now(side_key(prefix + b"v/"), b'{"uid":6}')  # there is no such marker
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        owners: dict[bytes, int] = {}
+        for path in ((), (b"v",)):
+            for name in await mount.kernel.listdir(path):
+                owners[b"/".join((*path, name))] = (await stat_of(mount, *path, name)).uid
+    assert owners == {
+        b"f": 5,
+        b"plain": 7,
+        b"v": 7,
+        b"v/%value": 5,
+        b"v/below": 5,
+        b"d": 5,
+        b"void": 7,
+    }
+
+
+async def test_a_lost_race_is_run_again(
+    autojump_clock: MockClock,
+    store: FakeStore,
+    cache: bool,
+    prefix: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.put_now(prefix + b"f", b"value")
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        foreign = [b'{"xattrs":{"user.theirs":"Yg=="}}', b'{"gid":3}']
+        commit = store.commit
+
+        async def racing(transaction: Transaction) -> Any:
+            if foreign and any(isinstance(o, Put) for o in transaction.then):
+                store.put_now(side_key(prefix + b"f"), foreign.pop())
+            return await commit(transaction)
+
+        monkeypatch.setattr(store, "commit", racing)
+        await mount.filesystem.xattrs.setxattr(inode, b"user.ours", b"a")
+        expected = b'{"xattrs":{"user.ours":"YQ==","user.theirs":"Yg=="}}'
+        assert record(store, prefix + b"f") == expected
+        names = await mount.filesystem.xattrs.listxattr(inode)
+        assert names == (b"user.ours", b"user.theirs")
+
+
+@pytest.mark.parametrize("again", [True, False])
+async def test_a_key_that_is_another_by_now(
+    autojump_clock: MockClock,
+    store: FakeStore,
+    cache: bool,
+    again: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store.put_now(b"/f", b"value")
+    async with open_mount(store, cache=cache) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        commit = store.commit
+
+        async def racing(transaction: Transaction) -> Any:
+            if any(isinstance(o, Put) for o in transaction.then):
+                store.delete_now(b"/f")
+                if again:
+                    store.put_now(b"/f", b"new")
+            return await commit(transaction)
+
+        monkeypatch.setattr(store, "commit", racing)
+        number = await errno_of(mount.filesystem.setattr(inode, Change(mode=0o600)))
+        assert os.strerror(number) == (
+            "Stale file handle" if again else "No such file or directory"
+        )
+        assert record(store, b"/f") is None
+
+
+async def test_what_is_made_has_its_attributes_in_the_same_transaction(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
+) -> None:
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        made = mount.filesystem
+        before = store.revision
+        await made.mkdir(1, b"d", 0o700, CALLER)
+        await made.mknod(1, b"n", stat.S_IFREG | 0o600, Caller(1, 2))
+        await made.symlink(1, b"l", b"to", CALLER)
+        handle, found = await made.create(1, b"f", os.O_CREAT | os.O_WRONLY, 0o640, CALLER)
+        assert found.mode & 0o7777 == 0o640
+        await mount.files.write(handle, 0, b"value")
+        await mount.files.flush(handle)
+        await mount.files.release(handle)
+        assert store.revision == before + 4
+        assert record(store, prefix + b"d/") == b'{"mode":"0700"}'
+        assert record(store, prefix + b"n") == b'{"gid":2,"mode":"0600","uid":1}'
+        assert record(store, prefix + b"l") == b'{"type":"symlink"}'
+        assert record(store, prefix + b"f") == b'{"mode":"0640"}'
+        assert (await stat_of(mount, b"f")).mode & 0o7777 == 0o640
+        link = await stat_of(mount, b"l")
+        assert (stat.S_ISLNK(link.mode), link.size) == (True, 2)
+        assert await made.readlink(link.inode) == b"to"
+
+
+async def test_times_go_along_with_what_was_written(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
+) -> None:
+    key = prefix + b"f"
+    store.put_now(key, b"value")
+    store.put_now(side_key(key), b'{"mode":"0600","mtime_ns":5}')
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        for data, times in ((b"1", True), (b"1", True), (b"2", False)):
+            handle = await mount.filesystem.open(inode, os.O_WRONLY | os.O_TRUNC)
+            await mount.files.write(handle, 0, data)
+            change = Change(mtime_ns=LONG_AGO, atime_ns=LONG_AGO, is_now=not times)
+            await mount.filesystem.setattr(inode, change)
+            before = store.revision
+            await mount.files.flush(handle)
+            await mount.files.release(handle)
+            assert store.revision == before + 1
+            own, side = store.current(key), store.current(side_key(key))
+            assert own is not None
+            assert side is not None
+            if times:
+                assert side.mod_revision == store.revision
+                assert (await stat_of(mount, b"f")).mtime_ns == LONG_AGO
+            else:
+                assert side.value == b'{"mode":"0600"}', "what no longer holds is dropped"
+
+
+@pytest.mark.expect_log("attributes are not kept: %s")
+@pytest.mark.parametrize("reading", [True, False])
+async def test_b154_without_rights_to_side_keys_content_still_works(
+    autojump_clock: MockClock,
+    store: FakeStore,
+    cache: bool,
+    reading: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store.put_now(b"/p/f", b"value")
+    store.put_now(side_key(b"/p/f"), b'{"mode":"0600"}')
+    forbid(store, monkeypatch, reading=reading, writing=True)
+    async with open_mount(store, cache=cache, prefix=b"/p/") as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        expected = 0o644 if reading else 0o600
+        assert (await stat_of(mount, b"f")).mode & 0o7777 == expected
+        for change in (Change(mode=0o640), Change(uid=1)):
+            number = await errno_of(mount.filesystem.setattr(inode, change))
+            assert os.strerror(number) == "Operation not permitted"
+        assert await errno_of(mount.filesystem.symlink(1, b"l", b"x", CALLER)) == 1
+        handle, _ = await mount.filesystem.create(1, b"new", os.O_CREAT | os.O_RDWR, 0o600, CALLER)
+        await mount.files.write(handle, 0, b"1")
+        await mount.files.flush(handle)
+        await mount.files.release(handle)
+        await mount.filesystem.create(1, b"x", os.O_CREAT | os.O_EXCL, 0o600, CALLER)
+        await mount.filesystem.mkdir(1, b"d", 0o700, CALLER)
+        assert sorted(await mount.kernel.listdir(())) == [b"d", b"f", b"new", b"x"]
+        assert (await stat_of(mount, b"new")).mode & 0o7777 == 0o644
+        await mount.kernel.unlink((b"f",))
+        assert store.current(b"/p/f") is None
+        assert [r.levelname for r in caplog.records if "not kept" in r.message] == ["WARNING"]
+
+
+async def test_changes_that_other_rights_forbid_say_so(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with open_mount(store, cache=cache) as mount:
+
+        async def refuse(transaction: Transaction) -> Any:
+            raise StorePermissionError("etcdserver: permission denied")
+
+        monkeypatch.setattr(store, "commit", refuse)
+        if cache:
+            number = await errno_of(mount.filesystem.mkdir(1, b"d", 0o700, CALLER))
+            assert os.strerror(number) == "Permission denied"
+            assert mount.tree.attributes, "it was not the side key that was refused"
+
+
+async def test_a_ttl(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
+    store.put_now(b"/f", b"value")
+    async with open_mount(store, cache=cache) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        xattrs = mount.filesystem.xattrs
+        await xattrs.setxattr(inode, b"user.etcd.ttl", b"60")
+        (lease,) = store.leases
+        assert await xattrs.getxattr(inode, b"user.etcd.ttl") == b"60"
+        assert await xattrs.getxattr(inode, b"user.etcd.lease") == b"%016x" % lease
+        assert (await stat_of(mount, b"f")).inode == inode
+        await store.lease_revoke(lease)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await errno_of(stat_of(mount, b"f")) == 2
+
+
+@pytest.mark.parametrize(("unknown", "left"), [(False, 0), (True, 1)])
+async def test_a_lease_that_was_not_attached(
+    autojump_clock: MockClock, store: FakeStore, unknown: bool, left: int
+) -> None:
+    """It is revoked; but not if that might delete the file."""
+    store.put_now(b"/f", b"value")
+    async with open_mount(store) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        error = OutcomeUnknownError("no answer") if unknown else StorePermissionError("no")
+        store.fail_next("commit", error, applied=unknown)
+        setting = mount.filesystem.xattrs.setxattr(inode, b"user.etcd.ttl", b"60")
+        assert await errno_of(setting) != 0
+        assert len(store.leases) == left
+        assert store.current(b"/f") is not None
+
+
+async def test_a_key_is_never_seen_before_its_attributes(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The side keys have a watch of their own, and it may be late."""
+    pull = FakeWatch.pull
+
+    def late(watch: FakeWatch) -> None:
+        if not is_side_key(watch._start):
+            pull(watch)
+
+    async with open_mount(store, prefix=b"/p/") as mount:
+        monkeypatch.setattr(FakeWatch, "pull", late)
+        store.commit_now(
+            Transaction(then=(Put(b"/p/f", b"secret"), Put(side_key(b"/p/f"), b'{"mode":"0600"}')))
+        )
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await stat_of(mount, b"f")).mode & 0o7777 == 0o600
+
+
+@pytest.mark.expect_log("%s; %s (attempt %d)")
+async def test_side_keys_are_listed_again_after_a_compaction(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    for name in (b"a", b"b", b"c"):
+        store.put_now(b"/p/" + name, b"value")
+        store.put_now(side_key(b"/p/" + name), b'{"uid":5}')
+    async with open_mount(store, prefix=b"/p/") as mount:
+        assert [(await stat_of(mount, n)).uid for n in (b"a", b"b", b"c")] == [5, 5, 5]
+        store.hold_watches()
+        store.delete_now(side_key(b"/p/a"))
+        store.put_now(side_key(b"/p/b"), b'{"uid":6}')
+        store.compact_now(store.revision)
+        store.break_watches()
+        store.release_watches()
+        await trio.sleep(60)
+        assert [(await stat_of(mount, n)).uid for n in (b"a", b"b", b"c")] == [7, 6, 5]
