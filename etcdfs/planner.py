@@ -97,6 +97,15 @@ class Plan:
                 if before is not after:
                     yield directory, name, before, after
 
+    def is_version(self, before: Node | None, after: Node | None) -> bool:
+        """Tell whether only the content changes, which a directory's own times do not show."""
+        return (
+            isinstance(before, File)
+            and isinstance(after, File)
+            and before not in self.deleted
+            and after not in self.moved
+        )
+
 
 @final
 class Planner:
