@@ -23,7 +23,7 @@ RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
 RACERS = 50
-FEWER = 12
+FEWER = 9
 
 
 def tree_of(directory: Path) -> dict[str, bytes | None]:

@@ -447,13 +447,38 @@ async def test_a_change_below_waits_for_the_move(
     async with open_mount(store, cache=cache) as mount:
         inode = (await mount.kernel.walk((b"d", b"e"))).number
         async with trio.open_nursery() as nursery:
-            store.hold("answer")
-            nursery.start_soon(mount.kernel.rename, (b"d",), (b"n",))
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(mount.filesystem.mkdir, inode, b"made")
-            await trio.testing.wait_all_tasks_blocked()
-            store.release("answer")
+            number = await racing(
+                store,
+                lambda: mount.kernel.rename((b"d",), (b"n",)),
+                lambda: nursery.start_soon(mount.filesystem.mkdir, inode, b"made"),
+                after=True,
+            )
+        assert number == 0
         assert keys(store) == {b"/n/e/f": b"1", b"/n/e/made/": b""}
         node = mount.tree.node(inode)
         assert isinstance(node, Directory)
         assert b"made" in node.children
+
+
+async def test_a_look_meanwhile_takes_nothing_away(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """Between the commit and its answer, etcd has nothing under the old names."""
+    fill(store, {b"/d/f": b"1", b"/d/g": b"2"})
+    async with open_mount(store, cache=cache) as mount, trio.open_nursery() as nursery:
+        writer = await mount.kernel.open((b"d", b"f"), os.O_RDWR)
+        await mount.kernel.write(writer, 0, b"new")
+        inode = (await mount.kernel.walk((b"d",))).number
+
+        def look() -> None:
+            nursery.start_soon(mount.filesystem.lookup, 1, b"d")
+            nursery.start_soon(mount.filesystem.lookup, inode, b"f")
+
+        number = await racing(
+            store, lambda: mount.kernel.rename((b"d",), (b"n",)), look, after=True
+        )
+        assert number == 0
+        await mount.kernel.close(writer)
+        assert keys(store) == {b"/n/f": b"new", b"/n/g": b"2"}
+        assert (await mount.kernel.walk((b"n",))).number == inode
+        await quiet(mount)
