@@ -19,6 +19,8 @@ export PATH := $(CURDIR)/.tools/etcd/usr/bin:$(PATH)
 # gcc, libc6-dev, pkg-config, libfuse3-dev: pyfuse3 has no wheels, it is compiled. fuse3:
 # fusermount3. etcd-client: etcdctl, for the demo and the tests. attr: getfattr, for the tests.
 PACKAGES := gcc libc6-dev pkg-config fuse3 libfuse3-dev etcd-client attr ca-certificates
+# What the tests run inside a mount. Without them those tests are skipped.
+PROGRAMS := git vim nano rsync sqlite3 jq yq make fio stress-ng
 # Debian's own Python comes without its headers and without venv; a pyenv Python has both.
 PYTHON_PACKAGES := python3-dev python3-venv
 
@@ -94,8 +96,13 @@ lint: packages $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+.PHONY: programs
+programs:
+	@$(MAKE) --no-print-directory packages PACKAGES="$(PROGRAMS)" \
+	  || echo "Not installed: some of $(PROGRAMS); their tests are skipped." >&2
+
 .PHONY: test
-test: etcd lint
+test: etcd lint programs
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet

@@ -1007,8 +1007,13 @@ class FilesystemMachine(RuleBasedStateMachine):
             self.check_parent_stays(key)
         # Else what went was made here, and never reached etcd; the key is not seen here yet.
         for version in self.versions.values():
-            if version.key == key and (version.published is not None) == (key in self.raced):
+            is_it = (version.published is not None) == (key in self.raced)
+            if version.key == key and (is_it or self.has_lost_its_name(version)):
                 version.key = None
+
+    def has_lost_its_name(self, version: Version) -> bool:
+        """Say whether it was never in etcd, and its name shows another file or none."""
+        return version.published is None and version.failed
 
     def check_parent_stays(self, key: bytes) -> None:
         parent = parent_marker(key)

@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,10 @@ def mode_of(path: Path) -> int:
 def owner_of(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_uid, found.st_gid
+
+
+def open_and_close(path: str, flags: int) -> None:
+    os.close(os.open(path, flags))
 
 
 def make_two() -> None:
@@ -190,7 +195,7 @@ def test_which_bits_decide(place: Path, mode: int, uid: int, gid: int, allowed: 
 
     def attempt() -> dict[str, tuple[str | None, bool]]:
         return {
-            name: (errno_of(lambda: os.close(os.open("f", flags))), os.access("f", access))
+            name: (errno_of(partial(open_and_close, "f", flags)), os.access("f", access))
             for name, flags, access in (("r", R, os.R_OK), ("w", W, os.W_OK))
         }
 
