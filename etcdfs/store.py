@@ -93,6 +93,17 @@ class Delete:
 
 
 @dataclass(frozen=True, slots=True)
+class Abort:
+    """Refuse the whole transaction, nothing of it done, if this is in a branch that is to run.
+
+    In the `otherwise` of inner transactions it joins their conditions to those of the outer one,
+    which is how a transaction can have any number of them. `key` is any key that may be read.
+    """
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Compare:
     """A condition on a key, or on every key of a range (an empty range compares as 0)."""
 
@@ -130,8 +141,17 @@ class Transaction:
     then: tuple["Operation", ...] = ()
     otherwise: tuple["Operation", ...] = ()
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether it changes nothing whatever happens, so that it may be sent again."""
+        return all(
+            isinstance(operation, Get)
+            or (isinstance(operation, Transaction) and operation.only_reads)
+            for operation in (*self.then, *self.otherwise)
+        )
 
-Operation = Get | Put | Delete | Transaction
+
+Operation = Get | Put | Delete | Abort | Transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,14 +267,16 @@ class Store(Protocol):
         ...
 
     async def commit(self, transaction: Transaction) -> Committed:
-        """Carry out a transaction, at most once.
+        """Carry out a transaction, at most once unless it only reads.
 
         Raises:
+            StoreTimeoutError: No answer came, and it only reads.
             OutcomeUnknownError: No answer came, and the request may have reached etcd.
             StoreUnavailableError: The request did not reach etcd.
             StoreFullError: The quota is used up.
             StoreValueTooLargeError: The request is too large.
             TooManyOperationsError: The transaction has too many operations.
+            TransactionAbortedError: An `Abort` was to run.
         """
         ...
 

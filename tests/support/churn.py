@@ -41,6 +41,9 @@ def churn(mounted: Mounted, client: Client, rounds: int, *, first: int = 0) -> N
         directory = mounted.path / "churn" / str(number)
         below = b"/churn/%d/" % number
         _work(directory)
+        if number % 2:  # what another client deletes, it deletes without its attributes
+            (directory / "c").chmod(0o600)
+            os.utime(directory / "c")
         _work_behind(mounted, client, directory, below)
         _look(directory)
         if number % 2:
@@ -67,8 +70,6 @@ def _work(directory: Path) -> None:
         (directory / "unlinked").unlink()
         unlinked.seek(0)
         unlinked.read()
-    (directory / "c").chmod(0o600)
-    os.utime(directory / "c")
     (directory / "sub").mkdir()
     (directory / "sub").rmdir()
     _fails(directory.rmdir)
