@@ -13,21 +13,24 @@ import os
 import stat
 import sys
 from collections.abc import Mapping, Sequence
+from getpass import getpass
 from pathlib import Path
-from typing import Annotated, Final, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
 from etcdfs import __version__
 from etcdfs.arguments import has_empty_operand, original_form
 from etcdfs.daemon import dismiss, run_in_foreground, start_in_background
-from etcdfs.errors import AuthUnsupportedError, CommandError, TlsUnsupportedError, UsageError
+from etcdfs.errors import CommandError, UsageError
 from etcdfs.flags import (
     DEFAULT_ENDPOINTS,
     AllowOther,
     AuditInterval,
+    CaCert,
     Cache,
     CacheSize,
+    Cert,
     Consistency,
     DataDir,
     DirMode,
@@ -36,7 +39,10 @@ from etcdfs.flags import (
     FileMode,
     Foreground,
     Gid,
+    InsecureSkipTlsVerify,
+    InsecureTransport,
     KernelTimeout,
+    Key,
     LogFile,
     LogLevel,
     MaxFileSize,
@@ -45,13 +51,16 @@ from etcdfs.flags import (
     Mountpoint,
     NoAttrs,
     OptionLists,
+    PasswordFile,
     Prefix,
     ReadOnly,
+    ServerName,
     SettleTimeout,
     Timeout,
     Uid,
     Umask,
     UnmountTimeout,
+    User,
     WaitForEtcd,
     WatchTimeout,
 )
@@ -61,24 +70,13 @@ from etcdfs.mountpoint import prepare, resolve, unmount
 from etcdfs.option_text import (
     LOGGING,
     NAMES,
-    OFF,
-    ON,
     OptionList,
     parse_option_list,
     parse_seconds,
     read_options,
 )
+from etcdfs.security_text import FILES, OFF, ON, SECURITY
 from etcdfs.spawn import Spawned
-
-_UNSUPPORTED: Final[Mapping[str, tuple[type[CommandError], str]]] = {
-    "ETCDCTL_CACERT": (TlsUnsupportedError, "TLS"),
-    "ETCDCTL_CERT": (TlsUnsupportedError, "TLS"),
-    "ETCDCTL_KEY": (TlsUnsupportedError, "TLS"),
-    "ETCDCTL_USER": (AuthUnsupportedError, "users"),
-    "ETCDCTL_PASSWORD": (AuthUnsupportedError, "users"),
-    "ETCDCTL_DISCOVERY_SRV": (UsageError, "discovery by DNS"),
-}
-"""What a shell set up for etcdctl may ask for and this version cannot do."""
 
 app = typer.Typer(
     name="etcdfs",
@@ -120,6 +118,14 @@ def mount(
     foreground: Foreground = False,
     option_lists: OptionLists = [],  # noqa: B006 -- typer never hands it out
     endpoints: Endpoints = [],  # noqa: B006 -- the same
+    cacert: CaCert = "",
+    cert: Cert = "",
+    key: Key = "",
+    insecure_skip_tls_verify: InsecureSkipTlsVerify = False,
+    insecure_transport: InsecureTransport = True,
+    server_name: ServerName = "",
+    user: User = "",
+    password_file: PasswordFile = "",
     timeout: Timeout = "",
     wait_for_etcd: WaitForEtcd = "",
     embedded: Embedded = False,
@@ -197,24 +203,38 @@ def _settle_etcd(environment: dict[str, str], said: dict[str, str]) -> dict[str,
     With --embedded whatever the shell has for etcdctl is about another etcd.
 
     Raises:
-        CommandError: The environment asks for what this version cannot do.
+        UsageError: The environment asks for what this version cannot do.
     """
     if {**environment, **said}.get("embedded", OFF) == ON:
-        environment.pop("endpoints", None)
+        for name in SECURITY | {"endpoints"}:
+            environment.pop(name, None)
         return {**environment, **said}
-    for variable, (error, what) in _UNSUPPORTED.items():
-        if os.environ.get(variable):
-            raise error(
-                f"{variable} is set, and this version of etcdfs cannot do {what}; "
-                "unset it to connect without"
-            )
-    return {"endpoints": DEFAULT_ENDPOINTS, **environment, **said}
+    if os.environ.get("ETCDCTL_DISCOVERY_SRV"):
+        raise UsageError(
+            "ETCDCTL_DISCOVERY_SRV is set, and etcdfs does not discover members by DNS;"
+            " unset it, and name them by --endpoints"
+        )
+    password = os.environ.get("ETCDFS_PASSWORD", os.environ.get("ETCDCTL_PASSWORD"))
+    if password is not None and not _has_password(said):
+        environment["password"] = password
+    return _ask_for_password({"endpoints": DEFAULT_ENDPOINTS, **environment, **said})
+
+
+def _has_password(texts: Mapping[str, str]) -> bool:
+    return ":" in texts.get("user", "") or not {"password", "password-file"}.isdisjoint(texts)
+
+
+def _ask_for_password(texts: dict[str, str]) -> dict[str, str]:
+    """Return the texts with a password for their user, asked for on the terminal if need be."""
+    if texts.get("user") and not _has_password(texts) and sys.stdin.isatty():
+        texts["password"] = getpass(f"Password of etcd's user {texts['user']}: ")
+    return texts
 
 
 def _handover(mountpoint: Path, texts: dict[str, str], fuse_options: tuple[str, ...]) -> Handover:
     """Return what the daemon is told, with every path absolute: its directory is `/`."""
     place = resolve(str(mountpoint))
-    for name in ("data-dir", "log-file"):
+    for name in ("data-dir", "log-file", *FILES):
         if name in texts:
             texts[name] = _outside(place, name, texts[name])
     owner = {"uid": str(os.getuid()), "gid": str(os.getgid())}

@@ -184,6 +184,14 @@ class StorePermissionError(StoreError):
     errno = errno.EACCES
 
 
+class StoreLoginError(StorePermissionError):
+    """etcd does not accept the user or the password, or the password cannot be read."""
+
+
+class StoreTlsError(StoreUnavailableError):
+    """No connection that both sides trust could be made; nothing was sent."""
+
+
 class MirrorStaleError(StoreError):
     """etcd has not been heard for so long that what is known must not be shown any more."""
 
@@ -315,14 +323,14 @@ class EndpointError(CommandError):
     exit_code = 22
 
 
-class TlsUnsupportedError(CommandError):
-    """An https endpoint: refused, never silently downgraded."""
+class TlsError(CommandError):
+    """TLS was asked for and cannot be had; never is plain text tried instead."""
 
     exit_code = 23
 
 
-class AuthUnsupportedError(CommandError):
-    """A user name or password: refused, rather than tried without."""
+class LoginError(CommandError):
+    """etcd does not accept the user or the password, or there is no password."""
 
     exit_code = 24
 

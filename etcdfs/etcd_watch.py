@@ -95,6 +95,15 @@ class EtcdWatch:
         except (*_STREAM_GONE, grpc.RpcError) as exc:
             raise self._lost("the watch has ended") from exc
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it ended in a way that speaks against the member."""
+        return isinstance(self._error, WatchLostError)
+
+    def abandon(self) -> None:
+        """End the stream at once; whoever receives from it is told that it is lost."""
+        self._call.cancel()
+
     async def close(self) -> None:
         """End the stream. Only local work, so bounded however etcd is."""
         self._call.cancel()

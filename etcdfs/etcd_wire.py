@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from functools import partial
 from operator import attrgetter
-from typing import Any, assert_never
+from typing import Any, NamedTuple, assert_never
 
 import grpc
 from aetcd import rpc
@@ -22,9 +22,11 @@ from etcdfs.errors import (
     OutcomeUnknownError,
     StoreError,
     StoreFullError,
+    StoreLoginError,
     StorePermissionError,
     StoreProtocolError,
     StoreTimeoutError,
+    StoreTlsError,
     StoreUnavailableError,
     StoreValueTooLargeError,
     TooManyOperationsError,
@@ -53,6 +55,14 @@ Message = Any
 
 Code = Any
 """A grpc.StatusCode: it has none either."""
+
+
+class Header(NamedTuple):
+    """What every answer says of the cluster it comes from."""
+
+    cluster: int
+    revision: int
+
 
 # --- requests -------------------------------------------------------------------------------
 
@@ -216,6 +226,16 @@ def _result(op: Message, revision: int) -> Page | Committed | int | None:
             raise OutcomeUnknownError(f"etcd answered a transaction with {kind!r}")
 
 
+def header(response: Message) -> Header:
+    """Return which cluster answered, and how far it was."""
+    return Header(response.header.cluster_id, response.header.revision)
+
+
+def auth_request(user: str, password: str) -> Message:
+    """Return the request for a token."""
+    return rpc.AuthenticateRequest(name=user, password=password)
+
+
 def store_status(response: Message) -> StoreStatus:
     """Return what a member says of itself."""
     return StoreStatus(
@@ -237,7 +257,7 @@ _REFUSALS: tuple[tuple[str, type[StoreError]], ...] = (
     ("user name not found", StorePermissionError),
     ("invalid auth token", StorePermissionError),
     ("revision of auth store is old", StorePermissionError),
-    ("authentication failed", StorePermissionError),
+    ("authentication failed", StoreLoginError),
     ("required revision has been compacted", CompactedError),
     ("required revision is a future revision", FutureRevisionError),
 )
@@ -259,8 +279,27 @@ _NOT_SENT = (
     "errors resolving",
     "etcdserver: no leader",  # the `hasleader` check, before the request is looked at
     "etcdserver: too many requests",  # before it is proposed
+    "etcdserver: rpc not supported for learner",  # the same check
 )
 """Texts of failures that prove a write was never proposed."""
+
+
+_WANTS_LOGIN = (
+    "invalid auth token",  # it expired, the member was restarted, the password was changed
+    "user name is empty",  # users were switched on since
+    "revision of auth store is old",  # users or roles were changed since
+)
+"""Texts that etcd sends when a new token is worth a try; it has not carried out anything."""
+
+_TLS_FAILURES = (
+    ("Hostname Verification Check failed", "its certificate is for another name"),
+    ("WRONG_VERSION_NUMBER", "it does not speak TLS"),
+    ("Handshake read failed", "it does not speak TLS"),
+    ("TSI_DATA_CORRUPTED", "it does not accept our certificate, or wants one (--cert)"),
+    ("CERTIFICATE_REQUIRED", "it wants a certificate of ours (--cert)"),
+    ("BAD_CERTIFICATE", "it does not accept our certificate, or wants one (--cert)"),
+    ("Failed to create security handshaker", "the certificates cannot be used"),
+)
 
 
 def refusal(code: Code | None, details: str, endpoint: object) -> StoreError | None:
@@ -282,7 +321,7 @@ def read_error(failure: Message, endpoint: object) -> StoreError:
     message = f"{endpoint}: {reason(code, details)}"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED or "timed out" in details:
         return StoreTimeoutError(message)
-    return StoreUnavailableError(message)
+    return StoreTlsError(message) if tls_reason(details) else StoreUnavailableError(message)
 
 
 def write_error(failure: Message, endpoint: object) -> StoreError:
@@ -301,7 +340,31 @@ def write_error(failure: Message, endpoint: object) -> StoreError:
 
 def is_transient(failure: Message) -> bool:
     """Tell whether a read that failed so may succeed when it is sent again."""
-    return failure.code() is grpc.StatusCode.UNAVAILABLE
+    code = failure.code()
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return False
+    return refusal(code, failure.details() or "", "") is None
+
+
+def is_of_connection(failure: Message) -> bool:
+    """Tell whether the connection is what failed, so that another had better be made."""
+    return failure.code() is grpc.StatusCode.UNAVAILABLE and not is_from_etcd(failure)
+
+
+def is_no_quorum(failure: Message) -> bool:
+    """Tell whether etcd says that it has no leader, or that the leader has no majority."""
+    return "no leader" in (failure.details() or "")
+
+
+def wants_login(failure: Message) -> bool:
+    """Tell whether etcd refused for want of a (still valid) token; then it did nothing."""
+    details = failure.details() or ""
+    return any(text in details for text in _WANTS_LOGIN)
+
+
+def has_no_users(failure: Message) -> bool:
+    """Tell whether a login failed because etcd lets everybody in."""
+    return "authentication is not enabled" in (failure.details() or "")
 
 
 def is_from_etcd(failure: Message) -> bool:
@@ -316,7 +379,21 @@ def reason(code: Code, details: str) -> str:
     refused = re.search(r"Failed to connect to remote host: (.+)$", details)
     if refused is not None:
         return refused[1].lower()
-    return " ".join(details.split()) or code.name.lower()
+    if re.search(r"failed to connect to all addresses.*Socket closed$", details):
+        # So it is, too, when one side speaks TLS and the other does not.
+        return "it closed the connection at once"
+    return tls_reason(details) or " ".join(details.split()) or code.name.lower()
+
+
+def tls_reason(details: str) -> str | None:
+    """Return why TLS could not be agreed upon, None if that is not what failed."""
+    distrusted = re.search(r"CERTIFICATE_VERIFY_FAILED: (.+?)(?:: OK)?$", details)
+    if distrusted is not None:
+        return f"its certificate is not trusted: {distrusted[1]}"
+    for text, meaning in _TLS_FAILURES:
+        if text in details:
+            return meaning
+    return "TLS failed" if "Tls handshake failed" in details else None
 
 
 def stream_error(failure: Message, endpoint: object) -> StoreError:

@@ -73,7 +73,7 @@ Endpoints = Annotated[
         envvar=["ETCDFS_ENDPOINTS", "ETCDCTL_ENDPOINTS"],
         rich_help_panel=_ETCD,
         show_default=DEFAULT_ENDPOINTS,
-        help="etcd's client addresses, http://HOST:PORT or HOST:PORT.",
+        help="etcd's client addresses, [http[s]://]HOST:PORT.",
     ),
 ]
 Timeout = Annotated[
@@ -84,6 +84,82 @@ Timeout = Annotated[
         rich_help_panel=_ETCD,
         show_default="5",
         help="Bound of every request to etcd, in seconds.",
+    ),
+]
+CaCert = Annotated[
+    str,
+    typer.Option(
+        "--cacert",
+        metavar="FILE",
+        envvar=["ETCDFS_CACERT", "ETCDCTL_CACERT"],
+        rich_help_panel=_ETCD,
+        show_default="the system's",
+        help="Trust members whose certificate comes from these authorities (PEM).",
+    ),
+]
+Cert = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        envvar=["ETCDFS_CERT", "ETCDCTL_CERT"],
+        rich_help_panel=_ETCD,
+        help="Certificate by which etcd knows this mount (PEM); needs --key.",
+    ),
+]
+Key = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        envvar=["ETCDFS_KEY", "ETCDCTL_KEY"],
+        rich_help_panel=_ETCD,
+        help="Private key of --cert (PEM, not encrypted).",
+    ),
+]
+InsecureSkipTlsVerify = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-skip-tls-verify",
+        envvar=["ETCDFS_INSECURE_SKIP_TLS_VERIFY", "ETCDCTL_INSECURE_SKIP_TLS_VERIFY"],
+        rich_help_panel=_ETCD,
+        help="Take any certificate that has not expired. For tests only.",
+    ),
+]
+InsecureTransport = Annotated[
+    bool,
+    typer.Option(
+        "--insecure-transport/--no-insecure-transport",
+        envvar=["ETCDFS_INSECURE_TRANSPORT", "ETCDCTL_INSECURE_TRANSPORT"],
+        rich_help_panel=_ETCD,
+        show_default=False,
+        help="Whether endpoints without a scheme are plain text; not with any other TLS option.",
+    ),
+]
+ServerName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        envvar="ETCDFS_SERVER_NAME",
+        rich_help_panel=_ETCD,
+        show_default="the endpoint's host",
+        help="Name that the members' certificates must have.",
+    ),
+]
+User = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME[:PASSWORD]",
+        envvar=["ETCDFS_USER", "ETCDCTL_USER"],
+        rich_help_panel=_ETCD,
+        help="etcd's user; asks for the password on a terminal, if it is said nowhere.",
+    ),
+]
+PasswordFile = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        envvar="ETCDFS_PASSWORD_FILE",
+        rich_help_panel=_ETCD,
+        help="File with the password; read again at each login, so that it may be changed.",
     ),
 ]
 WaitForEtcd = Annotated[

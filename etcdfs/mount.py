@@ -38,8 +38,12 @@ from etcdfs.errors import (
     CommandError,
     EtcdRefusedError,
     EtcdUnreachableError,
+    LoginError,
     StoreError,
+    StoreLoginError,
     StorePermissionError,
+    StoreTlsError,
+    TlsError,
 )
 from etcdfs.etcd import open_store
 from etcdfs.filesystem import Filesystem
@@ -183,7 +187,7 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
                 tasks.start_soon(watch_over, rooms.mirror)
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:
-                rooms.kernel.start()
+                rooms.kernel.start(tasks)
                 stack.callback(rooms.kernel.stop)
                 tasks.start_soon(_announce, rooms, reporter, client_url)
                 ending.begin(rooms, mount)
@@ -205,10 +209,22 @@ async def _open_rooms(
 
     async def connect() -> Store:
         with _store_errors():
-            opening = open_store(endpoints, timeout_s=options.timeout_s)
-            return await stack.enter_async_context(opening)
+            opening = open_store(endpoints, timeout_s=options.timeout_s, security=options.security)
+            store = await stack.enter_async_context(opening)
+            if not options.cache:  # a listing comes next, else
+                await _check_readable(store, Keyspace(options.prefix))
+            return store
 
     return Rooms(options, await waiting.until_done(connect)), client_url
+
+
+async def _check_readable(store: Store, keyspace: Keyspace) -> None:
+    """Ask for what the mount is about: who may read nothing of it should hear so at once.
+
+    Raises:
+        StoreError: It may not be read, or etcd does not answer.
+    """
+    await store.range(keyspace.start, keyspace.end, limit=1, keys_only=True)
 
 
 @final
@@ -251,7 +267,6 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
                 await tasks.start(mirror.run, progress)
             if mirror.sides is not None:
                 await tasks.start(mirror.sides.run)
-        tasks.start_soon(mirror.keep_loaded)
     finally:
         gc.enable()
         gc.freeze()
@@ -271,6 +286,8 @@ async def _announce(rooms: Rooms, reporter: Reporter, client_url: str | None) ->
             client_url=client_url,
         )
     )
+    if mirror is not None:
+        await mirror.keep_loaded()
 
 
 @final
@@ -333,6 +350,10 @@ def _store_errors() -> Iterator[None]:
     """Turn what etcd says at the start into what a person is told."""
     try:
         yield
+    except StoreLoginError as exc:
+        raise LoginError(str(exc)) from exc
+    except StoreTlsError as exc:
+        raise TlsError(str(exc)) from exc
     except StorePermissionError as exc:
         raise EtcdRefusedError(str(exc)) from exc
     except StoreError as exc:

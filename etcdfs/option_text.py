@@ -18,13 +18,9 @@ from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
-from etcdfs.errors import EndpointError, PrefixError, TlsUnsupportedError, UsageError
-from etcdfs.options import Endpoint, MountOptions
-
-Texts = Mapping[str, str]
-
-ON: Final = "on"
-OFF: Final = "off"
+from etcdfs.errors import EndpointError, PrefixError, TlsError, UsageError
+from etcdfs.options import OPEN, Endpoint, MountOptions
+from etcdfs.security_text import OFF, ON, SECURITY, Texts, asks_for_tls, parse_flag, read_security
 
 PREFIX_MAX: Final = 4096
 """Bytes of a prefix; it is repeated in every key of the mount, and PATH_MAX is as much."""
@@ -49,52 +45,60 @@ _Value = TypeVar("_Value")
 # --- endpoints ------------------------------------------------------------------------------
 
 
-def parse_endpoints(text: str) -> tuple[Endpoint, ...]:
+def parse_endpoints(text: str, *, tls: str | None = None) -> tuple[Endpoint, ...]:
     """Read endpoints separated by commas, in order; one said twice counts once.
+
+    Args:
+        text: The endpoints.
+        tls: What else asks for TLS, so that it is meant where no scheme is said; None: nothing.
 
     Raises:
         EndpointError: One of them cannot be understood.
-        TlsUnsupportedError: One of them is `https://`.
+        TlsError: One of them is `http://`, and something else asks for TLS.
     """
-    return tuple(dict.fromkeys(parse_endpoint(part.strip()) for part in text.split(",")))
+    parts = (part.strip() for part in text.split(","))
+    return tuple(dict.fromkeys(parse_endpoint(part, tls=tls) for part in parts))
 
 
-def parse_endpoint(text: str) -> Endpoint:
-    """Read `http://host:port` or `host:port`; an IPv6 address stands in brackets.
+def parse_endpoint(text: str, *, tls: str | None = None) -> Endpoint:
+    """Read `http://host:port`, `https://...` or `host:port`; an IPv6 address is in brackets.
 
     There is no default port, as with etcdctl: a forgotten one must not lead to another etcd.
 
+    Args:
+        text: The endpoint.
+        tls: See `parse_endpoints`.
+
     Raises:
         EndpointError: It cannot be understood.
-        TlsUnsupportedError: It is `https://`.
+        TlsError: It is `http://`, and something else asks for TLS.
     """
     if not text:
         raise EndpointError("an endpoint is empty; expected http://HOST:PORT or HOST:PORT")
     if "@" in text:  # not repeated: what stands before it may be a password
-        raise EndpointError("an endpoint has a user name in it ('@'); expected http://HOST:PORT")
+        raise EndpointError("an endpoint has a user name in it ('@'); say --user instead")
     if not text.isprintable() or " " in text:
         raise EndpointError(f"the endpoint {text!r} has a blank or control character in it")
     scheme, separator, rest = text.partition("://")
     if not separator:
-        scheme, rest = "http", text
-    _check_scheme(scheme, text)
+        scheme, rest = "http" if tls is None else "https", text
+    secure = _is_secure(scheme, text)
+    if tls is not None and not secure:
+        raise TlsError(f"the endpoint {text!r} is plain text, and {tls} asks for TLS; say https://")
     try:
         parts = urlsplit(f"//{rest}")
     except ValueError:  # only brackets are looked at so early
         raise EndpointError(f"the endpoint {text!r} has no valid IPv6 address") from None
     _check_address_only(parts, text)
-    return Endpoint(_host(parts, text), _port(parts, text))
+    return Endpoint(_host(parts, text), _port(parts, text), secure)
 
 
-def _check_scheme(scheme: str, text: str) -> None:
+def _is_secure(scheme: str, text: str) -> bool:
     match scheme.lower():
         case "http":
-            return
+            return False
         case "https":
-            raise TlsUnsupportedError(
-                f"the endpoint {text!r} asks for TLS, which this version of etcdfs cannot do; "
-                "it will not fall back to plain text"
-            )
+            return True
         case "unix" | "unixs":
             raise EndpointError(
                 f"the endpoint {text!r} is a Unix socket; etcdfs connects by TCP (http://HOST:PORT)"
@@ -232,21 +236,6 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-def parse_flag(text: str) -> bool:
-    """Read `on` or `off` (also true/false, yes/no, 1/0), as environments have it.
-
-    Raises:
-        UsageError: It is neither.
-    """
-    match text.lower():
-        case "on" | "true" | "yes" | "1":
-            return True
-        case "off" | "false" | "no" | "0":
-            return False
-        case _:
-            raise UsageError(f"{text!r} is neither on nor off")
-
-
 def parse_consistency(text: str) -> bool:
     """Read `watch` or `linearizable`; return whether it is the latter.
 
@@ -290,6 +279,7 @@ _FLAGS: Final = {
     "no-cache": ("cache", OFF),
     "nocache": ("cache", OFF),
     "embedded": ("embedded", ON),
+    "insecure-skip-tls-verify": ("insecure-skip-tls-verify", ON),
 }
 
 _KERNEL: Final = frozenset(
@@ -316,6 +306,7 @@ _REFUSED: Final = {
     ),
     "remount": "unmount and mount again",
     "bind": "it is for mount(8) itself",
+    "password": "others could see it; use password_file",
 }
 
 
@@ -346,15 +337,20 @@ def parse_option_list(text: str) -> OptionList:
     for option in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = option.partition("=")
         dashed = name.replace("_", "-")
+        valued = bool(equals) and dashed in VALUED
         if name in _REFUSED:
             raise UsageError(f"-o {option} is refused: {_REFUSED[name]}")
         if name in _KERNEL_VALUED if equals else name in _KERNEL:
             fuse_options.append(option)
-        elif name in _IGNORED or name.startswith(("x-", "X-")):
+        elif (name in _IGNORED and not valued) or name.startswith(("x-", "X-")):
             continue
+        elif dashed == "user" and ":" in value:  # not repeated
+            raise UsageError(
+                "-o user=NAME:PASSWORD is refused: others could see it; use password_file"
+            )
         elif dashed in _FLAGS and not equals:
             texts.update([_FLAGS[dashed]])
-        elif dashed in VALUED and equals:
+        elif valued:
             both = dashed == "endpoints" and dashed in texts
             texts[dashed] = f"{texts[dashed]},{value}" if both else value
         else:
@@ -373,7 +369,6 @@ def _why_unknown(name: str, has_value: bool) -> str:
 # --- all together ---------------------------------------------------------------------------
 
 _PARSERS: Final[Mapping[str, tuple[str, Callable[[str], object]]]] = {
-    "endpoints": ("endpoints", parse_endpoints),
     "prefix": ("prefix", lambda text: parse_prefix(text.encode(errors="surrogateescape"))),
     "cache": ("cache", parse_flag),
     "read-only": ("read_only", parse_flag),
@@ -399,7 +394,7 @@ _PARSERS: Final[Mapping[str, tuple[str, Callable[[str], object]]]] = {
 }
 """By the option's name: the field of `MountOptions`, and how its text is read."""
 
-NAMES: Final = frozenset(_PARSERS)
+NAMES: Final = frozenset(_PARSERS) | (SECURITY - {"password"}) | {"endpoints"}
 """Every option that a mount can be told by text."""
 
 LOGGING: Final = frozenset({"log-level", "log-file"})
@@ -407,9 +402,6 @@ LOGGING: Final = frozenset({"log-level", "log-file"})
 
 VALUED: Final = (NAMES | LOGGING) - {name for name, _ in _FLAGS.values()}
 """Every option that takes a value."""
-
-_OWN_SENTENCE: Final = (EndpointError, PrefixError, TlsUnsupportedError)
-"""Errors whose message names what it is about."""
 
 
 def read_options(mountpoint: str, texts: Texts, fuse_options: tuple[str, ...] = ()) -> MountOptions:
@@ -421,20 +413,25 @@ def read_options(mountpoint: str, texts: Texts, fuse_options: tuple[str, ...] = 
         CommandError: One of the texts cannot be understood, or two contradict one another.
     """
     fields: dict[str, Any] = {}
-    for name in NAMES & texts.keys():
+    for name in _PARSERS.keys() & texts.keys():
         text = texts[name]
         field, parse = _PARSERS[name]
         try:
             fields[field] = parse(text)
-        except _OWN_SENTENCE:
+        except PrefixError:  # its message names what it is about
             raise
         except UsageError as exc:
             raise UsageError(f"--{name}: {exc}") from None
+    if "endpoints" in texts:
+        fields["endpoints"] = parse_endpoints(texts["endpoints"], tls=asks_for_tls(texts))
+    fields["security"] = read_security(texts)
     options = MountOptions(mountpoint=mountpoint, fuse_options=fuse_options, **fields)
     if options.embedded and options.endpoints:
         raise UsageError("--embedded starts an etcd of its own; --endpoints cannot go with it")
     if not options.embedded and not options.endpoints:
         raise UsageError("no endpoints: say --endpoints HOST:PORT, or --embedded")
+    if options.embedded and options.security != OPEN:
+        raise UsageError("--embedded starts an etcd of its own, without certificates or users")
     if options.data_dir is not None and not options.embedded:
         raise UsageError("--data-dir is where --embedded keeps its data; it needs --embedded")
     return options

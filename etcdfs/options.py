@@ -10,7 +10,7 @@ Concurrency: none; pure functions and frozen values.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 DEFAULT_CACHE_SIZE = 256 * 1024 * 1024
@@ -24,14 +24,52 @@ DEFAULT_MAX_FILE_SIZE = 1536 * 1024  # etcd's --max-request-bytes
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """One etcd client address."""
+    """One etcd client address.
+
+    Attributes:
+        host: A name or an address.
+        port: Its port.
+        secure: Whether it is reached by TLS.
+    """
 
     host: str
     port: int
+    secure: bool = False
 
     def __str__(self) -> str:
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Security:
+    """How etcd is to know us, and we it.
+
+    Files are named, not read here: they may change while a mount lives.
+
+    Attributes:
+        cacert: File of the authorities that members' certificates come from; None: the system's.
+        cert: File of our own certificate.
+        key: File of its private key.
+        skip_verify: Take whatever certificate a member shows.
+        server_name: The name that members' certificates must have; None: the endpoint's.
+        user: etcd's user; None: nobody.
+        password: The user's password, unless it is in a file.
+        password_file: The file it is in.
+    """
+
+    cacert: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    skip_verify: bool = False
+    server_name: str | None = None
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    password_file: str | None = None
+
+
+OPEN = Security()
+"""Nobody in particular, and members are believed as far as the system does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +79,7 @@ class MountOptions:
     Attributes:
         mountpoint: Absolute path of the directory to mount over.
         endpoints: The etcd members, in order of preference; empty only with `embedded`.
+        security: Certificates, and the user.
         prefix: The key prefix shown as the root: ends in one `/`, or is empty (raw keyspace).
         cache: Mirror the keyspace and watch it; otherwise ask etcd at every operation.
         read_only: Refuse every change with EROFS.
@@ -68,6 +107,7 @@ class MountOptions:
 
     mountpoint: str
     endpoints: tuple[Endpoint, ...] = ()
+    security: Security = OPEN
     prefix: bytes = b"/"
     cache: bool = False
     read_only: bool = False
@@ -110,5 +150,6 @@ def decode_options(encoded: Mapping[str, Any]) -> MountOptions:
     fields = dict(encoded)
     fields["prefix"] = fields["prefix"].encode("latin-1")
     fields["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in fields["endpoints"])
+    fields["security"] = Security(**fields["security"])
     fields["fuse_options"] = tuple(fields["fuse_options"])
     return MountOptions(**fields)

@@ -20,6 +20,7 @@ import sys
 DAEMON_MODULE = "etcdfs.mount"
 
 _STANDARD = (0, 1, 2)
+_SECRETS = ("ETCDCTL_PASSWORD", "ETCDCTL_USER", "ETCDFS_PASSWORD", "ETCDFS_USER")
 
 
 class Spawned:
@@ -63,6 +64,9 @@ def spawn(mountpoint: str) -> Spawned:
 
     Args:
         mountpoint: An absolute path; by it the daemon is found in the list of processes.
+
+    Raises:
+        OSError: No process can be started here.
     """
     _keep_descriptors()
     options_read, options_write = os.pipe()
@@ -101,8 +105,13 @@ def daemon_environment() -> dict[str, str]:
 
     gRPC's core writes to stderr, in its own form and for every broken connection; what matters
     of that reaches our log as an error of a call. It reads this when it is loaded.
+
+    There is no password in it: what the daemon is to know is handed over.
     """
-    return {"GRPC_VERBOSITY": "NONE"} | os.environ
+    environment = {"GRPC_VERBOSITY": "NONE"} | os.environ
+    for name in _SECRETS:
+        environment.pop(name, None)
+    return environment
 
 
 def fill_standard_descriptors() -> None:

@@ -141,6 +141,15 @@ class Transaction:
     then: tuple["Operation", ...] = ()
     otherwise: tuple["Operation", ...] = ()
 
+    @property
+    def only_reads(self) -> bool:
+        """Whether it changes nothing whatever happens, so that it may be sent again."""
+        return all(
+            isinstance(operation, Get)
+            or (isinstance(operation, Transaction) and operation.only_reads)
+            for operation in (*self.then, *self.otherwise)
+        )
+
 
 Operation = Get | Put | Delete | Abort | Transaction
 
@@ -258,9 +267,10 @@ class Store(Protocol):
         ...
 
     async def commit(self, transaction: Transaction) -> Committed:
-        """Carry out a transaction, at most once.
+        """Carry out a transaction, at most once unless it only reads.
 
         Raises:
+            StoreTimeoutError: No answer came, and it only reads.
             OutcomeUnknownError: No answer came, and the request may have reached etcd.
             StoreUnavailableError: The request did not reach etcd.
             StoreFullError: The quota is used up.

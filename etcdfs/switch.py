@@ -24,6 +24,10 @@ from etcdfs.sides import put_on
 from etcdfs.store import Event, KeyValue
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 
+    def is_version(self, before: Node | None, after: Node | None) -> bool:
+        """Tell whether only the content changes, which a directory's own times do not show."""
+        return isinstance(before, File) and isinstance(after, File) and before not in self.deleted
+
 
 @final
 class Switch:
@@ -95,9 +99,10 @@ class Switch:
     def untold(self, plan: Plan) -> set[Cached]:
         """Return what must not be answered with a lifetime while the switch is under way."""
         touched: set[Cached] = set()
-        for directory, name, _, _ in plan.changes():
+        for directory, name, before, after in plan.changes():
             touched.add(Entry(directory.inode, name))
-            touched.add(self.tree.listing_of(directory))
+            if not plan.is_version(before, after):
+                touched.add(self.tree.listing_of(directory))
         for node in plan.dressed:
             listing = self.tree.listing_of(node)
             touched.add(listing)
@@ -108,13 +113,13 @@ class Switch:
     def invalidations(self, plan: Plan) -> set[Cached]:
         """Return which of the kernel's cached answers the plan makes untrue."""
         stale: set[Cached] = set()
-        for directory, name, _, _ in plan.changes():
+        for directory, name, before, after in plan.changes():
             entry = Entry(directory.inode, name)
             if entry in self.locked:
                 continue
             if self.tree.is_told(directory, name):
                 stale.add(entry)
-            if directory.told:
+            if directory.told and not plan.is_version(before, after):
                 stale.add(self.tree.listing_of(directory))
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
@@ -125,17 +130,18 @@ class Switch:
         changes = list(plan.changes())
         # Files leave before directories: a file's key is made from the path it still has.
         for kind in (File, Directory):
-            for directory, name, before, _ in changes:
+            for directory, name, before, after in changes:
                 if isinstance(before, kind):
                     tree.detach(
                         directory,
                         name,
                         gone=before in plan.deleted,
                         is_moved=before in plan.moved,
+                        as_version=plan.is_version(before, after),
                     )
-        for directory, name, _, after in changes:
+        for directory, name, before, after in changes:
             if after is not None:
-                tree.attach(directory, name, after)
+                tree.attach(directory, name, after, as_version=plan.is_version(before, after))
         for directory, marker in plan.markers.items():
             directory.marker = marker
         for file, facts in plan.facts.items():

@@ -382,8 +382,14 @@ class Tree:
         """Make a directory with a new inode number, attached nowhere yet."""
         return Directory(self._new_number(), self.clock())
 
-    def attach(self, directory: Directory, name: bytes, node: Node) -> None:
-        """Put a node under a name; what stood there must have been detached."""
+    def attach(
+        self, directory: Directory, name: bytes, node: Node, *, as_version: bool = False
+    ) -> None:
+        """Put a node under a name; what stood there must have been detached.
+
+        With `as_version`, here and in `detach`, one version of a file takes the place of
+        another: the directory's own times stay, as when a file is written to.
+        """
         node.directory = directory
         node.name = name
         directory.children[name] = node
@@ -393,10 +399,17 @@ class Tree:
             node.lost_key = None
             node.gone = False
         self._negatives.pop(Entry(directory.inode, name), None)
-        self._touch(directory)
+        if not as_version:
+            self._touch(directory)
 
     def detach(
-        self, directory: Directory, name: bytes, *, gone: bool, is_moved: bool = False
+        self,
+        directory: Directory,
+        name: bytes,
+        *,
+        gone: bool,
+        is_moved: bool = False,
+        as_version: bool = False,
     ) -> Node | None:
         """Take a name away.
 
@@ -405,6 +418,7 @@ class Tree:
             name: The name.
             gone: Whether its key is deleted, not merely replaced.
             is_moved: Whether a directory will be attached elsewhere with all that is below it.
+            as_version: Whether only a new version of the file takes its place.
         """
         node = directory.children.get(name)
         if node is None:
@@ -420,7 +434,8 @@ class Tree:
                     self.detach(node, below, gone=True)
         del directory.children[name]
         node.directory = None
-        self._touch(directory)
+        if not as_version:
+            self._touch(directory)
         return node
 
     def clear(self) -> None:

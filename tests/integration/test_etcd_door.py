@@ -34,7 +34,9 @@ from etcdfs.etcd_watch import EtcdWatch
 from etcdfs.options import Endpoint
 from etcdfs.store import (
     END_OF_KEYS,
+    Get,
     KeyValue,
+    Operation,
     Put,
     Tombstone,
     Transaction,
@@ -57,6 +59,9 @@ class ScriptedEtcd(rpc_pb2_grpc.KVServicer, rpc_pb2_grpc.WatchServicer):  # type
     Attributes:
         refusals: What the next ranges or transactions are refused with.
         ranges: How many ranges arrived.
+        cluster: The id of the cluster it says it belongs to.
+        revision: The revision it answers ranges with.
+        answer: What it answers transactions with; by default something that makes no sense.
         transactions: How many transactions arrived.
         metadata: What the last request came with.
         play: What a watch sends; gets the client's requests.
@@ -65,7 +70,12 @@ class ScriptedEtcd(rpc_pb2_grpc.KVServicer, rpc_pb2_grpc.WatchServicer):  # type
     def __init__(self) -> None:
         self.refusals: queue.SimpleQueue[tuple[Any, str]] = queue.SimpleQueue()
         self.ranges = 0
+        self.cluster = 0
+        self.revision = 7
         self.transactions = 0
+        self.answer = rpc.TxnResponse(
+            header=header(8), succeeded=True, responses=[rpc.ResponseOp()]
+        )
         self.metadata: dict[str, str] = {}
         self.play: Callable[[Requests], Iterator[Any]] = lambda _requests: iter(())
         self._server = grpc.server(ThreadPoolExecutor(max_workers=8))
@@ -77,12 +87,12 @@ class ScriptedEtcd(rpc_pb2_grpc.KVServicer, rpc_pb2_grpc.WatchServicer):  # type
     def Range(self, _request: Any, context: Any) -> Any:  # noqa: N802 (gRPC's name)
         self.ranges += 1
         self._maybe_refuse(context)
-        return rpc.RangeResponse(header=header(7))
+        return rpc.RangeResponse(header=header(self.revision, self.cluster))
 
     def Txn(self, _request: Any, context: Any) -> Any:  # noqa: N802 (gRPC's name)
         self.transactions += 1
         self._maybe_refuse(context)
-        return rpc.TxnResponse(header=header(8), succeeded=True, responses=[rpc.ResponseOp()])
+        return self.answer
 
     def Watch(self, requests: Requests, context: Any) -> Iterator[Any]:  # noqa: N802
         self.metadata = dict(context.invocation_metadata())
@@ -101,8 +111,8 @@ class ScriptedEtcd(rpc_pb2_grpc.KVServicer, rpc_pb2_grpc.WatchServicer):  # type
             context.abort(*self.refusals.get())
 
 
-def header(revision: int) -> Any:
-    return rpc.ResponseHeader(revision=revision)
+def header(revision: int, cluster: int = 0) -> Any:
+    return rpc.ResponseHeader(revision=revision, cluster_id=cluster)
 
 
 def created(revision: int = 5) -> Any:
@@ -226,15 +236,23 @@ async def test_a_write_without_an_answer_is_unknown_and_not_sent_again(
     [
         (Code.UNAVAILABLE, "etcdserver: no leader"),
         (Code.RESOURCE_EXHAUSTED, "etcdserver: too many requests"),
+        (Code.UNAVAILABLE, "etcdserver: rpc not supported for learner"),
     ],
 )
-async def test_a_write_refused_before_it_is_looked_at_was_not_executed(
-    store: EtcdStore, server: ScriptedEtcd, code: Any, details: str
+async def test_a_write_refused_before_it_is_looked_at_is_sent_again(
+    server: ScriptedEtcd, code: Any, details: str
 ) -> None:
-    server.refusals.put((code, details))
-    with pytest.raises(StoreUnavailableError, match=details):
-        await store.commit(PUT)
-    assert server.transactions == 1
+    with trio.fail_after(BOUND_S):
+        async with open_store([server.endpoint], timeout_s=0.3) as store:
+            server.refusals.put((code, details))
+            with pytest.raises(OutcomeUnknownError, match="answered a transaction with None"):
+                await store.commit(PUT)
+            assert server.transactions == 2
+            for _ in range(100):
+                server.refusals.put((code, details))
+            with pytest.raises(StoreUnavailableError, match=details):
+                await store.commit(PUT)
+    assert 2 < server.transactions < 20
 
 
 async def test_a_write_under_way_when_the_connection_ends_is_unknown(
@@ -268,6 +286,18 @@ async def test_a_read_is_sent_again(store: EtcdStore, server: ScriptedEtcd) -> N
     assert page.revision == 7
     assert server.ranges == 4
     assert store.statistics().ranges == 1
+
+
+@pytest.mark.parametrize(
+    "operation", [Get(b"a"), Transaction((), (Get(b"a"),), (Get(b"b"),))], ids=["flat", "nested"]
+)
+async def test_a_transaction_that_only_reads_is_sent_again(
+    store: EtcdStore, server: ScriptedEtcd, operation: Operation
+) -> None:
+    server.answer = rpc.TxnResponse(header=header(8), succeeded=True)
+    server.refusals.put((Code.UNAVAILABLE, "Socket closed"))
+    assert (await store.commit(Transaction((), (operation,)))).succeeded
+    assert server.transactions == 2
 
 
 @pytest.mark.parametrize(
@@ -321,6 +351,142 @@ async def test_a_user_with_few_rights_may_open(server: ScriptedEtcd) -> None:
     server.refusals.put((Code.PERMISSION_DENIED, "etcdserver: permission denied"))
     async with open_store([server.endpoint], timeout_s=TIMEOUT_S):
         assert server.ranges == 1
+
+
+# --- several members ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second() -> Iterator[ScriptedEtcd]:
+    server = ScriptedEtcd()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+async def both(server: ScriptedEtcd, second: ScriptedEtcd) -> AsyncIterator[EtcdStore]:
+    with trio.fail_after(BOUND_S):
+        endpoints = (server.endpoint, second.endpoint)
+        async with open_store(endpoints, timeout_s=TIMEOUT_S) as store:
+            server.ranges = second.ranges = 0
+            yield store
+
+
+async def test_one_member_is_used_as_long_as_it_serves(
+    both: EtcdStore, server: ScriptedEtcd, second: ScriptedEtcd
+) -> None:
+    for _ in range(3):
+        await both.range(b"a")
+    assert (server.ranges, second.ranges) == (3, 0)
+    assert both.endpoint == server.endpoint
+
+
+async def test_a_member_without_a_leader_is_left(
+    both: EtcdStore, server: ScriptedEtcd, second: ScriptedEtcd
+) -> None:
+    server.refusals.put((Code.UNAVAILABLE, "etcdserver: no leader"))
+    await both.range(b"a")
+    await both.range(b"a")
+    assert (server.ranges, second.ranges) == (1, 2)
+    assert both.endpoint == second.endpoint
+
+
+async def test_a_watch_without_a_leader_is_opened_elsewhere(
+    both: EtcdStore, server: ScriptedEtcd, second: ScriptedEtcd
+) -> None:
+    async with watching(both, server, created(), (Code.UNAVAILABLE, "etcdserver: no leader")) as w:
+        await w.receive()
+        with pytest.raises(WatchLostError, match="no leader"):
+            await w.receive()
+    async with watching(both, second, created(9)) as w:
+        assert await w.receive() == WatchOpened(9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"revision": 6}, {"cluster": 2}], ids=["past", "foreign"])
+async def test_an_answer_from_the_past_or_from_elsewhere_is_no_answer(
+    both: EtcdStore, server: ScriptedEtcd, second: ScriptedEtcd, change: dict[str, int]
+) -> None:
+    """A frozen member that wakes up answers from the past (etcd issue 20418)."""
+    server.cluster = second.cluster = 1
+    await both.range(b"a")
+    for name, value in change.items():
+        setattr(server, name, value)
+    assert (await both.range(b"a")).revision == 7
+    assert both.endpoint == second.endpoint
+
+
+@pytest.mark.expect_log("etcd is at revision %d, and was at %d: it was restored or replaced")
+async def test_when_all_members_go_back_they_are_believed(
+    both: EtcdStore, server: ScriptedEtcd, second: ScriptedEtcd
+) -> None:
+    """Restored from a snapshot, or wiped: the mirror finds out, and must not be kept waiting."""
+    server.revision = second.revision = 3
+    assert (await both.range(b"a")).revision == 3
+    assert (server.ranges, second.ranges) == (2, 2)  # they had time to catch up
+    assert (await both.range(b"a")).revision == 3
+    assert server.ranges + second.ranges == 5
+
+
+@pytest.mark.expect_log("etcd is at revision %d, and was at %d: it was restored or replaced")
+async def test_a_single_member_that_goes_back_is_believed(
+    store: EtcdStore, server: ScriptedEtcd
+) -> None:
+    server.revision = 3
+    assert (await store.range(b"a")).revision == 3
+    assert server.ranges == 2
+
+
+async def test_answers_that_cross_may_be_older_than_others(
+    store: EtcdStore, server: ScriptedEtcd
+) -> None:
+    """Only what was known when the question was put counts."""
+    arrived, finish = trio.Event(), trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    hold = [True]
+
+    def maybe_hold(_context: Any) -> None:
+        if hold and hold.pop():
+            token.run_sync_soon(arrived.set)
+            trio.from_thread.run(finish.wait, trio_token=token)
+
+    server._maybe_refuse = maybe_hold  # type: ignore[method-assign,assignment]
+    revisions: list[int] = []
+
+    async def early() -> None:
+        revisions.append((await store.range(b"a")).revision)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(early)
+        await arrived.wait()
+        server.revision = 9
+        await store.range(b"a")
+        server.revision = 8
+        finish.set()
+    assert revisions == [8]
+    assert server.ranges == 2
+
+
+async def test_a_slow_member_is_helped_out_not_cut_off(
+    server: ScriptedEtcd, second: ScriptedEtcd
+) -> None:
+    """When both are slow, the first to answer counts."""
+    finish, released = trio.Event(), trio.Event()
+    token = trio.lowlevel.current_trio_token()
+    with trio.fail_after(BOUND_S):
+        async with open_store((server.endpoint, second.endpoint), timeout_s=1.0) as store:
+
+            def hold(_context: Any) -> None:
+                trio.from_thread.run(finish.wait, trio_token=token)
+
+            def answer_the_first(_context: Any) -> None:
+                token.run_sync_soon(finish.set)
+                trio.from_thread.run(released.wait, trio_token=token)
+
+            server._maybe_refuse = hold  # type: ignore[method-assign,assignment]
+            second._maybe_refuse = answer_the_first  # type: ignore[method-assign,assignment]
+            await store.range(b"a")
+            assert store.endpoint == server.endpoint
+            released.set()
 
 
 # --- watches --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A real etcd member for tests: started, frozen, killed and restarted at will.
 
-What this room knows: how to run an etcd binary on free loopback ports with data of its own.
+What this room knows: how to run an etcd binary on free loopback ports with data of its own,
+alone or at its seat in a cluster (`cluster.py`).
 What it must not know: etcdfs' own door; tests of the door must not depend on the door.
 
 Concurrency: plain blocking calls, each bounded; a trio test that must go on meanwhile wraps
@@ -14,10 +15,12 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import final
 
@@ -89,39 +92,92 @@ def _has_option(binary: Path, option: str) -> bool:
     return option in done.stdout + done.stderr
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of 127.0.0.1 that nobody uses now; somebody may before it is bound."""
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port: int = sock.getsockname()[1]
         return port
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """A member's place in a cluster.
+
+    Attributes:
+        name: Its name.
+        endpoint: Where clients find it.
+        peer_url: Where the other members find it.
+        cluster: All members, as `--initial-cluster` takes them.
+        state: `new`, or `existing` for one that was added later.
+    """
+
+    name: str
+    endpoint: Endpoint
+    peer_url: str
+    cluster: str
+    state: str = "new"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Secured:
+    """How an etcd is reached that does not let everybody in in plain text.
+
+    Attributes:
+        server: Further options of etcd.
+        client: Further options of etcdctl.
+        context: For TLS: what `https` needs to get through; None: plain text.
+    """
+
+    server: tuple[str, ...] = ()
+    client: tuple[str, ...] = ()
+    context: ssl.SSLContext | None = field(default=None, repr=False)
+
+
+PLAIN = Secured()
+
+
 @final
 class EtcdProcess:
-    """One single-member etcd. Owned by the test that started it.
+    """One member of etcd, alone unless it has a seat. Owned by the test that started it.
 
     Attributes:
         endpoint: Its client address; the same after a restart.
         data_dir: Its data; kept by `kill` and `stop`, deleted by `close`.
+        secured: How it is reached; etcdctl goes that way from when this is set.
     """
 
-    def __init__(self, binary: Path, *arguments: str) -> None:
-        """Start etcd and wait until it answers.
+    def __init__(
+        self,
+        binary: Path,
+        *arguments: str,
+        seat: Seat | None = None,
+        secured: Secured = PLAIN,
+    ) -> None:
+        """Start etcd and wait until it answers; with a seat, `start` or `spawn` it yourself.
 
         Args:
             binary: The etcd to run.
             arguments: Further command-line options.
+            seat: Its place in a cluster.
+            secured: How it is reached, if not in plain text.
 
         Raises:
             EtcdProcessError: It did not start.
         """
         self._binary = binary
+        self._seat = seat
+        self.secured = secured
         self._arguments = arguments
         self._home = Path(tempfile.mkdtemp(prefix="etcdfs-test-etcd-", dir=_scratch()))
         self._process: subprocess.Popen[bytes] | None = None
         self._paused = False
         self._fast = ("--unsafe-no-fsync",) if _has_option(binary, "--unsafe-no-fsync") else ()
+        self._ready: socket.socket | None = None
         self.data_dir = self._home / "data"
+        if seat is not None:
+            self.endpoint, self._peer_url = seat.endpoint, seat.peer_url
+            return
         try:
             self._start_on_free_ports()
         except BaseException:
@@ -137,7 +193,8 @@ class EtcdProcess:
     @property
     def client_url(self) -> str:
         """Return the URL that `etcdctl --endpoints` and `etcdfs mount` take."""
-        return f"http://{self.endpoint}"
+        scheme = "http" if self.secured.context is None else "https"
+        return f"{scheme}://{self.endpoint.host}:{self.endpoint.port}"
 
     @property
     def pid(self) -> int:
@@ -150,6 +207,11 @@ class EtcdProcess:
         return self._process is not None
 
     @property
+    def paused(self) -> bool:
+        """Whether it is frozen."""
+        return self._paused
+
+    @property
     def log(self) -> str:
         """Return what etcd has logged so far."""
         path = self._home / "log"
@@ -157,18 +219,42 @@ class EtcdProcess:
 
     def start(self) -> None:
         """Start it again, on the same ports and data, and wait until it answers."""
+        self.spawn()
+        self.wait_until_ready()
+
+    def spawn(self) -> None:
+        """Start it without waiting: in a cluster it is ready only when a majority runs."""
         if self._process is not None:
             raise EtcdProcessError("etcd is running")
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready:
-            ready.bind(str(self._home / "notify"))
-            try:
-                self._spawn()
-                self._wait_until_ready(ready)
-            except BaseException:
-                self.kill()
-                raise
-            finally:
-                (self._home / "notify").unlink()
+        self._close_ready()
+        self._ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._ready.bind(str(self._home / "notify"))
+        try:
+            self._spawn()
+        except BaseException:
+            self._close_ready()
+            raise
+
+    def wait_until_ready(self) -> None:
+        """Wait until a spawned etcd answers; it is killed if it does not in time.
+
+        Raises:
+            EtcdProcessError: It ended, or is not ready in time.
+        """
+        assert self._ready is not None, "spawn it first"
+        try:
+            self._wait_until_ready(self._ready)
+        except BaseException:
+            self.kill()
+            raise
+        finally:
+            self._close_ready()
+
+    def _close_ready(self) -> None:
+        if self._ready is not None:
+            self._ready.close()
+            self._ready = None
+        (self._home / "notify").unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End it by SIGTERM, by SIGKILL when that takes too long; nothing when it is down."""
@@ -211,7 +297,7 @@ class EtcdProcess:
             self._paused = False
 
     def etcdctl(self, *arguments: str | bytes, stdin: bytes | None = None) -> bytes:
-        """Run etcdctl (API v3) against this etcd and return what it prints.
+        """Run etcdctl (API v3) against this member and return what it prints.
 
         Raises:
             EtcdProcessError: It failed.
@@ -219,7 +305,13 @@ class EtcdProcess:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("ETCDCTL_")}
         environment["ETCDCTL_API"] = "3"
         done = subprocess.run(
-            [self._etcdctl_binary(), f"--endpoints={self.client_url}", *arguments],
+            [
+                self._etcdctl_binary(),
+                f"--endpoints={self.client_url}",
+                f"--command-timeout={_COMMAND_TIMEOUT_S - 5:.0f}s",  # its default is 5 s
+                *self.secured.client,
+                *arguments,
+            ],
             input=stdin,
             capture_output=True,
             env=environment,
@@ -244,12 +336,13 @@ class EtcdProcess:
     def close(self) -> None:
         """Kill it and delete its data."""
         self.kill()
+        self._close_ready()
         shutil.rmtree(self._home, ignore_errors=True)
 
     def _start_on_free_ports(self) -> None:
         for attempt in range(_START_ATTEMPTS):
-            self.endpoint = Endpoint("127.0.0.1", _free_port())
-            self._peer_url = f"http://127.0.0.1:{_free_port()}"
+            self.endpoint = Endpoint("127.0.0.1", free_port())
+            self._peer_url = f"http://127.0.0.1:{free_port()}"
             try:
                 self.start()
             except EtcdProcessError:
@@ -260,17 +353,23 @@ class EtcdProcess:
                 return
 
     def _spawn(self) -> None:
+        seat = self._seat
+        name = "test" if seat is None else seat.name
         command = [
             str(self._binary),
-            "--name=test",
+            f"--name={name}",
             f"--data-dir={self.data_dir}",
             f"--listen-client-urls={self.client_url}",
             f"--advertise-client-urls={self.client_url}",
             f"--listen-peer-urls={self._peer_url}",
             f"--initial-advertise-peer-urls={self._peer_url}",
-            f"--initial-cluster=test={self._peer_url}",
-            *_TIMERS,
+            *(
+                (f"--initial-cluster=test={self._peer_url}", *_TIMERS)
+                if seat is None
+                else (f"--initial-cluster={seat.cluster}", f"--initial-cluster-state={seat.state}")
+            ),
             *self._fast,
+            *self.secured.server,
             *self._arguments,
         ]
         # etcd reads every option from ETCD_* too; a developer's shell must not leak in.
@@ -294,7 +393,10 @@ class EtcdProcess:
         if ready.fileno() not in heard:
             reason = "exited" if heard else f"was not ready within {_START_TIMEOUT_S:.0f} s"
             raise EtcdProcessError(f"{self._binary} {reason}: {self.log[-2000:]}")
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}),
+            urllib.request.HTTPSHandler(context=self.secured.context),
+        )
         with opener.open(f"{self.client_url}/health", timeout=_START_TIMEOUT_S) as answer:
             answer.read()
 

@@ -51,10 +51,16 @@ class Mounted:
         log_file: What the daemon logs.
     """
 
-    def __init__(self, etcd: EtcdProcess, *options: str, via: str | None = None) -> None:
+    def __init__(
+        self, etcd: EtcdProcess, *options: str, via: str | None = None, **environment: str
+    ) -> None:
         """Mount with `options` of the command line, `--cache` or `--no-cache` among them.
 
-        `via` is the address to give to etcdfs, if that is not etcd's own.
+        Args:
+            etcd: The etcd behind it.
+            options: Of the command line.
+            via: The address to give to etcdfs, if that is not etcd's own.
+            environment: What the command's environment has besides.
         """
         self._etcd = etcd
         self._home = Path(tempfile.mkdtemp(prefix="etcdfs-test-mount-"))
@@ -74,6 +80,7 @@ class Mounted:
                 "--log-level",
                 "info",
                 *options,
+                **environment,
             )
             assert done.returncode == 0, f"etcdfs mount: {done.returncode} {done.stderr}"
         except BaseException:

@@ -15,8 +15,8 @@ from etcdfs.cli import main
 from etcdfs.errors import MountpointMissingError
 from etcdfs.handshake import Failed, Handover, LogSettings, Ready
 from etcdfs.option_text import LOGGING, NAMES
-from etcdfs.options import Endpoint, MountOptions
-from etcdfs.spawn import Spawned
+from etcdfs.options import Endpoint, MountOptions, Security
+from etcdfs.spawn import Spawned, daemon_environment
 
 LOCAL = (Endpoint("127.0.0.1", 2379),)
 
@@ -248,25 +248,100 @@ def test_flags_win_over_lists_and_lists_over_the_environment(
     assert shell.mount("--prefix", "").prefix == b""
 
 
+def test_discovery_is_refused_not_ignored(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCDCTL_DISCOVERY_SRV", "example.com")
+    status, line = shell.refuses("mount", str(shell.place))
+    assert status == 2
+    assert "ETCDCTL_DISCOVERY_SRV" in line
+
+
+# --- certificates and users -----------------------------------------------------------------
+
+
+def test_tls_as_etcdctl_has_it(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ETCDCTL_CACERT", "/ca")
+    monkeypatch.setenv("ETCDCTL_CERT", "/cert")
+    monkeypatch.setenv("ETCDCTL_KEY", "/key")
+    options = shell.mount("--endpoints", "a:1")
+    assert options.endpoints == (Endpoint("a", 1, secure=True),)
+    assert options.security == Security(cacert="/ca", cert="/cert", key="/key")
+
+
 @pytest.mark.parametrize(
-    ("variable", "code"),
+    ("variable", "value", "skipped"),
     [
-        ("ETCDCTL_CACERT", 23),
-        ("ETCDCTL_CERT", 23),
-        ("ETCDCTL_KEY", 23),
-        ("ETCDCTL_USER", 24),
-        ("ETCDCTL_PASSWORD", 24),
-        ("ETCDCTL_DISCOVERY_SRV", 2),
+        ("ETCDCTL_INSECURE_SKIP_TLS_VERIFY", "true", True),
+        ("ETCDCTL_INSECURE_TRANSPORT", "false", False),
     ],
 )
-def test_what_cannot_be_done_is_refused_not_ignored(
-    shell: Shell, monkeypatch: pytest.MonkeyPatch, variable: str, code: int
+def test_flags_of_tls_from_the_environment(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, skipped: bool
 ) -> None:
-    monkeypatch.setenv(variable, "secret")
-    status, line = shell.refuses("mount", str(shell.place))
-    assert status == code
-    assert variable in line
-    assert "secret" not in line
+    monkeypatch.setenv(variable, value)
+    options = shell.mount("--endpoints", "a:1")
+    assert options.endpoints == (Endpoint("a", 1, secure=True),)
+    assert options.security == Security(skip_verify=skipped)
+
+
+def test_files_are_made_absolute(shell: Shell) -> None:
+    options = shell.mount("--endpoints", "https://a:1", "--cacert", "ca.pem")
+    assert options.security.cacert == str(Path("ca.pem").absolute())
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "user", "password", "file"),
+    [
+        ({"ETCDCTL_USER": "u:p:q"}, [], "u", "p:q", None),
+        ({"ETCDCTL_USER": "u", "ETCDCTL_PASSWORD": "p"}, [], "u", "p", None),
+        ({"ETCDCTL_PASSWORD": "p"}, ["--user", "v:w"], "v", "w", None),
+        ({"ETCDCTL_PASSWORD": "p"}, ["--user", "v"], "v", "p", None),
+        ({"ETCDFS_PASSWORD": "", "ETCDCTL_PASSWORD": "p"}, ["--user", "v"], "v", "", None),
+        (
+            {"ETCDCTL_USER": "u", "ETCDCTL_PASSWORD": "p"},
+            ["--password-file", "/f"],
+            "u",
+            None,
+            "/f",
+        ),
+    ],
+)
+def test_users(
+    shell: Shell,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    flags: list[str],
+    user: str,
+    password: str | None,
+    file: str | None,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    security = shell.mount(*flags).security
+    assert (security.user, security.password, security.password_file) == (user, password, file)
+    assert "password=" not in repr(security)
+
+
+def test_a_password_is_asked_for_on_a_terminal(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def answer(question: str) -> str:
+        asked.append(question)
+        return "typed"
+
+    monkeypatch.setattr(etcdfs.cli, "getpass", answer)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert shell.mount("--user", "u").security.password == "typed"
+    assert asked == ["Password of etcd's user u: "]
+    assert shell.mount("--user", "u:p").security.password == "p"
+    assert len(asked) == 1
+
+
+def test_the_daemons_environment_has_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ETCDCTL_USER", "ETCDCTL_PASSWORD", "ETCDFS_USER", "ETCDFS_PASSWORD"):
+        monkeypatch.setenv(name, "u:secret")
+    assert "u:secret" not in daemon_environment().values()
 
 
 # --- mistakes -------------------------------------------------------------------------------
@@ -292,8 +367,15 @@ def test_what_cannot_be_done_is_refused_not_ignored(
         (["mount", "{}", "--data-dir", "/d"], 2),
         (["mount", "{}", "-o", "frobnicate"], 2),
         (["mount", "{}", "--endpoints", "a"], 22),
-        (["mount", "{}", "--endpoints", "https://a:1"], 23),
-        (["{}", "https://a:1"], 23),
+        (["mount", "{}", "--endpoints", "http://a:1", "--cacert", "/ca"], 23),
+        (["{}", "http://a:1", "--insecure-skip-tls-verify"], 23),
+        (["{}", "http://a:1", "--no-insecure-transport"], 23),
+        (["{}", "a:1", "--cert", "/cert"], 23),
+        (["{}", "a:1", "--key", "/key"], 23),
+        (["{}", "a:1", "--cacert", "{}/ca"], 2),
+        (["{}", "a:1", "--user", "u"], 24),
+        (["{}", "a:1", "--user", "u:p", "--password-file", "/f"], 24),
+        (["{}", "a:1", "--password-file", "/f"], 24),
         (["mount", "{}", "--prefix", "a//b"], 30),
         (["umount", "{}"], 14),
         (["umount", "{}", "--timeout", "soon"], 2),

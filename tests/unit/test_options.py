@@ -10,7 +10,7 @@ from etcdfs.errors import (
     CommandError,
     EndpointError,
     PrefixError,
-    TlsUnsupportedError,
+    TlsError,
     UsageError,
 )
 from etcdfs.option_text import (
@@ -19,7 +19,6 @@ from etcdfs.option_text import (
     VALUED,
     parse_endpoint,
     parse_endpoints,
-    parse_flag,
     parse_mode,
     parse_option_list,
     parse_prefix,
@@ -27,7 +26,14 @@ from etcdfs.option_text import (
     parse_size,
     read_options,
 )
-from etcdfs.options import Endpoint, MountOptions, decode_options, encode_options
+from etcdfs.options import (
+    Endpoint,
+    MountOptions,
+    Security,
+    decode_options,
+    encode_options,
+)
+from etcdfs.security_text import parse_flag
 
 # --- endpoints ------------------------------------------------------------------------------
 
@@ -83,10 +89,15 @@ def test_endpoint_with_a_password_does_not_repeat_it() -> None:
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["https://localhost:2379", "HTTPS://localhost:2379", "https://x"])
-def test_https_is_refused_rather_than_downgraded(text: str) -> None:
-    with pytest.raises(TlsUnsupportedError, match="TLS"):
-        parse_endpoint(text)
+@pytest.mark.parametrize("text", ["https://etcd:2379", "HTTPS://etcd:2379", "https://etcd:2379/"])
+def test_https_is_tls(text: str) -> None:
+    assert parse_endpoint(text) == Endpoint("etcd", 2379, secure=True)
+
+
+def test_an_endpoint_without_a_scheme_is_as_secure_as_the_rest() -> None:
+    assert parse_endpoint("a:1", tls="--cacert") == Endpoint("a", 1, secure=True)
+    with pytest.raises(TlsError, match="plain text, and --cacert asks for TLS"):
+        parse_endpoint("http://a:1", tls="--cacert")
 
 
 def test_endpoints_keep_their_order_and_count_once() -> None:
@@ -116,7 +127,7 @@ def test_endpoint_reads_what_it_writes(host: str, port: int, scheme: str) -> Non
 def test_endpoints_never_fail_otherwise(text: str) -> None:
     try:
         endpoints = parse_endpoints(text)
-    except (EndpointError, TlsUnsupportedError) as exc:
+    except (EndpointError, TlsError) as exc:
         assert "\n" not in str(exc)  # noqa: PT017 -- either outcome is fine
     else:
         assert endpoints
@@ -284,7 +295,9 @@ def test_option_list_lets_the_last_word_win() -> None:
 def test_option_list_has_every_option() -> None:
     for name in VALUED:
         assert parse_option_list(f"{name}=x").texts == {name: "x"}
-    flags = parse_option_list("ro,allow_other,no_attrs,cache,embedded").texts
+    flags = parse_option_list(
+        "ro,allow_other,no_attrs,cache,embedded,insecure_skip_tls_verify"
+    ).texts
     assert flags.keys() == NAMES - VALUED
 
 
@@ -298,6 +311,8 @@ def test_option_list_has_every_option() -> None:
         ("suid", "never setuid"),
         ("auto_unmount", "deleted data"),
         ("remount", "mount again"),
+        ("password=secret", "others could see it"),
+        ("user=root:secret", "others could see it"),
         ("foreground", "no such option"),
     ],
 )
@@ -334,11 +349,28 @@ def test_every_option_changes_its_field() -> None:
         "settle-timeout": "3",
         "max-file-size": "2M",
         "embedded": "off",
+        "cacert": "/ca",
+        "cert": "/cert",
+        "key": "/key",
+        "insecure-skip-tls-verify": "on",
+        "insecure-transport": "off",
+        "server-name": "etcd",
+        "user": "u",
+        "password-file": "/password",
         "log-level": "debug",
     }
     assert read_options("/m", texts, ("noexec",)) == MountOptions(
         mountpoint="/m",
-        endpoints=(Endpoint("a", 1),),
+        endpoints=(Endpoint("a", 1, secure=True),),
+        security=Security(
+            cacert="/ca",
+            cert="/cert",
+            key="/key",
+            skip_verify=True,
+            server_name="etcd",
+            user="u",
+            password_file="/password",
+        ),
         prefix=b"/p\xff/",
         cache=True,
         read_only=True,
@@ -367,6 +399,7 @@ def test_embedded_takes_a_data_dir() -> None:
     ("texts", "complaint"),
     [
         ({"embedded": "on", "endpoints": "a:1"}, "etcd of its own"),
+        ({"embedded": "on", "cacert": "/ca"}, "without certificates or users"),
         ({}, "no endpoints"),
         ({"endpoints": "a:1", "data-dir": "/d"}, "needs --embedded"),
         ({**_SOME, "timeout": "0"}, "--timeout: it must be more than 0"),
@@ -398,10 +431,25 @@ seconds = st.floats(min_value=0, allow_nan=False, allow_infinity=False)
 modes = st.integers(0, 0o777)
 sizes = st.integers(0, 2**63 - 1)
 
+maybe_path = st.one_of(st.none(), paths)
+
 mount_options = st.builds(
     MountOptions,
     mountpoint=paths,
-    endpoints=st.lists(st.builds(Endpoint, st.text(), st.integers(1, 65535))).map(tuple),
+    endpoints=st.lists(st.builds(Endpoint, st.text(), st.integers(1, 65535), st.booleans())).map(
+        tuple
+    ),
+    security=st.builds(
+        Security,
+        cacert=maybe_path,
+        cert=maybe_path,
+        key=maybe_path,
+        skip_verify=st.booleans(),
+        server_name=maybe_path,
+        user=maybe_path,
+        password=maybe_path,
+        password_file=maybe_path,
+    ),
     prefix=st.binary(),
     cache=st.booleans(),
     read_only=st.booleans(),

@@ -1,0 +1,205 @@
+"""What becomes of reads, writes and watches when the member in use fails (FAULTS.md 2 to 6)."""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+
+import pytest
+import trio
+
+from etcdfs.errors import (
+    OutcomeUnknownError,
+    StoreError,
+    StoreTimeoutError,
+    StoreUnavailableError,
+    WatchLostError,
+)
+from etcdfs.etcd import EtcdStore, open_store
+from etcdfs.options import Endpoint
+from etcdfs.store import END_OF_KEYS, Put, Transaction, WatchEvents, WatchOpened, unchanged
+from tests.support.cluster import Cluster
+from tests.support.etcd_process import EtcdProcess, find_etcds
+from tests.support.proxy import Proxy
+
+pytestmark = pytest.mark.etcd
+
+TIMEOUT_S = 6.0
+BOUND_S = 40.0
+PUT = Transaction(then=(Put(b"a", b"1"),))
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Cluster]:
+    """Three members for the whole module; of one release, since all takes its time."""
+    *_, binary = find_etcds().values()
+    with Cluster(binary) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Iterator[Cluster]:
+    yield shared
+    shared.heal()
+
+
+@asynccontextmanager
+async def opened(
+    *endpoints: Endpoint, timeout_s: float = TIMEOUT_S, bound_s: float = BOUND_S
+) -> AsyncIterator[EtcdStore]:
+    with trio.fail_after(bound_s):
+        async with open_store(endpoints, timeout_s=timeout_s) as store:
+            yield store
+
+
+def ordered(cluster: Cluster, *, leader_first: bool) -> tuple[Endpoint, ...]:
+    """Return the endpoints so that the leader, or a follower, is used first."""
+    leader = cluster.leader()
+    followers = [m for m in cluster.members if m is not leader]
+    members = [leader, *followers] if leader_first else [*followers, leader]
+    return tuple(member.endpoint for member in members)
+
+
+def member_at(cluster: Cluster, endpoint: Endpoint) -> EtcdProcess:
+    return next(member for member in cluster.members if member.endpoint == endpoint)
+
+
+# --- a member fails -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leader_first", [False, True], ids=["follower", "leader"])
+@pytest.mark.parametrize("how", ["kill", "pause"])
+async def test_the_member_in_use_fails(cluster: Cluster, how: str, leader_first: bool) -> None:
+    """Reads and writes go on elsewhere, the watch ends at once, and goes on elsewhere, too."""
+    endpoints = ordered(cluster, leader_first=leader_first)
+    async with opened(*endpoints) as store:
+        revision = (await store.commit(PUT)).revision
+        async with store.watch(b"", END_OF_KEYS, revision + 1) as watch:
+            await watch.receive()
+            assert store.endpoint == endpoints[0]
+            getattr(member_at(cluster, endpoints[0]), how)()
+            assert (await store.range(b"a")).revision == revision
+            assert store.endpoint != endpoints[0]
+            with pytest.raises(WatchLostError):
+                await watch.receive()
+        assert (await store.commit(PUT)).revision == revision + 1
+        async with store.watch(b"", END_OF_KEYS, revision + 1) as watch:
+            assert isinstance(await watch.receive(), WatchOpened)
+            message = await watch.receive()
+    assert isinstance(message, WatchEvents)
+    assert [event.mod_revision for event in message.events] == [revision + 1]
+
+
+async def test_a_write_after_a_while_is_not_entrusted_to_a_frozen_member(
+    cluster: Cluster,
+) -> None:
+    endpoints = ordered(cluster, leader_first=False)
+    async with opened(*endpoints) as store:
+        revision = (await store.commit(PUT)).revision
+        member_at(cluster, endpoints[0]).pause()
+        await trio.sleep(1.1)  # FRESH_S
+        assert (await store.commit(PUT)).revision == revision + 1
+
+
+async def test_a_majority_is_lost_and_found(cluster: Cluster) -> None:
+    """Nobody pretends: reads and writes fail in time, and the watch is told."""
+    async with opened(*cluster.endpoints, timeout_s=2.0) as store:
+        revision = (await store.commit(PUT)).revision
+        in_use = member_at(cluster, store.endpoint)
+        async with store.watch(b"", END_OF_KEYS, 0) as watch:
+            await watch.receive()
+            for member in cluster.members:
+                if member is not in_use:
+                    member.kill()
+            with pytest.raises((StoreTimeoutError, StoreUnavailableError)):
+                await store.range(b"a")
+            with pytest.raises(StoreError) as caught:
+                await store.commit(PUT)
+            assert isinstance(caught.value, (OutcomeUnknownError, StoreUnavailableError))
+            with pytest.raises(WatchLostError):
+                await watch.receive()
+        await trio.to_thread.run_sync(cluster.heal)
+        assert (await store.range(b"a")).revision >= revision
+
+
+async def test_a_learner_is_passed_over(etcd_binary: Path) -> None:
+    """It serves no linearizable reads, and no writes (FAULTS.md, "Also")."""
+    with Cluster(etcd_binary, size=1) as cluster:
+        learner = cluster.add(learner=True)
+        async with opened(learner.endpoint, cluster.members[0].endpoint) as store:
+            assert store.endpoint == cluster.members[0].endpoint
+            await store.commit(PUT)
+            async with store.watch(b"", END_OF_KEYS, 0) as watch:
+                await watch.receive()
+
+
+async def test_acknowledged_writes_survive_changes_of_the_leader(cluster: Cluster) -> None:
+    """Each is a compare on the one before: a lost or repeated write would break the chain."""
+    acknowledged = unknown = 0
+    async with opened(*cluster.endpoints) as store:
+        page = await store.range(b"count")
+        last = page.entries[0].mod_revision if page.entries else 0
+        sent = 0
+
+        async def count() -> None:
+            nonlocal acknowledged, unknown, last, sent
+            while acknowledged < 60:
+                sent += 1
+                value = b"%d" % sent
+                put = Transaction((unchanged(b"count", last),), (Put(b"count", value),))
+                try:
+                    done = await store.commit(put)
+                except OutcomeUnknownError:
+                    unknown += 1
+                    (found,) = (await store.range(b"count")).entries
+                    # Either it came in, or nothing did: nobody else writes.
+                    assert found.mod_revision == last or found.value == value
+                    acknowledged += found.value == value
+                    last = found.mod_revision
+                else:
+                    assert done.succeeded
+                    acknowledged += 1
+                    last = done.revision
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(count)
+            for member in cluster.members:
+                await trio.to_thread.run_sync(partial(cluster.move_leader, member))
+    assert acknowledged == 60
+
+
+# --- the network fails ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain_etcd(etcd_binary: Path) -> Iterator[EtcdProcess]:
+    with EtcdProcess(etcd_binary) as etcd:
+        yield etcd
+
+
+async def test_an_answer_that_is_lost(plain_etcd: EtcdProcess) -> None:
+    """The write is in etcd, once; it is not known to be, and is never sent again."""
+    with Proxy(plain_etcd.endpoint) as proxy:
+        async with opened(proxy.endpoint, plain_etcd.endpoint, timeout_s=2.0) as store:
+            await store.commit(PUT)
+            assert store.endpoint == proxy.endpoint
+            proxy.lose_answers = True
+            with pytest.raises(OutcomeUnknownError):
+                await store.commit(PUT)
+            (found,) = (await store.range(b"a")).entries
+            assert found.version == 2
+            assert store.endpoint == plain_etcd.endpoint
+
+
+async def test_a_connection_that_swallows_everything(plain_etcd: EtcdProcess) -> None:
+    """A half-open connection: nothing ends, nothing comes. Alone, too, it is made anew."""
+    with Proxy(plain_etcd.endpoint) as proxy:
+        async with opened(proxy.endpoint, timeout_s=1.0) as store:
+            await store.commit(PUT)
+            proxy.swallow = True
+            with pytest.raises(StoreTimeoutError):
+                await store.range(b"a")
+            proxy.swallow = False
+            await store.commit(PUT)
+            (found,) = (await store.range(b"a")).entries
+            assert found.version == 2
