@@ -24,10 +24,6 @@ from etcdfs.sides import put_on
 from etcdfs.store import Event, KeyValue
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 
-    def is_version(self, before: Node | None, after: Node | None) -> bool:
-        """Tell whether only the content changes, which a directory's own times do not show."""
-        return isinstance(before, File) and isinstance(after, File) and before not in self.deleted
-
 
 @final
 class Switch:
