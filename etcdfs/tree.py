@@ -22,8 +22,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, NewType, final
+from typing import Final, final
 
+from etcdfs.cached import Cached as Cached  # noqa: PLC0414 - they go with the nodes
+from etcdfs.cached import Entry as Entry  # noqa: PLC0414
+from etcdfs.cached import Inode as Inode  # noqa: PLC0414
+from etcdfs.cached import Listing as Listing  # noqa: PLC0414
 from etcdfs.errors import NotADirectoryFileError, StaleError
 from etcdfs.facts import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes' facts come with them
 from etcdfs.facts import Facts as Facts  # noqa: PLC0414
@@ -31,8 +35,6 @@ from etcdfs.facts import Side as Side  # noqa: PLC0414
 from etcdfs.facts import facts_of as facts_of  # noqa: PLC0414
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
 from etcdfs.store import Clock
-
-Inode = NewType("Inode", int)
 
 ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
 MAX_NEGATIVES: Final = 65_536
@@ -112,26 +114,6 @@ class Directory:
 
 
 Node = File | Directory
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A name in a directory, as the kernel may have it cached."""
-
-    directory: Inode
-    name: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Listing:
-    """The attributes of an inode; `within` is its entry, None for the root."""
-
-    inode: Inode
-    within: Entry | None
-
-
-Cached = Entry | Listing
-"""What the kernel must be told to let go of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,7 +163,8 @@ def test_b123_what_is_too_old_is_an_error_and_comes_back(pool: Pool, own_etcd: E
             os.close(inside)
         own_etcd.kill()
         eventually(fails(file.stat, errno.EIO))
-        assert run_etcdfs("umount", str(mounted.path)).returncode == 0
+        done = run_etcdfs("umount", str(mounted.path))
+        assert done.returncode == 0, done.stderr
 
 
 def _command(*command: object) -> "subprocess.CompletedProcess[str]":

@@ -1,0 +1,31 @@
+"""What the kernel may hold cached, and must be told to let go of.
+
+What this room knows: inode numbers and names. What it must not know: nodes, keys.
+
+Concurrency: none; frozen values.
+"""
+
+from dataclasses import dataclass
+from typing import NewType
+
+Inode = NewType("Inode", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name in a directory, as the kernel may have it cached."""
+
+    directory: Inode
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The attributes of an inode; `within` is its entry, None for the root."""
+
+    inode: Inode
+    within: Entry | None
+
+
+Cached = Entry | Listing
+"""What the kernel must be told to let go of."""
