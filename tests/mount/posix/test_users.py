@@ -103,10 +103,7 @@ def test_utimens(place: Path) -> None:
     assert (place / "f").stat().st_mtime_ns > 2_000_000_002
 
 
-def test_utimens_of_an_unpublished_write(request: pytest.FixtureRequest, place: Path) -> None:
-    if "--no-cache" in request.node.name:
-        reason = "asking etcd again shows the published version's time until the file is closed"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=False))
+def test_utimens_of_an_unpublished_write(place: Path) -> None:
     (place / "f").write_bytes(b"value")
     times = (1_000_000_001, 2_000_000_002)
     with opened(place / "f", RW) as fd:
