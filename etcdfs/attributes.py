@@ -97,7 +97,7 @@ class Defaults:
             self._uid if record.uid is None else record.uid,
             self._gid if record.gid is None else record.gid,
             size,
-            mtime_ns if record.atime_ns is None else record.atime_ns,
+            atime_of(node, record, mtime_ns),
             mtime_ns,
             ctime_ns,
             timeout_s,
@@ -181,5 +181,16 @@ def size_of(file: File) -> int:
 def mtime_of(node: Node) -> int:
     """Return the mtime, that of unpublished writes included."""
     if isinstance(node, File) and isinstance(node.draft, Draft):
+        if node.draft.times_set is not None:
+            return node.draft.mtime_ns
         return max(node.mtime_ns, node.draft.mtime_ns)
     return node.mtime_ns
+
+
+def atime_of(node: Node, record: Record, mtime_ns: int) -> int:
+    """Return the atime, which is the mtime unless it was set; of unpublished writes, too."""
+    if isinstance(node, File) and isinstance(node.draft, Draft):
+        times = node.draft.times_set
+        if times is not None and times[1] is not None:
+            return times[1]
+    return mtime_ns if record.atime_ns is None else record.atime_ns

@@ -101,6 +101,11 @@ def test_utimens(place: Path) -> None:
         assert (found.st_atime_ns, found.st_mtime_ns) == times
     os.utime(place / "f")
     assert (place / "f").stat().st_mtime_ns > 2_000_000_002
+
+
+def test_utimens_of_an_unpublished_write(place: Path) -> None:
+    (place / "f").write_bytes(b"value")
+    times = (1_000_000_001, 2_000_000_002)
     with opened(place / "f", RW) as fd:
         os.write(fd, b"written")
         os.utime(fd, ns=times)
