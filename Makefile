@@ -19,6 +19,11 @@ export PATH := $(CURDIR)/.tools/etcd/usr/bin:$(PATH)
 # gcc, libc6-dev, pkg-config, libfuse3-dev: pyfuse3 has no wheels, it is compiled. fuse3:
 # fusermount3. etcd-client: etcdctl, for the demo and the tests. attr: getfattr, for the tests.
 PACKAGES := gcc libc6-dev pkg-config fuse3 libfuse3-dev etcd-client attr ca-certificates
+# What the tests run inside a mount. Without them those tests are skipped.
+PROGRAMS := git vim nano rsync sqlite3 jq yq make fio stress-ng
+# For `make soak` only. iproute2 and nftables: networks of their own for the members of a cluster.
+# faketime: a clock that steps.
+SOAK_PACKAGES := iproute2 nftables faketime
 # Debian's own Python comes without its headers and without venv; a pyenv Python has both.
 PYTHON_PACKAGES := python3-dev python3-venv
 
@@ -27,7 +32,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 .PHONY: help
 help:
-	@echo "make demo | test | lint | bench | clean"
+	@echo "make demo | test | lint | bench | soak | clean"
 
 # --- what has to be there -------------------------------------------------------------------
 
@@ -42,7 +47,7 @@ python:
 .PHONY: packages
 packages: python
 	@command -v dpkg >/dev/null || exit 0; \
-	wanted="$(PACKAGES)"; \
+	wanted="$(PACKAGES) $(MORE_PACKAGES)"; \
 	$(PYTHON) -c 'import ensurepip, os, sysconfig; open(os.path.join(sysconfig.get_path("include"), "Python.h")).close()' \
 	  2>/dev/null || wanted="$$wanted $(PYTHON_PACKAGES)"; \
 	missing=""; \
@@ -94,8 +99,13 @@ lint: packages $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+.PHONY: programs
+programs:
+	@$(MAKE) --no-print-directory packages PACKAGES="$(PROGRAMS)" \
+	  || echo "Not installed: some of $(PROGRAMS); their tests are skipped." >&2
+
 .PHONY: test
-test: etcd lint
+test: etcd lint programs
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest
 	$(BIN)/coverage combine --quiet
@@ -104,6 +114,23 @@ test: etcd lint
 .PHONY: bench
 bench: etcd $(VENV)/.dev
 	$(BIN)/python -m pytest benchmarks
+
+# The long form of the proof: every fault, on every release, under load, with a report at the end.
+#   SEED=n           the same faults in the same order
+#   DURATION=1200    seconds, in which all faults are made again and again; each at least once
+#   ETCD=both        or 3.4, or 3.5
+#   DEFECT=name      plants a defect that must be caught; all: each in turn
+# Root is needed: members get networks of their own.
+SEED ?=
+DURATION ?= 1200
+ETCD ?= both
+DEFECT ?=
+.PHONY: soak
+soak: MORE_PACKAGES := $(SOAK_PACKAGES)
+soak: etcd $(VENV)/.dev
+	$(SUDO) env PATH="$$PATH:/usr/sbin:/sbin" GRPC_VERBOSITY=NONE $(BIN)/python -m tests.soak \
+	  $(if $(SEED),--seed $(SEED)) --duration $(DURATION) --etcd $(ETCD) \
+	  $(if $(DEFECT),--defect $(DEFECT))
 
 .PHONY: clean
 clean:

@@ -21,7 +21,10 @@ def main() -> None:
     """Run the command line of this process, and exit with a documented status."""
     fill_standard_descriptors()
     mountpoint = likely_mountpoint(sys.argv[1:])
-    early = None if mountpoint is None else spawn(mountpoint)
+    try:
+        early = None if mountpoint is None else spawn(mountpoint)
+    except OSError:  # the command line will find out, and say, what is wrong here
+        early = None
     from etcdfs.cli import run  # noqa: PLC0415 -- takes a tenth of a second
 
     status = run(sys.argv[1:], early)

@@ -11,16 +11,15 @@ with the higher mod_revision stays.
 """
 
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Final, Literal, final
+from typing import Final, final
 
-from etcdfs.answers import page_of
 from etcdfs.contents import Contents
 from etcdfs.errors import CallerError, CompactedError, StorePermissionError
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
+from etcdfs.questions import Found, Question, answers_to, questions_about
 from etcdfs.sidekeys import (
-    ATTRIBUTES,
     ATTRIBUTES_END,
     is_side_key,
     owner_of,
@@ -29,18 +28,15 @@ from etcdfs.sidekeys import (
 )
 from etcdfs.sides import facts_of_node, holds, put_on, renounce, side_of, type_of
 from etcdfs.store import (
-    Committed,
     Event,
-    Get,
     KeyValue,
     Page,
     Store,
-    Transaction,
     range_end,
 )
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree, facts_of
-from etcdfs.values import value_of
+from etcdfs.values import read_together, value_of
 
 FIRST_LIMIT: Final = 64
 MAX_LIMIT: Final = 4096
@@ -84,10 +80,10 @@ class Direct:
             side = found.directory_side if found.below else found.file_side
             self._dress(directory, name, side, found.marker, found.revision)
 
-    async def _ask(self, names: tuple[bytes, ...]) -> "_Found | None":
+    async def _ask(self, names: tuple[bytes, ...]) -> Found | None:
         """Ask what is at a path; None if nothing can be."""
         tree = self.switch.tree
-        questions = _questions(tree.keyspace, names, sides=tree.attributes)
+        questions = questions_about(tree.keyspace, names, sides=tree.attributes)
         if not questions:
             return None
         try:
@@ -95,13 +91,13 @@ class Direct:
         except StorePermissionError as exc:
             if not tree.attributes:
                 raise
-            found = await self._answers(_questions(tree.keyspace, names, sides=False))
+            found = await self._answers(questions_about(tree.keyspace, names, sides=False))
             renounce(tree, exc)
             return found
 
-    async def _answers(self, questions: "list[_Question]") -> "_Found":
-        gets = tuple(get for _, get in questions)
-        return _sorted(questions, await self._store.commit(Transaction((), gets)))
+    async def _answers(self, questions: list[Question]) -> Found:
+        gets = [get for _, get in questions]
+        return answers_to(questions, await read_together(self._store, gets))
 
     async def listing(self, directory: Directory) -> None:
         """See `View.listing`: as many requests as the level has entries, whatever is below."""
@@ -260,7 +256,12 @@ class Direct:
             if not isinstance(child, Directory):
                 self._replace(directory, name, self.switch.tree.new_directory())
         elif value is None:
-            if child is not None and not _is_unpublished(child):
+            # What is missing because this mount has just moved it will be found where it is.
+            if (
+                child is not None
+                and not _is_unpublished(child)
+                and not self.switch.is_moving(child)
+            ):
                 self._replace(directory, name, None)
         else:
             self._contents.put(value.key, value.mod_revision, value.value)
@@ -426,68 +427,6 @@ class _Scan:
             self.runs.append([])
         self.runs[-1].append((name, entry))
         return True
-
-
-@dataclass(slots=True, kw_only=True)
-class _Found:
-    """What there is at one path."""
-
-    revision: int
-    value: KeyValue | None = None
-    file_side: KeyValue | None = None
-    below: bool = False
-    marker: KeyValue | None = None
-    directory_side: KeyValue | None = None
-
-
-_About = Literal["value", "file_side", "below", "directory_side"]
-_Question = tuple[_About, Get]
-
-
-def _questions(keyspace: Keyspace, names: tuple[bytes, ...], *, sides: bool) -> list[_Question]:
-    """Return what to read to know what is at a path; empty if nothing can be there."""
-    found: list[_Question] = []
-    with suppress(CallerError):
-        key = keyspace.file_key(names)
-        found.append(("value", Get(key)))
-        if sides and not key.endswith(b"/"):
-            found.append(("file_side", Get(side_key(key))))
-    try:
-        prefix = keyspace.directory_prefix(names)
-    except CallerError:
-        return found
-    for start, end in _without_sides(prefix):
-        found.append(("below", Get(start, end, limit=1, keys_only=True)))
-    if sides:
-        found.append(("directory_side", Get(side_key(prefix))))
-    return found
-
-
-def _without_sides(prefix: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the ranges of what is shown below a prefix; side keys are not."""
-    end = range_end(prefix)
-    if not ATTRIBUTES.startswith(prefix):
-        return [(prefix, end)]
-    return [(prefix, ATTRIBUTES), (ATTRIBUTES_END, end)]
-
-
-def _sorted(questions: list[_Question], committed: Committed) -> _Found:
-    """Return the answers to `_questions` by what they are about."""
-    found = _Found(revision=committed.revision)
-    for (about, get), result in zip(questions, committed.results, strict=True):
-        for entry in page_of(result).entries:
-            match about:
-                case "value":
-                    found.value = entry
-                case "file_side":
-                    found.file_side = entry
-                case "directory_side":
-                    found.directory_side = entry
-                case "below":
-                    found.below = True
-                    if entry.key == get.key:
-                        found.marker = entry
-    return found
 
 
 def _own_value(keyspace: Keyspace, names: tuple[bytes, ...]) -> bytes | None:

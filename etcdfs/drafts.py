@@ -5,7 +5,8 @@ change (DESIGN.md 4.1) they add up to. What it must not know: etcd, inodes, time
 
 The kind decides what happens when another client wrote the key meanwhile:
 
-* `WHOLE`: every old byte was replaced; the last writer wins;
+* `WHOLE`: every old byte was replaced: the file was emptied, or overwritten by somebody who
+  cannot read it; the last writer wins;
 * `APPEND`: bytes were added at the old end only; they are added to whatever is newest;
 * `PARTIAL`: anything else; the write is refused if the key changed.
 
@@ -39,6 +40,8 @@ class Draft:
             that the draft was then (others' bytes may come before ours in what was sent).
         is_bare: Whether the file was only made, neither emptied nor written to: it must not
             replace what another client has made meanwhile.
+        is_added: Whether the file was made and not emptied, and only O_APPEND wrote to it: its
+            bytes are added to what another client has made meanwhile.
         is_refused: Whether the last attempt to publish what is here failed, and whoever flushed
             was told: a release, which can tell nobody, does not try again.
         is_torn: Whether a write did not fit: what is here is half of what was meant, and must
@@ -49,6 +52,7 @@ class Draft:
         "_buffer",
         "_overwritten",
         "base",
+        "is_added",
         "is_bare",
         "is_refused",
         "is_torn",
@@ -65,11 +69,12 @@ class Draft:
         self.mtime_ns = 0
         self.times: tuple[int, int | None] | None = None
         self.tries: list[tuple[bytes, bytes]] = []
+        self.is_added = False
         self.is_bare = False
         self.is_refused = False
         self.is_torn = False
         self._buffer = bytearray() if whole else bytearray(base)
-        # INVARIANT: all old bytes before this offset have been replaced
+        # INVARIANT: all old bytes before this offset have been replaced, blindly
         self._overwritten = 0
 
     def __len__(self) -> int:
@@ -79,6 +84,11 @@ class Draft:
     def is_dirty(self) -> bool:
         """Whether there is anything to publish."""
         return self.kind is not Kind.NONE
+
+    @property
+    def adds(self) -> bool:
+        """Whether it only adds bytes to whatever there is."""
+        return self.kind is Kind.APPEND or self.is_added
 
     @property
     def value(self) -> bytes:
@@ -104,14 +114,21 @@ class Draft:
         start = len(self._buffer) if append else offset
         return max(len(self._buffer), start + size)
 
-    def write(self, offset: int, data: bytes, *, append: bool, now_ns: int) -> None:
-        """Put `data` at `offset` (at the end with `append`); a gap is filled with NUL."""
+    def write(
+        self, offset: int, data: bytes, *, append: bool, now_ns: int, blind: bool = True
+    ) -> None:
+        """Put `data` at `offset` (at the end with `append`); a gap is filled with NUL.
+
+        `blind` says that the writer cannot read the file: what replaces all of it was not made
+        from what it replaces.
+        """
         if not data:
             return
         self.is_bare = self.is_refused = False
+        self.is_added = self.is_added and append
         if append:
             offset = len(self._buffer)
-        self._classify(offset, len(data))
+        self._classify(offset, len(data), blind=blind)
         if offset > len(self._buffer):
             self._buffer.extend(bytes(offset - len(self._buffer)))
         self._buffer[offset : offset + len(data)] = data
@@ -119,7 +136,7 @@ class Draft:
 
     def truncate(self, size: int, now_ns: int) -> None:
         """Cut to `size`, or extend to it with NUL."""
-        self.is_bare = self.is_refused = self.is_torn = False
+        self.is_added = self.is_bare = self.is_refused = self.is_torn = False
         if size == 0:
             self.kind = Kind.WHOLE
         elif size != len(self._buffer) and self.kind is not Kind.WHOLE:
@@ -136,6 +153,7 @@ class Draft:
         if len(value) == len(self._buffer) and value == self._buffer:
             self.kind = Kind.NONE
         self.tries.clear()
+        self.is_added = self.is_refused = False
         self._overwritten = 0
 
     def check_invariants(self) -> None:
@@ -146,7 +164,7 @@ class Draft:
         if self.kind is Kind.APPEND:
             assert self._buffer.startswith(self.base)
 
-    def _classify(self, offset: int, size: int) -> None:
+    def _classify(self, offset: int, size: int, *, blind: bool) -> None:
         if self.kind is Kind.WHOLE:
             return
         if offset == len(self._buffer) and offset >= len(self.base):
@@ -154,7 +172,7 @@ class Draft:
                 self.kind = Kind.APPEND
             return
         self.kind = Kind.PARTIAL
-        if offset <= self._overwritten:
+        if blind and offset <= self._overwritten:
             self._overwritten = max(self._overwritten, offset + size)
         if self._overwritten >= len(self.base):
             self.kind = Kind.WHOLE

@@ -222,6 +222,10 @@ class TooManyOperationsError(StoreError):
     errno = errno.E2BIG
 
 
+class TransactionAbortedError(StoreError):
+    """A condition inside the transaction did not hold, and it was given up as a whole."""
+
+
 class CompactedError(StoreError):
     """The revision asked for has been compacted away.
 

@@ -30,9 +30,11 @@ from etcdfs.errors import (
     StoreUnavailableError,
     StoreValueTooLargeError,
     TooManyOperationsError,
+    TransactionAbortedError,
     WatchLostError,
 )
 from etcdfs.store import (
+    Abort,
     Committed,
     Compare,
     Delete,
@@ -66,6 +68,9 @@ class Header(NamedTuple):
 
 _FIRST_KEY = b"\0"
 """etcd has no empty key, and refuses it even as the start of a range."""
+
+_NEVER = 2**63 - 1
+"""A revision that no store reaches."""
 
 _OPERATORS = {
     "==": rpc.Compare.EQUAL,
@@ -145,6 +150,11 @@ def _request_op(operation: Operation) -> Message:
         case Delete(key, end):
             delete = rpc.DeleteRangeRequest(**_range(key, end))
             return rpc.RequestOp(request_delete_range=delete)
+        case Abort(key):
+            # etcd looks at the revisions of all ranges that are to run before it changes
+            # anything (server/etcdserver/apply.go, checkRequests), and refuses this one.
+            never = rpc.RangeRequest(key=key, revision=_NEVER, limit=1, keys_only=True)
+            return rpc.RequestOp(request_range=never)
         case Transaction():
             return rpc.RequestOp(request_txn=txn_request(operation))
         case _:
@@ -318,6 +328,8 @@ def write_error(failure: Message, endpoint: object) -> StoreError:
     """Return what a failed write means; unknown unless it is proven that it did not run."""
     code, details = failure.code(), failure.details() or ""
     refused = refusal(code, details, endpoint)
+    if isinstance(refused, FutureRevisionError):  # only an `Abort` asks for one
+        return TransactionAbortedError(str(refused))
     if refused is not None:
         return refused
     message = f"{endpoint}: {reason(code, details)}"

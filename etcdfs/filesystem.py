@@ -13,43 +13,39 @@ before is looked up again (`# checkpoint`).
 
 import os
 import stat
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, NewType, final
 
-from etcdfs.answers import events_of, page_of, parent_event, put_event, tombstone
+from etcdfs.answers import events_of, page_of, put_event
 from etcdfs.attributes import BLOCK_SIZE, Attributes, Caller, Change, Defaults
 from etcdfs.errors import (
     CallerError,
-    CrossDirectoryError,
-    ExistsError,
     InvalidRequestError,
     IsADirectoryFileError,
     NameReservedError,
     NameTooLongError,
-    NotADirectoryFileError,
-    NotEmptyError,
     NotFoundError,
     NotPermittedError,
     ReadOnlyError,
-    StaleError,
     StoreError,
     StorePermissionError,
 )
 from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME
 from etcdfs.metadata import Metadata
+from etcdfs.moves import Moves
 from etcdfs.openfiles import Handle, OpenFiles
+from etcdfs.places import Places, check_length, file_in, is_a_file, missing, not_empty, taken
 from etcdfs.records import drop_record, write_record
 from etcdfs.sidekeys import Record, Type
 from etcdfs.sides import record_of, renounce
-from etcdfs.store import Committed, Event, KeyValue, Put, Store, Transaction
+from etcdfs.store import Committed, Event, Store, Transaction
 from etcdfs.switch import Intent
 from etcdfs.transactions import (
     clear_marker,
     make_directory,
     make_file,
-    move_file,
     parent_prefix,
     remove_directory,
     remove_file,
@@ -62,11 +58,7 @@ DirectoryHandle = NewType("DirectoryHandle", int)
 
 ASSUMED_QUOTA: Final = 2 * 1024**3  # etcd's default --quota-backend-bytes
 ASSUMED_FREE_INODES: Final = 2**31
-MAX_RETRIES: Final = 16
-"""Lost races before a rename gives up; each loss means that somebody changed the file."""
-
 PATH_MAX: Final = 4096  # include/uapi/linux/limits.h; the NUL at the end included
-RENAME_NOREPLACE: Final = 1  # include/uapi/linux/fs.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +102,8 @@ class Filesystem:
         self._view = view
         self._files = files
         self._defaults = defaults
+        self._places = Places(view)
+        self._moves = Moves(store, view, files, self._places)
         self._metadata = Metadata(store, view, files, defaults)
         self.xattrs = Xattrs(
             store,
@@ -141,7 +135,7 @@ class Filesystem:
             NotFoundError: There is none, and that must be asked again every time.
         """
         directory = self._tree.directory(parent)
-        _check_length(name)
+        check_length(name)
         await self._view.entry(directory, name)
         node = directory.children.get(name)
         if node is not None:
@@ -299,7 +293,7 @@ class Filesystem:
             IsADirectoryFileError: The name is a directory.
         """
         self._check_writable()
-        directory, key = await self._place(parent, name)
+        directory, key = await self._places.place(parent, name)
         node = directory.children.get(name)
         if isinstance(node, Directory):
             msg = f"{key!r} is a directory"
@@ -357,7 +351,7 @@ class Filesystem:
         if kind is not None and not self._tree.attributes:
             msg = f"there is nowhere to keep that {name!r} is a {kind}"
             raise NotPermittedError(msg)
-        directory, key = await self._place(parent, name)
+        directory, key = await self._places.place(parent, name)
         record = self._record(directory, mode, caller, kind)
         file = await self._claim(directory, name, key, record, value)
         return self._hand_out(file)
@@ -371,16 +365,16 @@ class Filesystem:
             ExistsError: The name is taken.
         """
         self._check_writable()
-        directory, _ = await self._place(parent, name)
+        directory, _ = await self._places.place(parent, name)
         if name in directory.children:
-            raise _exists(name)
+            raise taken(name)
         marker = self._tree.keyspace.directory_prefix(self._tree.names(directory, name))
         record = self._record(directory, None if mode is None else mode | stat.S_IFDIR, caller)
-        async with self._changing((directory, name)) as locked:
+        async with self._places.changing((directory, name)) as locked:
             making = make_directory(marker[:-1])
             making, committed = await self._commit_with(making, marker, record)
             if not committed.succeeded:
-                raise _exists(name)
+                raise taken(name)
             await self._settle(committed, events_of(making, committed), locked)
         node = directory.children.get(name)
         if node is None:
@@ -392,18 +386,18 @@ class Filesystem:
         self, directory: Directory, name: bytes, key: bytes, record: Record, value: bytes = b""
     ) -> File:
         if name in directory.children:
-            raise _exists(name)
+            raise taken(name)
         if name == MARKER_NAME:
             msg = f"{name!r} shows a marker's value, and an empty one is not shown"
             raise NameReservedError(msg)
         file = self._tree.new_file(None)
-        async with self._changing((directory, name)) as locked:
+        async with self._places.changing((directory, name)) as locked:
             intent = self._view.switch.intents[key] = Intent(file=file, value=value)
             try:
                 making = make_file(key, value, is_value=name == VALUE_NAME)
                 making, committed = await self._commit_with(making, key, record)
                 if not committed.succeeded:
-                    raise _exists(name)
+                    raise taken(name)
                 await self._settle(committed, events_of(making, committed), locked)
             finally:
                 self._view.switch.withdraw_intent(key, intent)
@@ -447,8 +441,8 @@ class Filesystem:
             IsADirectoryFileError: The name is a directory.
         """
         self._check_writable()
-        directory, key = await self._place(parent, name)
-        file = self._file(directory, name)
+        directory, key = await self._places.place(parent, name)
+        file = file_in(directory, name)
         if file.facts is None and not await self._is_published(file, directory):
             self._view.let_go(self._view.switch.withdraw(directory, name, gone=True))
             self._files.give_up_name(key)
@@ -456,7 +450,7 @@ class Filesystem:
         if name == MARKER_NAME:
             await self._unlink_marker(directory, key)
             return
-        async with self._changing((directory, name)) as locked:
+        async with self._places.changing((directory, name)) as locked:
             intent = self._view.switch.intents[key] = Intent()
             try:
                 removal = self._with_record(self._removal(name, key), key, file)
@@ -476,23 +470,22 @@ class Filesystem:
             NotADirectoryFileError: The name is a file.
         """
         self._check_writable()
-        directory = await self._parent(parent, name)
+        directory = await self._places.parent(parent, name)
         node = directory.children.get(name)
         if node is None:
-            raise _missing(name)
+            raise missing(name)
         if not isinstance(node, Directory):
-            msg = f"{name!r} is a file"
-            raise NotADirectoryFileError(msg)
+            raise is_a_file(name)
         await self._view.entry(node, MARKER_NAME)
-        if _has_entries(node, complete=self._tree.complete):
-            raise _not_empty(name)
+        if self._places.has_entries(node):
+            raise not_empty(name)
         marker = self._tree.prefix_of(node)
-        async with self._changing((directory, name)) as locked:
+        async with self._places.changing((directory, name)) as locked:
             removal = remove_directory(marker, parent_prefix(marker, self._root))
             removal = self._with_record(removal, marker, node)
             committed = await self._store.commit(removal)
             if not committed.succeeded:
-                raise _not_empty(name)
+                raise not_empty(name)
             events = events_of(removal, committed)
             # The kernel holds the directory's own lock as well.
             with self._view.holding((Entry(node.inode, b""),)):
@@ -500,13 +493,13 @@ class Filesystem:
             if directory.children.get(name) is node and not node.children:
                 self._tree.detach(directory, name, gone=True)
             if not committed.results[0]:
-                raise _missing(name)
+                raise missing(name)
 
     async def _unlink_marker(self, directory: Directory, key: bytes) -> None:
-        async with self._changing((directory, MARKER_NAME)) as locked:
+        async with self._places.changing((directory, MARKER_NAME)) as locked:
             committed = await self._store.commit(clear_marker(key))
             if not committed.succeeded:
-                raise _missing(MARKER_NAME)
+                raise missing(MARKER_NAME)
             await self._settle(committed, (put_event(committed, 1, key, b""),), locked)
 
     def _removal(self, name: bytes, key: bytes) -> Transaction:
@@ -533,92 +526,9 @@ class Filesystem:
     async def rename(
         self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int
     ) -> None:
-        """Move a file to another name, replacing what is there.
-
-        Raises:
-            CrossDirectoryError: It is a directory; `mv` then copies (README, Limits).
-            ExistsError: RENAME_NOREPLACE, and the new name is taken.
-            IsADirectoryFileError: The new name is a directory.
-        """
+        """See `Moves.rename`."""
         self._check_writable()
-        if flags & ~RENAME_NOREPLACE:
-            msg = f"rename flags {flags:#x} are not supported"
-            raise InvalidRequestError(msg)
-        source_directory, source = await self._place(old_parent, old_name)
-        target_directory, target = await self._place(new_parent, new_name)
-        if isinstance(source_directory.children.get(old_name), Directory):
-            msg = f"{old_name!r} is a directory: renaming would be many keys"
-            raise CrossDirectoryError(msg)
-        if old_name == MARKER_NAME:
-            msg = f"{source!r} is the directory's own key and stays: only its value can be taken"
-            raise CrossDirectoryError(msg)
-        file = self._file(source_directory, old_name)
-        if source == target:
-            return
-        move = _Move(source_directory, old_name, source, target_directory, new_name, target)
-        locked = (Entry(source_directory.inode, old_name), Entry(target_directory.inode, new_name))
-        with self._view.holding(locked):
-            await self._files.publish(file)
-            if file.facts is None:
-                raise _missing(old_name)
-            async with self._files.settled(file):
-                await self._move(file, move, replace=not flags & RENAME_NOREPLACE)
-        self._files.give_up_name(source)
-
-    async def _move(self, file: File, move: "_Move", *, replace: bool) -> None:
-        value = await self._view.value(file)
-        assert file.facts is not None
-        mod_revision, lease = file.facts.mod_revision, file.facts.lease
-        intents = self._view.switch.intents
-        places = ((move.from_directory, move.from_name), (move.to_directory, move.to_name))
-        mover: File | None = file
-        async with self._changing(*places) as locked:
-            try:
-                for _ in range(MAX_RETRIES):
-                    intents[move.source] = Intent(file=mover)
-                    intents[move.target] = Intent(file=mover, value=value, replaces=True)
-                    committed = await self._store.commit(
-                        self._moving(move, mod_revision, Put(move.target, value, lease), replace)
-                    )
-                    if committed.succeeded:
-                        break
-                    found = _why_not_moved(move, committed, replace=replace)
-                    value, mod_revision, lease = found.value, found.mod_revision, found.lease
-                    mover = None  # what moves is a version that this inode is not
-                else:
-                    msg = f"{move.source!r} changed {MAX_RETRIES} times while it was renamed"
-                    raise StaleError(msg)
-                events = (
-                    tombstone(committed, move.source),
-                    put_event(committed, 1, move.target, value),
-                    *parent_event(committed, move.source, self._root),
-                )
-                await self._settle(committed, events, locked)
-            finally:
-                intents.pop(move.source, None)
-                intents.pop(move.target, None)
-        # The kernel moves the inode it had under the old name, which another client's change
-        # may have made an old version meanwhile.
-        self._view.let_go(locked[1:])
-        if mover is None and file.directory is None:
-            # Until then the new name leads to it: an open must be sent to look again (ESTALE).
-            # It was a version of the old key, which is deleted.
-            file.lost_key, file.gone = None, False
-        file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
-
-    def _moving(self, move: "_Move", mod_revision: int, put: Put, replace: bool) -> Transaction:
-        # A directory's %value is an entry of it whose key is not below it.
-        same = move.from_directory is move.to_directory and move.to_name != VALUE_NAME
-        same = same or move.from_name == VALUE_NAME
-        return move_file(
-            move.source,
-            mod_revision,
-            move.target,
-            put,
-            parent=None if same else parent_prefix(move.source, self._root),
-            replace=replace,
-            is_value=move.to_name == VALUE_NAME,
-        )
+        await self._moves.rename(old_parent, old_name, new_parent, new_name, flags)
 
     # --- attributes -------------------------------------------------------------------------
 
@@ -650,31 +560,6 @@ class Filesystem:
             msg = "the mount is read-only"
             raise ReadOnlyError(msg)
 
-    async def _place(self, parent: int, name: bytes) -> tuple[Directory, bytes]:
-        """Return a directory and the key that `name` has, or would have, in it."""
-        directory = await self._parent(parent, name)
-        return directory, self._tree.keyspace.file_key(self._tree.names(directory, name))
-
-    async def _parent(self, parent: int, name: bytes) -> Directory:
-        """Return a directory, in which what is under `name` is true as of now."""
-        directory = self._tree.directory(parent)
-        _check_length(name)
-        await self._view.entry(directory, name)
-        # checkpoint: another client may have removed the directory
-        if not self._tree.is_attached(directory):
-            msg = f"inode {parent} is no longer a directory of this tree"
-            raise NotFoundError(msg)
-        return directory
-
-    def _file(self, directory: Directory, name: bytes) -> File:
-        node = directory.children.get(name)
-        if node is None:
-            raise _missing(name)
-        if isinstance(node, Directory):
-            msg = f"{name!r} is a directory"
-            raise IsADirectoryFileError(msg)
-        return node
-
     def _hand_out(self, node: Node) -> Attributes:
         """Count a lookup and return the attributes that go with it."""
         attributes = self.attributes(node)
@@ -682,42 +567,10 @@ class Filesystem:
         node.told = node.told or attributes.timeout_s > 0
         return attributes
 
-    @asynccontextmanager
-    async def _changing(self, *places: tuple[Directory, bytes]) -> AsyncIterator[list[Entry]]:
-        """Mark names that the kernel holds locked for us until this call returns.
-
-        If the call fails, the kernel keeps what it had cached of them, which may be what
-        another client has changed by now: it is told to ask again.
-        """
-        entries = [Entry(directory.inode, name) for directory, name in places]
-        locked = self._view.switch.locked
-        for entry in entries:
-            locked[entry] = locked.get(entry, 0) + 1
-        try:
-            yield entries
-        except (CallerError, StoreError):
-            self._view.let_go(entries)
-            raise
-        finally:
-            for entry in entries:
-                locked[entry] -= 1
-                if not locked[entry]:
-                    del locked[entry]
-
     async def _settle(
         self, committed: Committed, events: Sequence[Event], locked: Sequence[Entry]
     ) -> None:
         await self._view.settle(committed.revision, events, locked)
-
-
-@dataclass(frozen=True, slots=True)
-class _Move:
-    from_directory: Directory
-    from_name: bytes
-    source: bytes
-    to_directory: Directory
-    to_name: bytes
-    target: bytes
 
 
 _TYPES: Final[dict[int, Type | None]] = {
@@ -727,47 +580,8 @@ _TYPES: Final[dict[int, Type | None]] = {
 }
 
 
-def _why_not_moved(move: _Move, committed: Committed, *, replace: bool) -> KeyValue:
-    source, target, below = (page_of(result).entries for result in committed.results)
-    if not source:
-        raise _missing(move.from_name)
-    if target and not replace:
-        raise _exists(move.to_name)
-    if below and move.to_name != VALUE_NAME:
-        msg = f"{move.target!r} is a directory"
-        raise IsADirectoryFileError(msg)
-    return source[0]
-
-
 def _not_removed(key: bytes, committed: Committed) -> CallerError:
     own, _below = (page_of(result).entries for result in committed.results)
     if own:
         return IsADirectoryFileError(f"{key!r} is a directory")
     return NotFoundError(f"{key!r} was deleted by another client")
-
-
-def _has_entries(directory: Directory, *, complete: bool) -> bool:
-    """Say whether a directory is known to have entries; without a mirror, etcd decides most."""
-    if complete:
-        return bool(directory.children)
-    return MARKER_NAME in directory.children or any(
-        isinstance(child, File) and child.facts is None for child in directory.children.values()
-    )
-
-
-def _check_length(name: bytes) -> None:
-    if len(name) > NAME_MAX:
-        msg = f"the name {name[:32]!r}... has {len(name)} bytes"
-        raise NameTooLongError(msg)
-
-
-def _missing(name: bytes) -> NotFoundError:
-    return NotFoundError(f"there is no {name!r}")
-
-
-def _exists(name: bytes) -> ExistsError:
-    return ExistsError(f"{name!r} is there already")
-
-
-def _not_empty(name: bytes) -> NotEmptyError:
-    return NotEmptyError(f"{name!r} has entries")

@@ -364,9 +364,11 @@ class FuseMount:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Unmount, lazily if it is in use; but not after a crash, see `etcdfs.mount`."""
-        crashed = isinstance(error, Exception)
-        pyfuse3.close(unmount=not crashed)
+        """Unmount, lazily if it is in use; but not after a crash, see `etcdfs.mount`.
+
+        A crash of another task arrives here as its cancellation of this one.
+        """
+        pyfuse3.close(unmount=error is None)
 
     async def run(self) -> None:
         """Serve requests until unmounted or stopped."""

@@ -8,13 +8,18 @@ holds; called on the trio thread it would wait for a handler that only the trio 
 (FACTS.md 1.1, 7). So one thread of our own makes the calls, in order. Files are never invalidated
 in place: each remote version has an inode of its own.
 
+When the kernel is slow, what waits does not grow with what happens: something that is waiting to be
+forgotten already is not queued again, so that at most everything the kernel knows waits once.
+
 Concurrency: `submit` is called on the trio thread and never blocks; its `done` is called there,
-too. The thread touches nothing but its queue.
+too. The thread touches nothing but its queue and the set of what is in it.
 """
 
 import logging
+import os
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,11 +35,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelStatistics:
-    """What the kernel was told."""
+    """What the kernel was told.
+
+    Attributes:
+        submitted: Times that something was to be forgotten.
+        finished: Those that are done.
+        invalidated: Entries and attributes that the kernel has let go of.
+        waiting: Those that it still has to.
+    """
 
     submitted: int
     finished: int
     invalidated: int
+    waiting: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +63,21 @@ class KernelCache:
     def __init__(self) -> None:
         # --- mutable state
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._token: trio.lowlevel.TrioToken | None = None
+        self._done: deque[Callable[[], None]] = deque()
+        self._bell = -1  # rung when something is done; open until the process ends
         self._thread: threading.Thread | None = None
+        # INVARIANT: each of these will be invalidated by a job that has not come to it yet.
+        self._waiting: set[Cached] = set()
         self._submitted = 0
         self._finished = 0
         self._invalidated = 0
 
-    def start(self) -> None:
-        """Start the thread; from the trio thread, once the file system is mounted."""
-        self._token = trio.lowlevel.current_trio_token()
+    def start(self, tasks: trio.Nursery) -> None:
+        """Start the thread, and a task that hears of it; once the file system is mounted."""
+        # trio's own way from a thread to its loop takes a turn of the loop more, which is a
+        # twentieth of what a change takes from etcd to a reader.
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        tasks.start_soon(self._listen)
         # A daemon thread: it may sit in the kernel waiting for a lock when we have to go.
         self._thread = threading.Thread(target=self._run, name="kernel-cache", daemon=True)
         self._thread.start()
@@ -78,27 +97,44 @@ class KernelCache:
             if done is not None:
                 done()
             return
+        # Jobs are done in order: what waits already is let go of before `done` is called. The
+        # thread takes something out of the set before it tells the kernel, never afterwards.
+        fresh = [entry for entry in cached if entry not in self._waiting]
+        if not fresh and done is None:
+            return
         self._submitted += 1
-        self._jobs.put(_Job(tuple(cached), done))
+        self._waiting.update(fresh)
+        self._jobs.put(_Job(tuple(fresh), done))
 
     def statistics(self) -> KernelStatistics:
         """Count jobs and invalidations."""
         return KernelStatistics(
-            submitted=self._submitted, finished=self._finished, invalidated=self._invalidated
+            submitted=self._submitted,
+            finished=self._finished,
+            invalidated=self._invalidated,
+            waiting=len(self._waiting),
         )
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
             for cached in job.cached:
+                self._waiting.discard(cached)
                 try:
                     _invalidate(cached)
                 except Exception:  # the thread must live; the kernel's timeout bounds what is lost
                     log.exception("could not invalidate %s", cached)
                 self._invalidated += 1
             self._finished += 1
-            if job.done is not None and self._token is not None:
-                with suppress(trio.RunFinishedError):
-                    self._token.run_sync_soon(job.done)
+            if job.done is not None:
+                self._done.append(job.done)
+                os.eventfd_write(self._bell, 1)
+
+    async def _listen(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._bell)
+            os.eventfd_read(self._bell)
+            while self._done:
+                self._done.popleft()()
 
 
 def _invalidate(cached: Cached) -> None:

@@ -6,10 +6,10 @@ something is to be forgotten, how the kernel is told.
 A call of this mount that changes a name holds its directory's lock in the kernel until it
 returns, and it returns when the batch with its change is published. If that batch, or one before
 it, must invalidate another name in the same directory, the kernel would wait for the call and the
-call for the batch; then `wait` gives up, the batch is published first and the kernel lets go
-after.
+call for the batch; then whoever waits is told (`on_hold`), the batch is published first and the
+kernel lets go after.
 
-Concurrency: trio thread.
+Concurrency: synchronous, on the trio thread, but for `first`.
 """
 
 from collections import Counter
@@ -32,18 +32,14 @@ class KernelCache(Protocol):
 
 @final
 class Letting:
-    """What the kernel has been asked to let go of, and who holds the locks it needs for that.
+    """What the kernel has been asked to let go of, and who holds the locks it needs for that."""
 
-    Attributes:
-        early: How often `wait` gave up.
-    """
-
-    def __init__(self, kernel: KernelCache) -> None:
+    def __init__(self, kernel: KernelCache, on_hold: Callable[[], None]) -> None:
+        """Make one; `on_hold` is called whenever a call begins to hold a lock."""
         # --- dependencies
         self._kernel = kernel
+        self._on_hold = on_hold
         # --- mutable state
-        self.early = 0
-        self._stir = trio.Event()
         self._held: Counter[int] = Counter()  # directories whose lock a waiting call holds
         self._wanted: Counter[int] = Counter()  # those whose lock the kernel needs, or will
 
@@ -52,7 +48,7 @@ class Letting:
         """See `View.holding`."""
         held = {entry.directory for entry in locked}
         self._held.update(held)
-        self._stir.set()
+        self._on_hold()
         try:
             yield
         finally:
@@ -72,32 +68,15 @@ class Letting:
         self._wanted.update(locks)
         self._kernel.submit(stale, finish)
 
-    async def wait(self, stale: Collection[Cached]) -> None:
-        """Have the kernel forget; return when it has, or when it waits for a call of ours."""
-        finished = False
-
-        def finish() -> None:
-            nonlocal finished
-            finished = True
-            self._stir.set()
-
-        self.submit(stale, finish)
-        while not finished:
-            if self._is_held():
-                self.early += 1
-                return
-            self._stir = trio.Event()
-            await self._stir.wait()
-
     async def first(self, stale: Collection[Cached], *, timeout_s: float) -> None:
         """Have the kernel forget; return when it has, at once if a call of ours is in its way."""
         done = trio.Event()
         self.submit(stale, done.set)
-        if not self._is_held():
+        if not self.is_held():
             with trio.move_on_after(timeout_s):
                 await done.wait()
 
-    def _is_held(self) -> bool:
+    def is_held(self) -> bool:
         """Say whether a call that waits for us holds a lock that the kernel waits for.
 
         Not for this batch alone: the kernel is told in order, so that what was asked of it

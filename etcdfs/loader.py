@@ -7,12 +7,15 @@ Concurrency: synchronous; the tree's owner calls it before anybody sees the tree
 """
 
 from collections.abc import Iterable
+from functools import partial
 
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, is_plain
 from etcdfs.sidekeys import is_side_key, owner_of
 from etcdfs.sides import side_of
 from etcdfs.store import KeyValue
 from etcdfs.tree import Directory, Facts, File, Inode, Tree, facts_of
+
+_make_facts = partial(tuple.__new__, Facts)  # what `Facts._make` does, less a call
 
 
 def load(tree: Tree, entries: Iterable[KeyValue]) -> None:
@@ -38,9 +41,8 @@ class _Loader:
             name = key[cut:]
             children = self._directory.children
             if key[:cut] == self._stem and is_plain(name) and name not in children:
-                file = File(
-                    Inode(next(numbers)), Facts(created, modified, version, lease, len(value)), now
-                )
+                facts = _make_facts((created, modified, version, lease, len(value)))
+                file = File(Inode(next(numbers)), facts, now)
                 file.directory = self._directory
                 file.name = name
                 children[name] = file

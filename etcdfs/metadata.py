@@ -202,7 +202,8 @@ class Metadata:
             if key is None:
                 return False
             record = edit(node)
-            if record == record_of(node):
+            # A time that is set again holds from now on: what is in a directory may have changed.
+            if record == record_of(node) and (record.mtime_ns is None or is_mtime_true(node)):
                 return True
             facts = facts_of_node(node)
             wanted = change_record(

@@ -1,16 +1,9 @@
 """The view with a mirror: the tree holds every key and follows the watch (`--cache`).
 
-What this room knows: how to carry out the steps of the replica's state machine, and in which
-order the tree and the kernel change. What it must not know: system calls, gRPC, pyfuse3.
+What this room knows: how to carry out the steps of the replica's state machine. What it must not
+know: system calls, gRPC, pyfuse3, and how a batch becomes visible (`applier`).
 
-Each batch of the watch becomes visible by *switching* (DESIGN.md 4.2): the kernel lets go of
-what will be untrue while lookups still answer the old state with no lifetime; then the tree
-changes in one step. So nobody sees part of a revision, and nothing older after something newer.
-
-A call of this mount returns when the batch with its change is published (`settle`). What if that
-batch waits for a lock which the call holds, see `etcdfs.letting`.
-
-Concurrency: trio thread; one task applies batches, in order.
+Concurrency: trio thread; one task lists, watches and hands batches on, in order.
 """
 
 import logging
@@ -18,10 +11,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final, assert_never, final
 
 import trio
 
+from etcdfs.applier import Applier
 from etcdfs.audit import Auditor, difference
 from etcdfs.barrier import Barrier
 from etcdfs.contents import Contents
@@ -32,7 +27,7 @@ from etcdfs.errors import (
     StorePermissionError,
     WatchLostError,
 )
-from etcdfs.letting import KernelCache, Letting
+from etcdfs.letting import KernelCache
 from etcdfs.link import UNLIMITED, Link
 from etcdfs.loader import load
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
@@ -65,12 +60,10 @@ from etcdfs.watching import Watching, back_off
 
 log = logging.getLogger(__name__)
 
-SWITCH_ROUNDS: Final = 8
-"""Rounds of letting go before a batch is published. The second finds what a change of this mount
-added meanwhile; more are not expected, and a batch must not wait for ever."""
-
 STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
+
+_VALUE: Final = attrgetter("value")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +76,7 @@ class MirrorStatistics:
         connected: Whether a watch stands.
         batches: Batches published.
         events: Events in them.
+        collapsed: Events that nobody saw, as a later one of their key was there already.
         early: Batches published before the kernel had let go, for a call that held its lock.
         ahead: Own changes applied before the watch brought them.
     """
@@ -92,6 +86,7 @@ class MirrorStatistics:
     connected: bool
     batches: int
     events: int
+    collapsed: int
     early: int
     ahead: int
 
@@ -117,8 +112,9 @@ class Mirror:
         # --- dependencies
         self._store = store
         self._contents = contents
-        self._letting = Letting(kernel)
         self.switch = Switch(tree)
+        self._applier = Applier(self.switch, contents, kernel, self._on_failure)
+        self._letting = self._applier.letting
         self.link = Link(max_stale_s=max_stale_s)
         self.auditor = Auditor(
             store,
@@ -144,7 +140,7 @@ class Mirror:
             else SideMirror(
                 store,
                 tree,
-                self._switch_over,
+                self._show,
                 watch_timeout_s=watch_timeout_s,
                 answer_timeout_s=timeout_s,
             )
@@ -152,15 +148,17 @@ class Mirror:
         # --- constants
         self._settle_timeout_s = settle_timeout_s
         # --- mutable state
-        self.revision = 0
         self.replica: Replica | None = None
         self._is_restored = False
         self._staged: dict[bytes, KeyValue] = {}
         self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
-        self._advanced = trio.Event()
-        self._switching = trio.Lock()
-        self._batches = self._events = self._ahead = 0
+        self._ahead = 0
+
+    @property
+    def revision(self) -> int:
+        """The revision that readers see."""
+        return self._applier.revision
 
     # --- the view ---------------------------------------------------------------------------
 
@@ -210,17 +208,19 @@ class Mirror:
             self._settle_timeout_s,
             revision,
         )
-        self._keep_values(events)
+        for event in events:
+            if isinstance(event, KeyValue) and not is_side_key(event.key):
+                self._contents.put(event.key, event.mod_revision, event.value)
         self._letting.submit(self.switch.apply_ahead(events, remember=True))
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`; the caller bounds it."""
         while self.revision < revision:
-            await self._advanced.wait()
+            await self._applier.advanced()
 
     async def advanced(self) -> None:
         """Return when readers see a newer revision."""
-        await self._advanced.wait()
+        await self._applier.advanced()
 
     async def let_go_first(self, stale: Collection[Cached]) -> None:
         """See `View.let_go_first`."""
@@ -240,9 +240,10 @@ class Mirror:
             revision=self.revision,
             listed_keys=self._staged_keys,
             connected=self.link.connected,
-            batches=self._batches,
-            events=self._events,
-            early=self._letting.early,
+            batches=self._applier.batches,
+            events=self._applier.events,
+            collapsed=self._applier.collapsed,
+            early=self._applier.early,
             ahead=self._ahead,
         )
 
@@ -298,9 +299,9 @@ class Mirror:
                 await self._stage(step, progress)
             case Restore(revision):
                 return await self._try_to_apply(self._restore(revision))
-            case Apply(events, revision):
+            case Apply(events):
                 self.auditor.saw(events)
-                return await self._try_to_apply(self._apply(events, revision))
+                return await self._try_to_apply(self._take(events))
             case OpenWatch(from_revision):
                 return await self._open(from_revision)
             case CloseWatch():
@@ -361,10 +362,10 @@ class Mirror:
             await applying
         except StoreError as exc:
             return Doubted(f"the attributes of new keys could not be read: {exc}")
-        except Exception:
-            log.exception("a batch could not be applied; this is a bug of etcdfs")
-            return Doubted("a batch could not be applied")
         return None
+
+    def _on_failure(self) -> None:
+        self.doubt("a batch could not be applied")
 
     # --- listing ----------------------------------------------------------------------------
 
@@ -388,8 +389,8 @@ class Mirror:
     async def keep_loaded(self) -> None:
         """Keep the values of the first listing, as many as fit, while others work.
 
-        Run it once the mirror is started: the mount need not wait for it. Until it is done, a
-        value that is asked for may have to be fetched again.
+        Run it once the mount is usable: nobody need wait for it. Until it is done, a value that
+        is asked for may have to be fetched again.
         """
         while self._loaded:
             for entry in self._loaded.popleft():
@@ -400,7 +401,7 @@ class Mirror:
 
     def _stage_some(self, entries: tuple[KeyValue, ...]) -> None:
         self._staged_keys += len(entries)
-        self._staged_bytes += sum(len(entry.value) for entry in entries)
+        self._staged_bytes += sum(map(len, map(_VALUE, entries)))
         if self._is_restored:
             self._staged.update((entry.key, entry) for entry in entries)
             return
@@ -411,55 +412,26 @@ class Mirror:
         if not self._is_restored:
             self._is_restored = True
             dress(self.switch.tree)
-            self.revision = revision
+            self._applier.revision = revision
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
             return
+        await self._applier.idle()
         events = difference(self.switch.tree, self._contents, self._staged, revision)
         self._staged.clear()
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
         self.switch.relisted()
-        await self._apply(events, revision, force=True)
+        await self._applier.replace((*events, *await self._sides_of(events)), revision)
 
     # --- applying ---------------------------------------------------------------------------
 
-    async def _apply(self, events: Sequence[Event], revision: int, *, force: bool = False) -> None:
-        """Make a batch visible, and say so."""
-        self._keep_values(events)
-        if self.sides is not None:
-            events = await self.sides.complete(events)
-        await self._switch_over(events, force)
-        self._batches += 1
-        self._events += len(events)
-        self.revision = revision
-        self.switch.reached(revision)
-        self._advanced.set()
-        self._advanced = trio.Event()
+    async def _take(self, events: Sequence[Event]) -> None:
+        """Have a batch made visible, with the attributes of what is new in it."""
+        await self._applier.take(events, await self._sides_of(events))
 
-    async def _switch_over(self, events: Sequence[Event], force: bool) -> None:
-        """Change the tree, all at once, after the kernel has let go of what changes."""
-        async with self._switching:
-            await self._switch_now(events, force=force)
+    async def _sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
+        return () if self.sides is None else await self.sides.sides_of(events)
 
-    async def _switch_now(self, events: Sequence[Event], *, force: bool) -> None:
-        tree = self.switch.tree
-        asked: set[Cached] = set()
-        plan = self.switch.plan(events, force=force)
-        for _ in range(SWITCH_ROUNDS):
-            stale = self.switch.invalidations(plan) - asked
-            if not stale:
-                break
-            tree.switching |= self.switch.untold(plan)
-            asked |= stale
-            # checkpoint: anything may have happened to the tree; it is planned again
-            await self._letting.wait(stale)
-            plan = self.switch.plan(events, force=force)
-        late = self.switch.invalidations(plan) - asked
-        self.switch.publish(plan)
-        tree.switching.clear()
-        self._letting.submit(late)
-
-    def _keep_values(self, events: Sequence[Event]) -> None:
-        for event in events:
-            if isinstance(event, KeyValue) and not is_side_key(event.key):
-                self._contents.put(event.key, event.mod_revision, event.value)
+    async def _show(self, events: Sequence[Event], force: bool) -> None:
+        """Make a change of attributes visible that came by a watch of their own."""
+        await self._applier.show(events, force=force)

@@ -188,7 +188,7 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
                 tasks.start_soon(watch_over, rooms.mirror)
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:
-                rooms.kernel.start()
+                rooms.kernel.start(tasks)
                 stack.callback(rooms.kernel.stop)
                 tasks.start_soon(_announce, rooms, reporter, client_url)
                 ending.begin(rooms, mount)
@@ -268,7 +268,6 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
                 await tasks.start(mirror.run, progress)
             if mirror.sides is not None:
                 await tasks.start(mirror.sides.run)
-        tasks.start_soon(mirror.keep_loaded)
     finally:
         gc.enable()
         gc.freeze()
@@ -288,6 +287,8 @@ async def _announce(rooms: Rooms, reporter: Reporter, client_url: str | None) ->
             client_url=client_url,
         )
     )
+    if mirror is not None:
+        await mirror.keep_loaded()
 
 
 @final

@@ -8,8 +8,8 @@ while the kernel holds the page lock (FACTS.md 7).
 """
 
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import NewType, final
 
@@ -91,7 +91,7 @@ class OpenFiles:
         file.handles += 1
         if file.facts is None:
             draft = Draft(b"", whole=True)
-            draft.is_bare = not flags & os.O_TRUNC
+            draft.is_bare = draft.is_added = not flags & os.O_TRUNC
             draft.mtime_ns = file.mtime_ns
             file.draft = draft
         else:
@@ -158,7 +158,13 @@ class OpenFiles:
                 except FileTooLargeError:
                     draft.is_torn = True
                     raise
-            draft.write(offset, data, append=opened.append, now_ns=self._now(file))
+            draft.write(
+                offset,
+                data,
+                append=opened.append,
+                now_ns=self._now(file),
+                blind=not opened.readable,
+            )
         return len(data)
 
     async def truncate(self, file: File, size: int) -> None:
@@ -202,7 +208,13 @@ class OpenFiles:
             return  # a reader's close publishes nobody else's writes
         if isinstance(opened.file.draft, Draft) and not len(opened.file.draft) and is_held():
             return
-        await self._publisher.publish(opened.file)
+        draft = opened.file.draft
+        try:
+            await self._publisher.publish(opened.file)
+        except EtcdfsError:
+            if isinstance(draft, Draft):
+                draft.is_refused = True
+            raise
         self._drop_clean_draft(opened.file)
 
     async def release(self, handle: int) -> None:
@@ -234,9 +246,17 @@ class OpenFiles:
 
         Such a file was never in etcd, so that nothing there tells its late flush of the removal.
         """
+        self._give_up(lambda lost: lost == key)
+
+    def give_up_below(self, prefix: bytes) -> None:
+        """Note that all names below a prefix were taken away; see `give_up_name`."""
+        self._give_up(lambda lost: lost.startswith(prefix))
+
+    def _give_up(self, is_given_up: Callable[[bytes], bool]) -> None:
         for opened in self._open.values():
-            if opened.file.facts is None and opened.file.lost_key == key:
-                opened.file.lost_key = None
+            file = opened.file
+            if file.facts is None and file.lost_key is not None and is_given_up(file.lost_key):
+                file.lost_key = None
 
     @asynccontextmanager
     async def settled(self, file: File) -> AsyncIterator[None]:
@@ -249,6 +269,15 @@ class OpenFiles:
     def is_being_written(self, node: Node) -> bool:
         """Say whether there are writes of which etcd does not know yet."""
         return isinstance(node, File) and isinstance(node.draft, Draft) and node.draft.is_dirty
+
+    @property
+    def max_file_size(self) -> int:
+        """See `Publisher.max_file_size`."""
+        return self._publisher.max_file_size
+
+    def still(self, nodes: Collection[Node]) -> AbstractAsyncContextManager[None]:
+        """See `Publisher.still`."""
+        return self._publisher.still(nodes)
 
     def set_times(self, file: File, mtime_ns: int, atime_ns: int | None, *, keep: bool) -> None:
         """Show the times of unpublished writes as utimens(2) sets them.

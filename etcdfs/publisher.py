@@ -11,6 +11,8 @@ Concurrency: trio thread. One publication of a file at a time, under the file's 
 writers take too: a draft does not change while it is on its way.
 """
 
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -42,7 +44,7 @@ from etcdfs.store import (
     unchanged,
 )
 from etcdfs.switch import Intent
-from etcdfs.tree import Cached, Entry, Facts, File, facts_of
+from etcdfs.tree import Cached, Entry, Facts, File, Node, facts_of, is_within
 from etcdfs.view import View
 
 MAX_REBASES: Final = 1000
@@ -95,6 +97,8 @@ class Publisher:
         self._max_file_size = max_file_size
         # --- mutable state
         self._locks: dict[File, trio.Lock] = {}
+        self._moving: list[Node] = []
+        self._moved = trio.Event()
         self._puts = self._unchanged = self._rebased = self._dropped = self._resolved = 0
 
     def statistics(self) -> PublisherStatistics:
@@ -120,6 +124,35 @@ class Publisher:
         if found is not None and not found.locked():
             del self._locks[file]
 
+    @asynccontextmanager
+    async def still(self, nodes: Collection[Node]) -> AsyncIterator[None]:
+        """Hold back every draft of these nodes, and of all below them, while their keys change.
+
+        Those on their way to etcd arrive first.
+        """
+        self._moving.extend(nodes)
+        try:
+            for file, lock in list(self._locks.items()):
+                if lock.locked() and self._is_moving(file):
+                    async with lock:
+                        pass
+                    if not file.handles:
+                        self.release(file)
+            yield
+        finally:
+            for node in nodes:
+                self._moving.remove(node)
+            self._moved.set()
+            self._moved = trio.Event()
+
+    def _is_moving(self, file: File) -> bool:
+        return any(is_within(file, node) for node in self._moving)
+
+    @property
+    def max_file_size(self) -> int:
+        """What fits into a request, as far as we are told."""
+        return self._max_file_size
+
     def check_size(self, file: File, size: int) -> None:
         """Refuse a value that etcd would refuse, at the write that makes it so large.
 
@@ -141,6 +174,8 @@ class Publisher:
             StoreError: etcd refused it, or could not be asked. The draft stays, and so does
                 the published value; the path shows the published value again.
         """
+        while self._is_moving(file):
+            await self._moved.wait()
         async with self.lock(file):
             draft = file.draft
             if not isinstance(draft, Draft) or not draft.is_dirty:
@@ -153,7 +188,6 @@ class Publisher:
                 _check_whole(draft, key)
                 await self._publish(file, draft, key)
             except (StoreError, WriteConflictError, FileTooLargeError):
-                draft.is_refused = True
                 await self._abandon(file)
                 raise
 
@@ -228,25 +262,31 @@ class Publisher:
     ) -> _Done | None:
         match draft.kind:
             case Kind.WHOLE if file.facts is None:
-                return await self._put_new(draft, key, intent, company)
+                return await self._put_new(file, draft, key, intent, company)
             case Kind.WHOLE:
                 return await self._replace(file, draft, key, intent, company)
             case _:
                 return await self._change(file, draft, key, intent, company)
 
-    async def _put_new(self, draft: Draft, key: bytes, intent: Intent, company: Company) -> _Done:
+    async def _put_new(
+        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+    ) -> _Done | None:
         """Publish a file made here: it takes the name, whoever else took it meanwhile.
 
-        Unless nothing was written: what O_CREAT finds stays as it is.
+        Unless nothing was written, for what O_CREAT finds stays as it is, or all was appended:
+        then it is added to what is there.
         """
         value = intent.value = draft.value
         is_marker = key.endswith(b"/")  # it is there with its directory, and means no file then
-        when = (absent(key),) if draft.is_bare and not is_marker else ()
+        yields = (draft.is_bare or draft.is_added) and not is_marker
+        when = (absent(key),) if yields else ()
         put = Transaction(when, (*_put(key, value), *company.changed), (Get(key),))
         committed = await self._send(draft, put, value)
         if not committed.succeeded:
             (found,) = page_of(committed.results[0]).entries
-            return _Done(facts_of(found), found.value, merged=True)
+            if draft.is_bare:
+                return _Done(facts_of(found), found.value, merged=True)
+            return await self._change(file, draft, key, intent, company, found)
         return _done(put, committed, value)
 
     async def _replace(
@@ -275,14 +315,23 @@ class Publisher:
         return _done(put, committed, value)
 
     async def _change(
-        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+        self,
+        file: File,
+        draft: Draft,
+        key: bytes,
+        intent: Intent,
+        company: Company,
+        others: KeyValue | None = None,
     ) -> _Done | None:
-        """Append to the newest value, or overwrite part of the one that was read."""
-        assert file.facts is not None
-        facts, base = file.facts, draft.base
-        merged = False
+        """Append to the newest value, or overwrite part of the one that was read.
+
+        Start from `others`, if the file is a new one and they were first.
+        """
+        facts = file.facts if others is None else facts_of(others)
+        assert facts is not None
+        base, merged = (draft.base, False) if others is None else (others.value, True)
         for _ in range(MAX_REBASES):
-            value = intent.value = base + draft.tail if draft.kind is Kind.APPEND else draft.value
+            value = intent.value = base + draft.tail if draft.adds else draft.value
             self.check_size(file, len(value))
             if merged:
                 intent.file = None
@@ -305,7 +354,7 @@ class Publisher:
                 return _Done(facts_of(found), found.value, merged=found.value != arrived)
             if arrived is not None:
                 draft.published(arrived)
-            if draft.kind is not Kind.APPEND and found.value != arrived:
+            if not draft.adds and found.value != arrived:
                 msg = f"{key!r} was changed by another client (revision {found.mod_revision})"
                 raise WriteConflictError(msg)
             facts = facts_of(found)
@@ -350,7 +399,7 @@ class Publisher:
         for sent, meant in reversed(draft.tries):
             if found.value == sent:
                 return meant
-            if draft.kind is Kind.APPEND and found.value.startswith(sent):
+            if draft.adds and found.value.startswith(sent):
                 return meant
         return None
 

@@ -5,7 +5,7 @@ their own, and how a key is kept from being seen before its attributes. What it 
 changes become visible (the mirror's), system calls.
 
 Two watches are not in step. So before a batch with new keys is published, the side keys of these
-are read (`complete`): what was made with mode 0600 is never seen with the default mode. Later
+are read (`sides_of`): what was made with mode 0600 is never seen with the default mode. Later
 changes of attributes come by the watch of the side keys alone.
 
 If etcd's roles do not allow it, the mount goes on without attributes.
@@ -124,8 +124,8 @@ class SideMirror:
         while self.revision < revision and self._tree.attributes:
             await self._advanced.wait()
 
-    async def complete(self, events: Sequence[Event]) -> Sequence[Event]:
-        """Return a batch together with the attributes of what is made in it.
+    async def sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
+        """Return the attributes of what is made in a batch.
 
         A revision that is nothing but one put over a key that was there brings no attributes:
         that is what most are, and they cost nothing.
@@ -134,7 +134,7 @@ class SideMirror:
             StoreError: They could not be read.
         """
         if not self._tree.attributes:
-            return events
+            return ()
         sizes = Counter(event.mod_revision for event in events)
         made = {
             event.key
@@ -143,12 +143,12 @@ class SideMirror:
             and (event.create_revision == event.mod_revision or sizes[event.mod_revision] > 1)
         }
         try:
-            return (*events, *await self._sides_of(sorted(made)))
+            return await self._read_sides(sorted(made))
         except StorePermissionError as exc:
             renounce(self._tree, exc)
-            return events
+            return ()
 
-    async def _sides_of(self, keys: list[bytes]) -> list[KeyValue]:
+    async def _read_sides(self, keys: list[bytes]) -> list[KeyValue]:
         found: list[KeyValue] = []
         for first in range(0, len(keys), MAX_GETS):
             gets = tuple(Get(side_key(key)) for key in keys[first : first + MAX_GETS])

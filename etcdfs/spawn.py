@@ -64,6 +64,9 @@ def spawn(mountpoint: str) -> Spawned:
 
     Args:
         mountpoint: An absolute path; by it the daemon is found in the list of processes.
+
+    Raises:
+        OSError: No process can be started here.
     """
     _keep_descriptors()
     options_read, options_write = os.pipe()

@@ -93,6 +93,17 @@ class Delete:
 
 
 @dataclass(frozen=True, slots=True)
+class Abort:
+    """Refuse the whole transaction, nothing of it done, if this is in a branch that is to run.
+
+    In the `otherwise` of inner transactions it joins their conditions to those of the outer one,
+    which is how a transaction can have any number of them. `key` is any key that may be read.
+    """
+
+    key: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Compare:
     """A condition on a key, or on every key of a range (an empty range compares as 0)."""
 
@@ -140,7 +151,7 @@ class Transaction:
         )
 
 
-Operation = Get | Put | Delete | Transaction
+Operation = Get | Put | Delete | Abort | Transaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +276,7 @@ class Store(Protocol):
             StoreFullError: The quota is used up.
             StoreValueTooLargeError: The request is too large.
             TooManyOperationsError: The transaction has too many operations.
+            TransactionAbortedError: An `Abort` was to run.
         """
         ...
 

@@ -10,12 +10,13 @@ that did not change. `publish` carries a plan out. Between the two the caller te
 right before it publishes, with no `await` in between.
 
 Changes that this mount made itself are recognised by their *intent*: a key, the value put there
-and the file that carries it. An event that says the same keeps the file's inode.
+and the file that carries it. An event that says the same keeps the file's inode. Nodes that
+change their place are recognised by their *relocation*, whatever is below them.
 
 Concurrency: synchronous; used on the trio thread only.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
@@ -52,6 +53,39 @@ class Intent:
     replaces: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Relocation:
+    """Nodes that this mount is moving right now, with all that is below them.
+
+    Attributes:
+        places: Each node, and where it will stand.
+        leaves: Names that will be left with nothing.
+        origins: For each key that is put, the mod_revision of the version that moves there.
+        values: What is put.
+        gone: Keys that are deleted.
+    """
+
+    places: tuple[tuple[Node, Directory, bytes], ...]
+    leaves: tuple[tuple[Directory, bytes], ...]
+    origins: Mapping[bytes, int]
+    values: Mapping[bytes, bytes]
+    gone: frozenset[bytes]
+
+    def revision_in(self, events: Sequence[Event]) -> int:
+        """Return the revision that did all of it, 0 if none of these events' did."""
+        first, value = next(iter(self.values.items()))
+        for found in events:
+            if found.key != first or isinstance(found, Tombstone) or found.value != value:
+                continue
+            own = {e.key: e for e in events if e.mod_revision == found.mod_revision}
+            if all(isinstance(own.get(key), Tombstone) for key in self.gone) and all(
+                isinstance(put := own.get(key), KeyValue) and put.value == value
+                for key, value in self.values.items()
+            ):
+                return found.mod_revision
+        return 0
+
+
 @dataclass(slots=True)
 class Plan:
     """What a batch does to the tree.
@@ -63,6 +97,7 @@ class Plan:
         deleted: Files whose key is deleted, not only superseded.
         sides: What becomes of the side keys, by the key that each belongs to.
         dressed: Nodes whose own attributes change, and to what.
+        moved: Directories that change their place, and keep what is below them.
     """
 
     entries: dict[Directory, dict[bytes, Node | None]] = field(default_factory=dict)
@@ -71,6 +106,7 @@ class Plan:
     deleted: set[Node] = field(default_factory=set)
     sides: dict[bytes, Side | None] = field(default_factory=dict)
     dressed: dict[Node, Side | None] = field(default_factory=dict)
+    moved: set[Node] = field(default_factory=set)
 
     def changes(self) -> Iterator[tuple[Directory, bytes, Node | None, Node | None]]:
         """Yield (directory, name, before, after) of each name that really changes."""
@@ -79,6 +115,10 @@ class Plan:
                 before = directory.children.get(name)
                 if before is not after:
                     yield directory, name, before, after
+
+    def is_version(self, before: Node | None, after: Node | None) -> bool:
+        """Tell whether only the content changes, which a directory's own times do not show."""
+        return isinstance(before, File) and isinstance(after, File) and before not in self.deleted
 
 
 @final
@@ -90,6 +130,7 @@ class Switch:
         self.tree = tree
         # --- mutable state
         self.intents: dict[bytes, Intent] = {}
+        self.relocations: list[Relocation] = []
         # Names whose directory the kernel holds locked for a call of this mount: it puts them
         # right by itself when the call returns, and waits for nobody until then.
         self.locked: dict[Entry, int] = {}
@@ -105,18 +146,55 @@ class Switch:
         planner = _Planner(self.tree, self.intents, force=force)
         events = tuple(events)
         planner.note(events)
+        for relocation in self.relocations:
+            events = self._relocate(planner, relocation, events, force=force)
+        self._add(planner, events, force=force)
+        return planner.finish()
+
+    def _relocate(
+        self,
+        planner: "_Planner",
+        relocation: Relocation,
+        events: tuple[Event, ...],
+        *,
+        force: bool,
+    ) -> tuple[Event, ...]:
+        """Plan a move of this mount if it is among the events; return those that are left."""
+        revision = relocation.revision_in(events)
+        if not revision or revision <= self._ahead.get(next(iter(relocation.values)), 0):
+            return events
+        earlier = tuple(event for event in events if event.mod_revision < revision)
+        own = [event for event in events if event.mod_revision == revision]
+        self._add(planner, earlier, force=force)
+        if planner.relocate(relocation):
+            for event in own:
+                if event.key in relocation.values and isinstance(event, KeyValue):
+                    planner.arrive(event, relocation.origins[event.key])
+            done = relocation.gone | relocation.values.keys()
+            own = [event for event in own if event.key not in done]
+        return (*own, *(event for event in events if event.mod_revision > revision))
+
+    def _add(self, planner: "_Planner", events: tuple[Event, ...], *, force: bool) -> None:
         last = {event.key: event for event in events}
         for event in last.values():
             if force or event.mod_revision > self._ahead.get(event.key, 0):
                 planner.add(event)
-        return planner.finish()
+
+    def is_moving(self, node: Node) -> bool:
+        """Tell whether this mount is moving a node, or a directory that it is in."""
+        moving = {node for relocation in self.relocations for node, _, _ in relocation.places}
+        at: Node | None = node
+        while at is not None and at not in moving:
+            at = at.directory
+        return at is not None
 
     def untold(self, plan: Plan) -> set[Cached]:
         """Return what must not be answered with a lifetime while the switch is under way."""
         touched: set[Cached] = set()
-        for directory, name, _, _ in plan.changes():
+        for directory, name, before, after in plan.changes():
             touched.add(Entry(directory.inode, name))
-            touched.add(self.tree.listing_of(directory))
+            if not plan.is_version(before, after):
+                touched.add(self.tree.listing_of(directory))
         for node in plan.dressed:
             listing = self.tree.listing_of(node)
             touched.add(listing)
@@ -127,13 +205,13 @@ class Switch:
     def invalidations(self, plan: Plan) -> set[Cached]:
         """Return which of the kernel's cached answers the plan makes untrue."""
         stale: set[Cached] = set()
-        for directory, name, _, _ in plan.changes():
+        for directory, name, before, after in plan.changes():
             entry = Entry(directory.inode, name)
             if entry in self.locked:
                 continue
             if self.tree.is_told(directory, name):
                 stale.add(entry)
-            if directory.told:
+            if directory.told and not plan.is_version(before, after):
                 stale.add(self.tree.listing_of(directory))
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
@@ -144,12 +222,18 @@ class Switch:
         changes = list(plan.changes())
         # Files leave before directories: a file's key is made from the path it still has.
         for kind in (File, Directory):
-            for directory, name, before, _ in changes:
+            for directory, name, before, after in changes:
                 if isinstance(before, kind):
-                    tree.detach(directory, name, gone=before in plan.deleted)
-        for directory, name, _, after in changes:
+                    tree.detach(
+                        directory,
+                        name,
+                        gone=before in plan.deleted,
+                        is_moved=before in plan.moved,
+                        as_version=plan.is_version(before, after),
+                    )
+        for directory, name, before, after in changes:
             if after is not None:
-                tree.attach(directory, name, after)
+                tree.attach(directory, name, after, as_version=plan.is_version(before, after))
         for directory, marker in plan.markers.items():
             directory.marker = marker
         for file, facts in plan.facts.items():
@@ -284,6 +368,60 @@ class _Planner:
             file = self._tree.new_version(old, facts)
         self._set(directory, name, file)
         self._undress(event.key, file)
+
+    def relocate(self, relocation: Relocation) -> bool:
+        """Put nodes elsewhere with all that is below them; False if they no longer stand here."""
+        for node, _, _ in relocation.places:
+            if node.directory is None or self._child(node.directory, node.name) is not node:
+                return False
+        for directory, name in relocation.leaves:
+            self._set(directory, name, None)
+            self._doubtful.add(directory)
+        moved = {node for node, _, _ in relocation.places}
+        for node, directory, name in relocation.places:
+            replaced = self._child(directory, name)
+            if replaced is not None and replaced not in moved:
+                self._plan.deleted.add(replaced)
+            self._set(directory, name, node)
+            if isinstance(node, Directory):
+                self._where[node] = (directory, name)
+        self._plan.moved |= moved
+        return True
+
+    def arrive(self, event: KeyValue, origin: int) -> None:
+        """Take in a key that a relocation has put; its node is there with those moved.
+
+        Unless what moved is a version of it that the tree did not have yet.
+        """
+        names, is_marker = self._tree.keyspace.locate(event.key)
+        if is_marker:
+            self._arrive_marker(event, names, origin)
+            return
+        above = self._find(names[:-1])
+        node = None if above is None else self._child(above, names[-1])
+        if isinstance(node, Directory):
+            node = self._child(node, VALUE_NAME)
+        if isinstance(node, File) and self._is_version(node, origin):
+            self._plan.facts[node] = facts_of(event)
+            self._undress(event.key, node)
+        elif self._tree.complete or node is not None:
+            self._put(event, names)
+
+    def _arrive_marker(self, event: KeyValue, names: tuple[bytes, ...], origin: int) -> None:
+        directory = self._find(names)
+        shown = None if directory is None else self._child(directory, MARKER_NAME)
+        is_known = isinstance(shown, File) and self._is_version(shown, origin)
+        if directory is None or (event.value and not is_known):
+            self._marker(event, names)
+            return
+        self._plan.markers[directory] = facts_of(event)
+        self._undress(event.key, directory)
+        if isinstance(shown, File) and is_known:
+            self._plan.facts[shown] = facts_of(event)
+
+    def _is_version(self, file: File, mod_revision: int) -> bool:
+        facts = self._facts_of(file)
+        return facts is not None and facts.mod_revision == mod_revision
 
     def _own_intent(self, event: KeyValue, directory: Directory, name: bytes) -> Intent | None:
         """Return the intent that a put fulfils, if this mount made it.

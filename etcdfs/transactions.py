@@ -9,21 +9,44 @@ mount must leave it (DESIGN.md section 3), so each removal carries an inner tran
 nothing else is below the parent, put the parent's marker*. Inner conditions are judged on the
 state before the removal, so "nothing else" is spelled as two empty ranges beside the key.
 
+A *rewriting* moves any number of keys: whole directories, or two names at once. It has a condition
+for each key that it read, and etcd takes 128 operations (`--max-txn-ops`) on the way from the
+outermost transaction to any inner one, conditions of it counted likewise. So the keys are spread
+over a tree of inner transactions, each `WIDTH` wide; a condition in it that does not hold aborts
+the whole (`Abort`). Such a tree holds `MAX_KEYS`; what is then in the way is the size of the
+request (1.5 MiB, `--max-request-bytes`).
+
 Concurrency: none; pure functions.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
 from etcdfs.store import (
+    Abort,
     Compare,
     Delete,
+    Event,
     Get,
+    KeyValue,
     Operation,
     Put,
+    Revision,
+    Tombstone,
     Transaction,
     absent,
     exists,
     range_end,
     unchanged,
 )
+
+WIDTH: Final = 36
+"""Conditions and operations of each inner transaction. Three levels of them leave 20 for the
+outermost: 3 * 36 + 20 = 128."""
+
+MAX_KEYS: Final = WIDTH**3
+"""Keys that one rewriting can read, and those it can put."""
 
 
 def parent_prefix(key: bytes, root: bytes) -> bytes | None:
@@ -136,8 +159,97 @@ def move_file(
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewriting:
+    """Many keys that change at once.
+
+    Attributes:
+        before: The keys that were read, as they were found; all must still be so.
+        after: What is put; the keys of `before` that are not in it are deleted.
+        ranges: Ranges that are deleted as a whole, which spares a deletion for each key. Nothing
+            in them is put.
+    """
+
+    before: Mapping[bytes, KeyValue]
+    after: Mapping[bytes, Put]
+    ranges: tuple[tuple[bytes, bytes], ...] = ()
+
+    def is_possible(self) -> bool:
+        """Tell whether one transaction has room for so many keys."""
+        return max(len(self.before), len(self._changes())) <= MAX_KEYS
+
+    def transaction(self, guards: Sequence[Compare], also: Sequence[Operation] = ()) -> Transaction:
+        """Return it as one transaction.
+
+        Args:
+            guards: Further conditions, on what was not there; at most 20.
+            also: Further operations, the last ones.
+        """
+        checks = [unchanged(key, found.mod_revision) for key, found in self.before.items()]
+        ranges = tuple(Delete(start, end) for start, end in self.ranges)
+        return Transaction(tuple(guards), (*ranges, *_tree(checks, self._changes()), *also))
+
+    def events(self, revision: Revision) -> tuple[Event, ...]:
+        """Return what it did, as the watch would tell it."""
+        gone = (Tombstone(key, revision) for key in self.before if key not in self.after)
+        return (*gone, *(self._event(put, revision) for put in self.after.values()))
+
+    def _event(self, put: Put, revision: Revision) -> KeyValue:
+        old = self.before.get(put.key)
+        made = revision if old is None else old.create_revision
+        version = 1 if old is None else old.version + 1
+        return KeyValue(put.key, put.value, made, revision, version, put.lease)
+
+    def _changes(self) -> list[Operation]:
+        gone = (key for key in self.before if key not in self.after)
+        deletes = (Delete(key) for key in gone if not any(s <= key < e for s, e in self.ranges))
+        return [*self.after.values(), *deletes]
+
+
+def _tree(checks: Sequence[Compare], changes: Sequence[Operation]) -> tuple[Operation, ...]:
+    """Spread conditions and operations over inner transactions; at most one is returned."""
+    level: list[Operation] = [
+        Transaction(
+            tuple(checks[start : start + WIDTH]),
+            tuple(changes[start : start + WIDTH]),
+            tuple(Abort(check.key) for check in checks[start : start + 1]),
+        )
+        for start in range(0, max(len(checks), len(changes)), WIDTH)
+    ]
+    while len(level) > 1:
+        level = [
+            Transaction((), tuple(level[start : start + WIDTH]))
+            for start in range(0, len(level), WIDTH)
+        ]
+    return tuple(level)
+
+
+def unmoved(prefix: bytes, revision: int) -> Compare:
+    """Return the condition that nothing below a prefix was put after a revision."""
+    return Compare(prefix, "mod_revision", "<", revision + 1, range_end(prefix))
+
+
+def stay_without(parent: bytes | None, prefix: bytes) -> tuple[Operation, ...]:
+    """Return what keeps a directory that loses all below `prefix`, its directory's value too."""
+    if parent is None:
+        return ()
+    # The names that come between `a` and `a/` in etcd's order are others: `a-b`, `a.conf`.
+    own = prefix[:-1]
+    alone = (
+        absent(parent, own),
+        absent(own + b"\0", prefix),
+        absent(range_end(prefix), range_end(parent)),
+    )
+    if own.endswith(b"/"):  # the name is empty: what would be its value is the parent's marker
+        alone = (absent(parent), *alone[1:])
+    return (_keep(parent, alone),)
+
+
 def _stay(parent: bytes | None, leaving: bytes) -> tuple[Operation, ...]:
     if parent is None:
         return ()
-    alone = (absent(parent, leaving), absent(leaving + b"\0", range_end(parent)))
-    return (Transaction(alone, (Put(parent, b""), Get(parent, keys_only=True))),)
+    return (_keep(parent, (absent(parent, leaving), absent(leaving + b"\0", range_end(parent)))),)
+
+
+def _keep(parent: bytes, alone: tuple[Compare, ...]) -> Transaction:
+    return Transaction(alone, (Put(parent, b""), Get(parent, keys_only=True)))

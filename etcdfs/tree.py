@@ -22,12 +22,15 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, NamedTuple, NewType, final
+from typing import Final, NewType, final
 
 from etcdfs.errors import NotADirectoryFileError, StaleError
+from etcdfs.facts import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes' facts come with them
+from etcdfs.facts import Facts as Facts  # noqa: PLC0414
+from etcdfs.facts import Side as Side  # noqa: PLC0414
+from etcdfs.facts import facts_of as facts_of  # noqa: PLC0414
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
-from etcdfs.sidekeys import Record
-from etcdfs.store import Clock, KeyValue, Revision
+from etcdfs.store import Clock
 
 Inode = NewType("Inode", int)
 
@@ -36,33 +39,6 @@ MAX_NEGATIVES: Final = 65_536
 """Missing names remembered as told to the kernel; past it, further ones are not cached."""
 SUPERSEDED_GRACE_NS: Final = 1_000_000_000
 """How long a call may take from looking a path up to using the inode, before it looks again."""
-
-
-class Facts(NamedTuple):  # as `KeyValue`: one per key
-    """What etcd says of a key, without its value. `size` in bytes."""
-
-    create_revision: Revision
-    mod_revision: Revision
-    version: int
-    lease: int
-    size: int
-
-
-def facts_of(entry: KeyValue) -> Facts:
-    """Return the facts of a key that was read with its value."""
-    return Facts(
-        entry.create_revision, entry.mod_revision, entry.version, entry.lease, len(entry.value)
-    )
-
-
-class Side(NamedTuple):
-    """Attributes of a key's own, and what etcd says of the side key that has them."""
-
-    record: Record
-    facts: Facts
-
-
-NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)  # not yet, or no longer
 
 
 @final
@@ -266,11 +242,7 @@ class Tree:
         raise StaleError(msg)
 
     def find(self, key: bytes) -> tuple[Node, Facts] | None:
-        """Return who stands for a key of the keyspace, and what is known of it.
-
-        That is a file, or the directory whose marker it is; None if etcd is not known to have
-        such a key.
-        """
+        """Return who stands for a key, a file or the marker's directory, and what is known."""
         names, is_marker = self.keyspace.locate(key)
         node: Node | None = self.root
         for name in names:
@@ -410,8 +382,14 @@ class Tree:
         """Make a directory with a new inode number, attached nowhere yet."""
         return Directory(self._new_number(), self.clock())
 
-    def attach(self, directory: Directory, name: bytes, node: Node) -> None:
-        """Put a node under a name; what stood there must have been detached."""
+    def attach(
+        self, directory: Directory, name: bytes, node: Node, *, as_version: bool = False
+    ) -> None:
+        """Put a node under a name; what stood there must have been detached.
+
+        With `as_version`, here and in `detach`, one version of a file takes the place of
+        another: the directory's own times stay, as when a file is written to.
+        """
         node.directory = directory
         node.name = name
         directory.children[name] = node
@@ -421,10 +399,27 @@ class Tree:
             node.lost_key = None
             node.gone = False
         self._negatives.pop(Entry(directory.inode, name), None)
-        self._touch(directory)
+        if not as_version:
+            self._touch(directory)
 
-    def detach(self, directory: Directory, name: bytes, *, gone: bool) -> Node | None:
-        """Take a name away; `gone` says that its key is deleted, not merely replaced."""
+    def detach(
+        self,
+        directory: Directory,
+        name: bytes,
+        *,
+        gone: bool,
+        is_moved: bool = False,
+        as_version: bool = False,
+    ) -> Node | None:
+        """Take a name away.
+
+        Args:
+            directory: Where it is.
+            name: The name.
+            gone: Whether its key is deleted, not merely replaced.
+            is_moved: Whether a directory will be attached elsewhere with all that is below it.
+            as_version: Whether only a new version of the file takes its place.
+        """
         node = directory.children.get(name)
         if node is None:
             return None
@@ -434,11 +429,13 @@ class Tree:
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
             directory.subdirectories -= 1
-            for below in list(node.children):  # or their keys would be made from half a path
-                self.detach(node, below, gone=True)
+            if not is_moved:
+                for below in list(node.children):  # or their keys would be made from half a path
+                    self.detach(node, below, gone=True)
         del directory.children[name]
         node.directory = None
-        self._touch(directory)
+        if not as_version:
+            self._touch(directory)
         return node
 
     def clear(self) -> None:
@@ -502,6 +499,14 @@ class Tree:
     def _touch(self, directory: Directory) -> None:
         now = max(self.clock(), directory.mtime_ns + 1)
         directory.mtime_ns = directory.ctime_ns = now
+
+
+def is_within(node: Node, top: Node) -> bool:
+    """Tell whether a node is another, or somewhere below it."""
+    at: Node | None = node
+    while at is not None and at is not top:
+        at = at.directory
+    return at is top
 
 
 def _is_busy(file: File) -> bool:

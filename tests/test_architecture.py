@@ -101,6 +101,25 @@ def test_every_statement_has_a_test_and_every_such_test_a_statement() -> None:
     assert tested == set(stated)
 
 
+def named_in(title: str) -> list[str]:
+    return re.findall(r"`(test_\w+)`", section(title))
+
+
+@pytest.mark.parametrize("title", ["Calls", "Differences from POSIX"])
+def test_every_line_of_the_tables_names_tests_that_are_there(title: str) -> None:
+    there = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+    assert [name for name in named_in(title) if name not in there] == []
+    lines = [
+        line for line in section(title).splitlines() if re.match(r"- |\| [a-z]|\| [A-Z]_", line)
+    ]
+    assert len(lines) >= 10
+    assert [line for line in lines if "`test_" not in line] == []
+
+
 # --- sizes ----------------------------------------------------------------------------------
 
 _LINES_MAX = 500

@@ -1,9 +1,12 @@
-"""How long a change takes from etcd's answer to the eyes of a reader.
+"""How long a change takes until somebody sees it who is waiting for it.
 
-What this room knows: how to put a key and find out when somebody sees it. The writer and the
-reader are one thread, so that neither takes the processor from the other: when etcd has answered
-the put, the reader reads until it sees the value. A watch tells by itself, and may be faster than
-the answer to the put.
+What this room knows: how to put a key and have observers say when they saw it. An observer is a
+program of its own, as a reader of a mount is: a client of etcd that watches the key, or a program
+that lets the mount wake it and then reads the file. Neither does anything until the change is
+there, so that nobody takes the processor from anybody.
+
+A third one does the opposite: the writer itself reads the file again and again until it sees what
+it has put. Its reads compete with the very event they wait for.
 
 Concurrency: plain blocking calls; an asyncio loop runs inside them.
 """
@@ -18,6 +21,7 @@ from typing import Any, Final, final
 
 import aetcd
 
+from benchmarks.harness.observer import Observer
 from benchmarks.harness.targets import value_of
 from etcdfs.options import Endpoint
 
@@ -35,70 +39,58 @@ class Sight:
 
 @final
 class Writer:
-    """A client that puts, and one that watches; each has a connection of its own."""
+    """A client that puts, and nobody else does."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, revision: int) -> None:
+        """Connect to an etcd whose last revision is known."""
         self._runner = asyncio.Runner()
         self._numbers = itertools.count(1)
-        # Connections with equal options would be one; the watch must not wait behind the puts.
-        own = {"grpc.use_local_subchannel_pool": 1}
-        self._putting: Any = aetcd.Client(
-            endpoint.host, endpoint.port, timeout=_TIMEOUT_S, options=own
-        )
-        self._watching: Any = aetcd.Client(endpoint.host, endpoint.port, options=own)
+        self._revision = revision
+        self._client: Any = aetcd.Client(endpoint.host, endpoint.port, timeout=_TIMEOUT_S)
 
     def close(self) -> None:
-        """Close both connections."""
-        self._runner.run(self._close())
+        """Close the connection."""
+        self._runner.run(self._client.close())
         self._runner.close()
 
-    def put(self, key: bytes) -> tuple[bytes, float, float]:
-        """Put a new value; return it, when it was sent and when it was answered."""
-        value = value_of(next(self._numbers))
-        sent, answered = self._runner.run(self._put(key, value))
-        return value, sent, answered
+    def seen_by_reader(self, reader: Observer, key: bytes, puts: int) -> list[Sight]:
+        """Put a key so many times, each time until a reader that was woken has read it."""
+        found: list[Sight] = []
+        for _ in range(puts):
+            reader.expect(self._revision + 1)
+            _, sent, answered = self._put(key)
+            found.append(Sight(sent, answered, reader.heard()))
+        return found
 
-    def seen_by_reading(self, key: bytes, path: Path, puts: int) -> list[Sight]:
+    def seen_by_watcher(self, watcher: Observer, key: bytes, puts: int) -> list[Sight]:
+        """Put a key so many times, each time until a watch has brought it."""
+        found: list[Sight] = []
+        for _ in range(puts):
+            _, sent, answered = self._put(key)
+            found.append(Sight(sent, answered, watcher.heard()))
+        return found
+
+    def seen_by_polling(self, path: Path, key: bytes, puts: int) -> list[Sight]:
         """Put a key so many times, each time reading its file until the value is there."""
         found: list[Sight] = []
         for _ in range(puts):
-            value, sent, answered = self.put(key)
+            value, sent, answered = self._put(key)
             seen = _read_until(os.fspath(path), value, answered + _TIMEOUT_S)
             found.append(Sight(sent, answered, seen))
         return found
 
-    def seen_by_watching(self, key: bytes, puts: int) -> list[Sight]:
-        """Put a key so many times, each time until a watch has brought the value."""
-        return self._runner.run(self._watched(key, puts))
+    def _put(self, key: bytes) -> tuple[bytes, float, float]:
+        """Put a new value; return it, when it was sent and when it was answered."""
+        value = value_of(next(self._numbers))
+        sent, answered = self._runner.run(self._send(key, value))
+        return value, sent, answered
 
-    async def _put(self, key: bytes, value: bytes) -> tuple[float, float]:
+    async def _send(self, key: bytes, value: bytes) -> tuple[float, float]:
         sent = perf_counter()
-        await self._putting.put(key, value)
-        return sent, perf_counter()
-
-    async def _watched(self, key: bytes, puts: int) -> list[Sight]:
-        watch = await self._watching.watch(key)
-        arrivals: asyncio.Queue[tuple[bytes, float]] = asyncio.Queue()
-
-        async def note_arrivals() -> None:
-            async for event in watch:
-                arrivals.put_nowait((event.kv.value, perf_counter()))
-
-        noting = asyncio.create_task(note_arrivals())
-        found: list[Sight] = []
-        for _ in range(puts):
-            value = value_of(next(self._numbers))
-            sent, answered = await self._put(key, value)
-            arrived, seen = await asyncio.wait_for(arrivals.get(), _TIMEOUT_S)
-            assert arrived == value
-            found.append(Sight(sent, answered, seen))
-        await watch.cancel()
-        await noting
-        return found
-
-    async def _close(self) -> None:
-        await self._putting.close()
-        await self._watching.close()
+        answer = await self._client.put(key, value)
+        answered = perf_counter()
+        self._revision = answer.header.revision
+        return sent, answered
 
 
 def _read_until(path: str, wanted: bytes, deadline: float) -> float:

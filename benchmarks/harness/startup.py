@@ -4,8 +4,10 @@ Concurrency: plain blocking calls.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -19,6 +21,40 @@ KEYS_PER_DIRECTORY: Final = 100
 SIZES: Final = (0, 10_000, 100_000)
 SMOKE_SIZES: Final = (0, 500)
 
+DISTURBED: Final = 0.25
+"""The share of its time that a process may have waited for a processor. Beside the daemon there
+are only the command line and etcd, so that two processors are nearly enough."""
+
+PATIENCE: Final = 4
+"""Turns for each one that is wanted; so many must be enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """How long something took, and how long it waited for a processor meanwhile, in seconds."""
+
+    taken: float
+    waited: float
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether somebody else had the processors for part of it."""
+        return self.waited > DISTURBED * self.taken
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A bare Range and a mount of the same keys, one after the other; memory in bytes."""
+
+    bare: Timed
+    mount: Timed
+    memory: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times a bare Range the mount took."""
+        return self.mount.taken / self.bare.taken
+
 
 def key_names(prefix: bytes, count: int) -> Iterator[bytes]:
     """Return the keys of a keyspace of that size, a hundred in each directory."""
@@ -26,16 +62,16 @@ def key_names(prefix: bytes, count: int) -> Iterator[bytes]:
         yield b"%sdir-%05d/key-%07d" % (prefix, number // KEYS_PER_DIRECTORY, number)
 
 
-def time_bare_range(etcd: EtcdProcess, prefix: bytes, count: int) -> float:
+def time_bare_range(etcd: EtcdProcess, prefix: bytes, count: int) -> Timed:
     """Return how long reading all keys into a dict takes."""
-    begun = perf_counter()
+    waited, begun = _waited("thread-self"), perf_counter()
     found = read_all(etcd.endpoint, prefix)
     taken = perf_counter() - begun
     assert len(found) == count
-    return taken
+    return Timed(taken, _waited("thread-self") - waited)
 
 
-def time_mount(etcd: EtcdProcess, prefix: bytes, count: int) -> tuple[float, int]:
+def time_mount(etcd: EtcdProcess, prefix: bytes, count: int) -> tuple[Timed, int]:
     """Return how long `etcdfs mount --cache` takes, and the daemon's memory after it in bytes.
 
     That is from the start of the command to its end, when the mount is usable and complete.
@@ -43,8 +79,24 @@ def time_mount(etcd: EtcdProcess, prefix: bytes, count: int) -> tuple[float, int
     begun = perf_counter()
     with Mounted(etcd, "--cache", "--prefix", os.fsdecode(prefix)) as mounted:
         taken = perf_counter() - begun
+        waited = _waited(str(mounted.daemon))
         assert mounted.statistics()["mirror"]["listed_keys"] == count
-        return taken, _resident(mounted.daemon)
+        return Timed(taken, waited), _resident(mounted.daemon)
+
+
+def turns(etcd: EtcdProcess, prefix: bytes, count: int) -> Iterator[Turn]:
+    """Read and mount again and again."""
+    while True:
+        bare = time_bare_range(etcd, prefix, count)
+        mount, memory = time_mount(etcd, prefix, count)
+        yield Turn(bare, mount, memory)
+
+
+def undisturbed(found: Iterable[Turn], wanted: int) -> list[Turn]:
+    """Return so many turns in which nobody else took the processors; fewer if it never ends."""
+    patient = islice(found, PATIENCE * wanted)
+    quiet = (turn for turn in patient if not (turn.bare.is_disturbed or turn.mount.is_disturbed))
+    return list(islice(quiet, wanted))
 
 
 @contextmanager
@@ -65,6 +117,14 @@ def compiled_modules() -> Iterator[None]:
         finally:
             os.environ.clear()
             os.environ.update(before)
+
+
+def _waited(task: str) -> float:
+    """Return how long a task has waited for a processor so far; 0 where that is not counted."""
+    try:
+        return int(Path(f"/proc/{task}/schedstat").read_text().split()[1]) / 1e9
+    except FileNotFoundError:  # a kernel without it (CONFIG_SCHED_INFO)
+        return 0.0
 
 
 def _resident(pid: int) -> int:

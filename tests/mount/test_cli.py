@@ -10,12 +10,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from etcdfs.arguments import likely_mountpoint
 from etcdfs.mountpoint import find_daemon, find_mounted
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import COMMAND, run_etcdfs
@@ -156,6 +158,47 @@ def test_mountpoint_by_a_relative_path_and_a_link(
     mount(Path("link"), "--endpoints", shared_etcd.client_url)
     assert os.path.ismount(mnt)
     umount(Path("mnt"))
+
+
+def test_the_daemon_holds_on_to_nothing_of_its_parent(
+    shared_etcd: EtcdProcess, mnt: Path, home: Path
+) -> None:
+    with (home / "held").open("wb") as held:
+        done = subprocess.run(
+            [*COMMAND, "mount", str(mnt), "--endpoints", shared_etcd.client_url],
+            check=True,
+            cwd=home,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            pass_fds=(held.fileno(),),
+            stdin=subprocess.PIPE,
+            timeout=_TIMEOUT_S,
+        )
+    assert done.returncode == 0
+    process = Path(f"/proc/{find_daemon(str(mnt))}")
+    assert os.readlink(process / "cwd") == "/"
+    open_files = [os.readlink(fd) for fd in (process / "fd").iterdir()]
+    assert str(home / "held") not in open_files
+    assert [os.readlink(process / "fd" / fd) for fd in "02"] == [os.devnull] * 2
+    umount(mnt)
+
+
+@pytest.mark.parametrize("wrong", [("--timeout", "soon"), ("--frobnicate",), ("-o", "frobnicate")])
+def test_a_daemon_that_is_not_wanted_is_gone(mnt: Path, wrong: tuple[str, ...]) -> None:
+    """The daemon is started before the command line is read, see `etcdfs.spawn`."""
+    done = run_etcdfs("mount", str(mnt), *wrong)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert find_daemon(str(mnt)) is None
+
+
+def test_a_daemon_started_for_the_wrong_place_is_gone(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    elsewhere = str(mnt.parent / "elsewhere")
+    options = ("--endpoints", shared_etcd.client_url, "--prefix", elsewhere)
+    assert likely_mountpoint(["mount", "--cache", str(mnt), *options]) == elsewhere
+    done = run_etcdfs("mount", "--cache", str(mnt), *options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert find_daemon(elsewhere) is None
+    umount(mnt)
 
 
 def test_the_mount_table_names_it(shared_etcd: EtcdProcess, mnt: Path) -> None:

@@ -5,6 +5,7 @@ import mmap
 import os
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_b172_locks_hold_within_a_mount_and_not_between_mounts(cached: Lab, othe
     for lock in (fcntl.flock, fcntl.lockf):
         with opened(cached.path / "f", RW) as fd, opened(cached.path / "f", RW) as same:
             lock(fd, fcntl.LOCK_EX)
-            again = in_child(lambda: errno_of(lambda: lock(same, fcntl.LOCK_EX | fcntl.LOCK_NB)))
+            again = in_child(partial(errno_of, partial(lock, same, fcntl.LOCK_EX | fcntl.LOCK_NB)))
             assert again == "EAGAIN"
             with opened(other.path / "f", RW) as far:
                 lock(far, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -198,7 +199,7 @@ def test_b173_a_full_etcd_is_enospc_and_nothing_changes(
             lambda: os.fsync(fd),
             lambda: os.close(fd),
             lambda: (mounted.path / "g").write_bytes(b"value"),
-            lambda: (mounted.path / "d").mkdir(),
+            (mounted.path / "d").mkdir,
             lambda: os.truncate(mounted.path / "f", 1),
             lambda: os.close(os.open(mounted.path / "x", W | CREAT | os.O_EXCL)),
         ):

@@ -161,6 +161,27 @@ def test_b29_plain_unmounting_ends_the_daemon(pool: Pool, lab: Lab, command: str
         assert lab.value("file") == command.encode()
 
 
+_CRASHING = """
+from etcdfs import mount
+from etcdfs.mount import main
+
+async def crash(mirror):
+    await mirror.advanced()
+    raise ZeroDivisionError("planted")
+
+mount.watch_over = crash
+"""
+
+
+def test_b30_a_daemon_that_crashes_unmounts_nothing(cached: Lab) -> None:
+    with daemon(cached.etcd, cache=True, program=_CRASHING) as running:
+        assert cached.path.name in os.listdir(running.path)
+        cached.put("file", b"value")
+        assert running.process.wait(_PATIENCE_S) == 1
+        with pytest.raises(OSError, match="not connected"):
+            os.listdir(running.path)
+
+
 # --- etcdfs' own mistakes -------------------------------------------------------------------
 
 _PLANTED = """

@@ -12,20 +12,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import pytest
 
 from benchmarks.harness.bare import ETCD_ARGUMENTS, fill
-from benchmarks.harness.startup import compiled_modules, key_names, time_bare_range, time_mount
+from benchmarks.harness.startup import (
+    compiled_modules,
+    key_names,
+    time_mount,
+    turns,
+    undisturbed,
+)
 from tests.mount.lab import Lab
 from tests.support.etcd_process import EtcdProcess
-
-MOST_ROUNDS = 8
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 TIMES = 10_000
 CHUNK = 100  # puts in a transaction; etcd takes 128
+TURNS = 5
 
 
 def put_all(lab: Lab, pairs: list[tuple[str, bytes]]) -> None:
@@ -237,20 +243,12 @@ def test_a_local_removal_asks_nothing_afterwards(cached: Lab) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(180)
-@pytest.mark.xfail(
-    strict=False, reason="not yet: 2.6 to 3.4 times; most of it is the start of two Pythons"
-)
 def test_mounting_takes_at_most_three_times_a_bare_range(etcd_binary: Path) -> None:
     count, prefix = 100_000, b"/startup/"
     with EtcdProcess(etcd_binary, *ETCD_ARGUMENTS) as etcd, compiled_modules():
         fill(etcd.endpoint, ((key, b"v" * 200) for key in key_names(prefix, count)))
-        time_mount(etcd, b"/nothing/", 0)  # compiles the modules
-        bare: list[float] = []
-        mounts: list[float] = []
-        # Noise only ever adds: the best of several is the truth, and a few will do as a rule.
-        for round_ in range(MOST_ROUNDS):
-            bare.append(time_bare_range(etcd, prefix, count))
-            mounts.append(time_mount(etcd, prefix, count)[0])
-            if round_ >= 2 and min(mounts) <= 3 * min(bare):
-                break
-    assert min(mounts) <= 3 * min(bare), f"mounts {mounts}, bare ranges {bare}"
+        time_mount(etcd, prefix, count)  # compiles the modules
+        found = undisturbed(turns(etcd, prefix, count), TURNS)
+    if len(found) < TURNS:
+        pytest.skip("others kept the processors busy all the time: no time measured means anything")
+    assert median(turn.ratio for turn in found) <= 3, found

@@ -356,18 +356,6 @@ def test_b17_a_rename_takes_the_newest_value_with_it(lab: Lab) -> None:
         assert (lab.path / "b").read_bytes() == b"newest %d" % n
 
 
-def test_b17_a_directory_is_not_renamed_but_mv_copies_it(lab: Lab) -> None:
-    (lab.path / "d").mkdir()
-    (lab.path / "d" / "f").write_bytes(b"value")
-    with pytest.raises(OSError, match="cross-device") as caught:
-        (lab.path / "d").rename(lab.path / "e")
-    assert caught.value.errno == errno.EXDEV
-    assert lab.own_keys() == [b"d/", b"d/f"]
-    sh(lab.path, "mv d e")
-    assert lab.own_keys() == [b"e/", b"e/f"]
-    assert lab.value("e/f") == b"value"
-
-
 def test_b18_rmdir_is_refused_by_etcd_when_a_key_is_below(lab: Lab) -> None:
     """The mirror may not know of the key yet."""
     for n in range(20):

@@ -25,7 +25,6 @@ from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
 
 NOREPLACE = 1
-EXCHANGE = 2
 
 
 @pytest.fixture
@@ -538,15 +537,6 @@ async def test_rename_publishes_what_was_written_first(
         assert keys(store) == {b"/f": b"newer"}
         assert await content(mount, (b"f",)) == b"newer"
         await quiet(mount)
-
-
-async def test_rename_of_a_directory_is_left_to_mv(
-    autojump_clock: MockClock, store: FakeStore, cache: bool
-) -> None:
-    store.put_now(b"/d/f", b"1")
-    async with open_mount(store, cache=cache) as mount:
-        assert await errno_of(mount.kernel.rename((b"d",), (b"e",))) == errno.EXDEV
-        assert await errno_of(mount.kernel.rename((b"d",), (b"e",), EXCHANGE)) == errno.EINVAL
 
 
 @pytest.mark.parametrize(

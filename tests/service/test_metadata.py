@@ -166,6 +166,29 @@ async def test_the_listing_has_attributes(
     }
 
 
+async def test_a_directorys_time_can_be_set_again(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
+) -> None:
+    """As rsync does: when it makes the directory, and when all is in it."""
+    store.put_now(prefix + b"d/", b"")
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        for name in (b"a", b"b"):
+            inode = (await stat_of(mount, b"d")).inode
+            await mount.filesystem.setattr(inode, Change(mtime_ns=LONG_AGO))
+            assert (await stat_of(mount, b"d")).mtime_ns == LONG_AGO
+            await mount.kernel.mknod((b"d", name))
+            assert (await stat_of(mount, b"d")).mtime_ns != LONG_AGO
+        before = store.revision
+        inode = (await stat_of(mount, b"d")).inode
+        await mount.filesystem.setattr(inode, Change(mtime_ns=LONG_AGO))
+        assert store.revision == before + 1
+        assert (await stat_of(mount, b"d")).mtime_ns == LONG_AGO
+        await mount.filesystem.setattr(inode, Change(mtime_ns=LONG_AGO))
+        assert store.revision == before + 1
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        assert (await stat_of(mount, b"d")).mtime_ns == LONG_AGO
+
+
 async def test_a_lost_race_is_run_again(
     autojump_clock: MockClock,
     store: FakeStore,

@@ -47,6 +47,7 @@ T = TypeVar("T")
 
 PREFIX = b"/p/"
 OUTSIDE = b"/other"
+EXCHANGE = 2
 
 # --- names, once more -----------------------------------------------------------------------
 
@@ -110,6 +111,16 @@ def is_possible_file(path: Path) -> bool:
     return path[-1] != b"%="
 
 
+def is_possible_directory(path: Path) -> bool:
+    """Say whether keys can be below a path."""
+    return path[-1] not in (b"%value", b"%marker")
+
+
+def own_key(path: Path) -> bytes:
+    """Return the key of a file at a path, or of the value of a directory; one that is not, else."""
+    return b"" if path[-1] == b"%=" else key_at(path)
+
+
 def parent_marker(key: bytes) -> bytes | None:
     """Return the marker that must stay when a key is removed through the mount."""
     parent = key.removesuffix(b"/").rpartition(b"/")[0] + b"/"
@@ -135,15 +146,20 @@ class Version:
     handles: int = 0
     failed: bool = False
     is_bare: bool = False
+    is_added: bool = False
+    is_blind: bool = True
+    is_refused: bool = False
     made_at: int = 0
 
     def __post_init__(self) -> None:
         self.origin = list(range(len(self.base)))
 
-    def write(self, offset: int, data: bytes) -> None:
+    def write(self, offset: int, data: bytes, *, appends: bool, blind: bool) -> None:
         if not data:
             return
-        self.is_bare = False
+        self.is_bare = self.is_refused = False
+        self.is_added = self.is_added and appends
+        self.is_blind = self.is_blind and blind
         if offset != len(self.content):
             self.only_appends = False
         gap = max(0, offset - len(self.content))
@@ -159,7 +175,7 @@ class Version:
             self.is_emptied = True
         elif size == len(self.content):
             return
-        self.is_bare = False
+        self.is_bare = self.is_added = self.is_refused = False
         self.only_appends = False
         grown = max(0, size - len(self.content))
         self.content = self.content[:size] + bytes(grown)
@@ -176,7 +192,8 @@ class Version:
         kept = len(self.base)
         if self.origin[:kept] == list(range(kept)):
             return {"append", "partial"}
-        return {"partial"} if any(o is not None for o in self.origin) else {"whole", "partial"}
+        kept_any = any(o is not None for o in self.origin) or not self.is_blind
+        return {"partial"} if kept_any else {"whole", "partial"}
 
     def outcomes(self, current: KeyValue | None) -> list[tuple[int, bytes | None]]:
         """Return the acceptable (errno, value put; None for nothing) of a flush."""
@@ -184,6 +201,8 @@ class Version:
             return [(0, None)]
         if self.published is None:
             stays = self.is_bare and current is not None and not self.key.endswith(b"/")
+            if self.is_added and current is not None and not stays and not self.key.endswith(b"/"):
+                return [(0, current.value + self.content)]
             return [(0, None if stays else self.content)]
         if current is None or current.create_revision != self.published.create_revision:
             return [(0, None)]
@@ -208,8 +227,8 @@ class Version:
             self.published = found
         self.base = self.content
         self.origin = list(range(len(self.base)))
-        self.is_dirty = self.is_emptied = False
-        self.only_appends = True
+        self.is_dirty = self.is_emptied = self.is_added = False
+        self.only_appends = self.is_blind = True
 
 
 @dataclass(eq=False)
@@ -728,7 +747,7 @@ class FilesystemMachine(RuleBasedStateMachine):
                 version = Version(self.mount.tree.key_of(node), b"", b"", None)
                 version.made_at = self.store.revision
                 version.is_dirty = True
-                version.is_bare = not handle.flags & os.O_TRUNC
+                version.is_bare = version.is_added = not handle.flags & os.O_TRUNC
             else:
                 key = self.mount.tree.key_of(node) or key_at(path)
                 found = self.store._at(key, node.facts.mod_revision)
@@ -771,7 +790,8 @@ class FilesystemMachine(RuleBasedStateMachine):
             return
         call = self.call(lambda: self.mount.kernel.write(opened.handle, offset, data))
         assert call.value == len(data)
-        version.write(offset, data)
+        blind = opened.handle.flags & os.O_ACCMODE == os.O_WRONLY
+        version.write(offset, data, appends=bool(appends), blind=blind)
 
     def is_locked(self, opened: Open) -> bool:
         """Say whether a publication of the file is waiting, so that writers wait, too."""
@@ -848,7 +868,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         self, version: Version, error: int, before: KeyValue | None, now: KeyValue | None
     ) -> None:
         """Take note of what a flush did."""
-        version.failed = bool(error)
+        version.failed = version.is_refused = bool(error)
         if error or version.key is None:
             return
         if version.key.endswith(b"/") and not version.content:
@@ -878,7 +898,7 @@ class FilesystemMachine(RuleBasedStateMachine):
             assert call.errno == 0
         now = None if key is None else self.store.current(key)
         put = now.value if now is not None and now != current else None
-        if (opened.is_writable or opened.is_creator) and not writers:
+        if (opened.is_writable or opened.is_creator) and not writers and not version.is_refused:
             acceptable = [value for _, value in version.outcomes(current)]
             assert put in acceptable, f"release put {put!r}, expected one of {acceptable}"
             if version.is_dirty:
@@ -987,8 +1007,13 @@ class FilesystemMachine(RuleBasedStateMachine):
             self.check_parent_stays(key)
         # Else what went was made here, and never reached etcd; the key is not seen here yet.
         for version in self.versions.values():
-            if version.key == key and (version.published is not None) == (key in self.raced):
+            is_it = (version.published is not None) == (key in self.raced)
+            if version.key == key and (is_it or self.has_lost_its_name(version)):
                 version.key = None
+
+    def has_lost_its_name(self, version: Version) -> bool:
+        """Say whether it was never in etcd, and its name shows another file or none."""
+        return version.published is None and version.failed
 
     def check_parent_stays(self, key: bytes) -> None:
         parent = parent_marker(key)
@@ -1000,7 +1025,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         choices=st.tuples(st.integers(0, 20), st.integers(0, 9)),
         old=_paths,
         new=_paths,
-        flags=st.sampled_from([0, 0, 1]),
+        flags=st.sampled_from([0, 0, 1, EXCHANGE, EXCHANGE]),
         race=_races,
         early=st.booleans(),
     )
@@ -1019,20 +1044,69 @@ class FilesystemMachine(RuleBasedStateMachine):
         if b"%marker" in (old[-1], new[-1]):
             return
         view = self.view()
+        if old == new or self.is_written_at(old, view) or self.is_written_at(new, view):
+            return  # nothing happens, or it would be published first
         expected = self.rename_error(old, new, flags, view)
-        if expected is None or old == new or self.is_dirty_at(old, view):
-            return  # of a directory, of a file onto itself, or it would be published first
 
         async def call() -> None:
             await self.mount.kernel.rename(old, new, flags)
 
-        if self.changes_name(call, expected, race, early) and key_at(old) != key_at(new):
+        if not self.changes_name(call, expected, race, early):
+            return
+        if flags == EXCHANGE or view.get(old, b"") is None:
+            self.note_move(old, new, exchange=flags == EXCHANGE)
+        elif key_at(old) != key_at(new):
             self.note_rename(key_at(old), key_at(new))
 
-    def is_dirty_at(self, path: Path, view: View) -> bool:
+    def is_written_at(self, path: Path, view: View) -> bool:
         if view.get(path) is None:
             return False
-        return any(v.is_dirty and v.key == key_at(path) for v in self.versions.values())
+        return any(
+            (v.is_dirty or v.published is None) and v.key == key_at(path)
+            for v in self.versions.values()
+        )
+
+    def note_move(self, old: Path, new: Path, *, exchange: bool) -> None:
+        """Check and take note of a directory's move, or of two names that swapped."""
+
+        def new_key(key: bytes, known: dict[bytes, KeyValue]) -> bytes:
+            for source, target in ((old, new), (new, old)) if exchange else ((old, new),):
+                if key == own_key(source):
+                    return own_key(target)
+                below = marker_of(source) if is_possible_directory(source) else None
+                if below is not None and key.startswith(below):
+                    return marker_of(target) + key[len(below) :]
+            return key
+
+        known = self.raced
+        expected = {
+            new_key(key, known): (entry.value, entry.lease)
+            for key, entry in known.items()
+            if exchange or key != marker_of(new)
+        }
+        found = {key: (entry.value, entry.lease) for key, entry in self.live().items()}
+        parent = parent_marker(marker_of(old)) if not exchange else None
+        if parent is not None and parent not in expected:
+            assert [k for k in found if k.startswith(parent)], "the directory went too"
+            found.pop(parent, None)
+        assert found == expected
+        for inode, version in self.versions.items():
+            key = version.key
+            if key is None or new_key(key, known) == key:
+                continue
+            now = self.store.current(new_key(key, known))
+            if version.published is None:
+                is_shown = self.mount.tree.is_attached(self.mount.tree.node(inode.number))
+                version.key = new_key(key, known) if is_shown else None
+            elif (
+                key in known
+                and now is not None
+                and version.published.mod_revision == known[key].mod_revision
+            ):
+                version.key = new_key(key, known)
+                version.published = now
+            else:
+                version.key = None
 
     def note_rename(self, source: bytes, target: bytes) -> None:
         """Check and take note of what a rename did."""
@@ -1052,22 +1126,59 @@ class FilesystemMachine(RuleBasedStateMachine):
                     version.published = now
                 else:
                     version.key = None
+            elif version.key == source:
+                version.key = None  # it was never in etcd, and its name was taken away
 
-    def rename_error(self, old: Path, new: Path, flags: int, view: View) -> int | None:
+    def rename_error(self, old: Path, new: Path, flags: int, view: View) -> int:
         found = self.parent_error(old, view) or self.parent_error(new, view)
+        if not found and old not in view:
+            found = errno.ENOENT
+        if not found and new[: len(old)] == old:
+            found = errno.EINVAL
+        if not found and old[: len(new)] == new:
+            found = errno.EINVAL if flags == EXCHANGE else errno.ENOTEMPTY
         if found:
             return found
-        if old not in view:
-            return errno.ENOENT
+        if flags == EXCHANGE:
+            return self.exchange_error(old, new, view)
         if new in view and flags:
             return errno.EEXIST
-        if view[old] is None:
-            if new in view:
-                return None if view[new] is None else errno.ENOTDIR
-            return None
-        if new in view:
-            return errno.EISDIR if view[new] is None else 0
-        return 0 if is_possible_file(new) else errno.EPERM
+        return self.replacing_error(old, new, view)
+
+    def replacing_error(self, old: Path, new: Path, view: View) -> int:
+        if new in view and (view[old] is None) != (view[new] is None):
+            return errno.EISDIR if view[new] is None else errno.ENOTDIR
+        if view[old] is not None:
+            return 0 if is_possible_file(new) else errno.EPERM
+        if new in view and any(path[:-1] == new for path in view if path):
+            return errno.ENOTEMPTY
+        return self.directory_error(old, new)
+
+    def exchange_error(self, old: Path, new: Path, view: View) -> int:
+        if new not in view:
+            return errno.ENOENT
+        for source in (old, new):
+            if view[source] is None and not self.keys_below(source):
+                return errno.ENOENT  # another client has deleted all but what is not there yet
+        for source, target in ((old, new), (new, old)):
+            if view[source] is None:
+                found = self.directory_error(source, target)
+            else:
+                found = 0 if is_possible_file(target) else errno.EPERM
+            if found:
+                return found
+        return 0
+
+    def directory_error(self, old: Path, new: Path) -> int:
+        if not is_possible_directory(new):
+            return errno.EPERM
+        if not self.keys_below(old):
+            return errno.ENOENT
+        has_value = old[-1] != b"%=" and key_at(old) in self.live()
+        return errno.EPERM if has_value and not is_possible_file(new) else 0
+
+    def keys_below(self, path: Path) -> list[bytes]:
+        return [key for key in self.live() if key.startswith(marker_of(path))]
 
     # --- what must hold ---------------------------------------------------------------------
 

@@ -37,6 +37,8 @@ from tests.support.fake_store import FakeStore
 T = TypeVar("T")
 Path = tuple[bytes, ...]
 
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
 _S_IFMT, _S_IFDIR = 0o170000, 0o040000
 _READDIR_ROOM = 3
 """Entries that fit into one READDIRPLUS answer."""
@@ -624,24 +626,23 @@ class FakeKernel:
         first, second = sorted((source, target), key=lambda inode: inode.number)
         async with first.lock.held(exclusive=True):
             if second is first:
-                await self._rename(source, old[-1], target, new[-1], flags)
+                await self._rename(source, old, target, new, flags)
             else:
                 async with second.lock.held(exclusive=True):
-                    await self._rename(source, old[-1], target, new[-1], flags)
+                    await self._rename(source, old, target, new, flags)
 
     async def _rename(
-        self, source: KernelInode, old: bytes, target: KernelInode, new: bytes, flags: int
+        self, source: KernelInode, old_path: Path, target: KernelInode, new_path: Path, flags: int
     ) -> None:
+        old, new = old_path[-1], new_path[-1]
         inode = await self._lookup(source, old, locked=True)
         if inode is None:
             raise fail(errno.ENOENT)
         replaced = await self._lookup(target, new, locked=True)
         if replaced is inode:
             return
-        if replaced is not None and flags:
-            raise fail(errno.EEXIST)
-        if replaced is not None and replaced.is_directory != inode.is_directory:
-            raise fail(errno.EISDIR if replaced.is_directory else errno.ENOTDIR)
+        _check_not_below(old_path, new_path, flags)
+        _check_kinds(inode, replaced, flags)
         self.requests["rename"] += 1
         try:
             with _errnos():
@@ -652,15 +653,42 @@ class FakeKernel:
                 self._drop(target, new)
             raise
         await trio.lowlevel.checkpoint()
-        if replaced is not None:
-            self._unlinked(replaced)
-        self._stale(inode)
-        self._stale(source)
-        self._stale(target)
+        for changed in (inode, source, target, replaced):
+            if changed is not None:
+                self._stale(changed)
+        if flags == RENAME_EXCHANGE:
+            self._exchange((source.number, old), (target.number, new))
+            return
         # d_move: the dentry keeps the time it was given at its old name.
         moved = self._dentries.pop((source.number, old), None)
         if moved is not None:
             self._dentries[target.number, new] = moved
+
+    def _exchange(self, *names: tuple[int, bytes]) -> None:
+        """d_exchange."""
+        first, second = (self._dentries.pop(name, None) for name in names)
+        for name, dentry in zip(names, (second, first), strict=True):
+            if dentry is not None:
+                self._dentries[name] = dentry
+
+
+def _check_kinds(inode: KernelInode, replaced: KernelInode | None, flags: int) -> None:
+    """Refuse what the kernel finds when it knows both (fs/namei.c, do_renameat2, vfs_rename)."""
+    if replaced is None:
+        if flags == RENAME_EXCHANGE:
+            raise fail(errno.ENOENT)
+    elif flags == RENAME_NOREPLACE:
+        raise fail(errno.EEXIST)
+    elif not flags and replaced.is_directory != inode.is_directory:
+        raise fail(errno.EISDIR if replaced.is_directory else errno.ENOTDIR)
+
+
+def _check_not_below(old: Path, new: Path, flags: int) -> None:
+    """Refuse what the kernel finds when it takes the locks (fs/namei.c, lock_rename)."""
+    if new[: len(old)] == old:
+        raise fail(errno.EINVAL)
+    if old[: len(new)] == new:
+        raise fail(errno.EINVAL if flags == RENAME_EXCHANGE else errno.ENOTEMPTY)
 
 
 @dataclass(slots=True)

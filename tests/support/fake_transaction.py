@@ -10,9 +10,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, assert_never, final
 
-from etcdfs.errors import StoreError, StoreValueTooLargeError, TooManyOperationsError
+from etcdfs.errors import (
+    StoreError,
+    StoreValueTooLargeError,
+    TooManyOperationsError,
+    TransactionAbortedError,
+)
 from etcdfs.store import (
     END_OF_KEYS,
+    Abort,
     Committed,
     Compare,
     Delete,
@@ -72,7 +78,7 @@ class _Plan:
     """A transaction whose conditions have been judged: the operations that run."""
 
     succeeded: bool
-    steps: tuple["Get | Put | Delete | _Plan", ...]
+    steps: tuple["Get | Put | Delete | Abort | _Plan", ...]
 
 
 @final
@@ -99,6 +105,8 @@ class _Run:
         for step in plan.steps:
             if isinstance(step, _Plan):
                 self.check_puts(step)
+            elif isinstance(step, Abort):
+                raise TransactionAbortedError("required revision is a future revision")
             elif isinstance(step, Put):
                 if step.keep_lease and self._store.current(step.key) is None:
                     raise StoreError("etcdserver: key not found")
@@ -109,7 +117,7 @@ class _Run:
         """Run the operations in order; each sees what the ones before it did."""
         return tuple(self._step(step) for step in plan.steps)
 
-    def _step(self, step: "Get | Put | Delete | _Plan") -> object:
+    def _step(self, step: "Get | Put | Delete | Abort | _Plan") -> object:
         match step:
             case Get():
                 return page(
@@ -122,6 +130,8 @@ class _Run:
                 return self._delete(step)
             case _Plan():
                 return self.carry_out(step)
+            case Abort():
+                raise AssertionError("refused before anything was carried out")
             case _:
                 assert_never(step)
 
@@ -182,7 +192,7 @@ def _answer(plan: _Plan, results: Sequence[object], revision: Revision) -> Commi
 
 
 def _result(
-    step: "Get | Put | Delete | _Plan", result: object, revision: Revision
+    step: "Get | Put | Delete | Abort | _Plan", result: object, revision: Revision
 ) -> Page | Committed | int | None:
     if isinstance(step, _Plan):
         assert isinstance(result, tuple)
@@ -236,7 +246,7 @@ def _check_operations(transaction: Transaction, allowed: int) -> None:
     for operation in (*transaction.then, *transaction.otherwise):
         if isinstance(operation, Transaction):
             _check_operations(operation, allowed - used)
-        elif isinstance(operation, Put):
+        elif isinstance(operation, Put | Abort):
             check_key(operation.key, None)
         else:
             check_key(operation.key, operation.end)

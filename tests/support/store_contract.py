@@ -18,9 +18,11 @@ from etcdfs.errors import (
     StoreError,
     StoreValueTooLargeError,
     TooManyOperationsError,
+    TransactionAbortedError,
 )
 from etcdfs.store import (
     END_OF_KEYS,
+    Abort,
     Committed,
     Compare,
     Delete,
@@ -382,6 +384,36 @@ class CommitContract:
         page = await lab.store.range(b"", END_OF_KEYS, keys_only=True)
         assert len(page.entries) == 64 * 64
         assert {kv.mod_revision for kv in page.entries} == {committed.revision}
+
+    async def test_an_abort_undoes_all(self, lab: Lab) -> None:
+        before = await put(lab, b"a", b"1")
+        broken = Transaction((unchanged(b"a", before - 1),), (Put(b"c", b"3"),), (Abort(b"a"),))
+        for place in (broken, Transaction(then=(broken,))):
+            with pytest.raises(TransactionAbortedError):
+                await do(lab, Put(b"b", b"2"), Delete(b"a"), place)
+        page = await lab.store.range(b"", END_OF_KEYS)
+        assert [(kv.key, kv.value) for kv in page.entries] == [(b"a", b"1")]
+        assert page.revision == before
+
+    async def test_an_abort_that_is_not_reached(self, lab: Lab) -> None:
+        before = await put(lab, b"a", b"1")
+        kept = Transaction((unchanged(b"a", before),), (Put(b"c", b"3"),), (Abort(b"a"),))
+        committed = await do(lab, Delete(b"a"), Transaction(then=(kept, Put(b"d", b""))))
+        assert committed.revision == before + 1
+        page = await lab.store.range(b"", END_OF_KEYS)
+        assert [(kv.key, kv.value) for kv in page.entries] == [(b"c", b"3"), (b"d", b"")]
+
+    async def test_operations_count_on_the_way_in(self, lab: Lab) -> None:
+        def nested(*widths: int) -> Transaction:
+            width, *inner = widths
+            operations = [Get(b"a")] * (width - bool(inner))
+            return Transaction(then=(*operations, *([nested(*inner)] if inner else [])))
+
+        await lab.store.commit(nested(20, 36, 36, 36))
+        await lab.store.commit(nested(*[4] * 32))
+        for widths in ((21, 36, 36, 36), (*[4] * 32, 1)):
+            with pytest.raises(TooManyOperationsError):
+                await lab.store.commit(nested(*widths))
 
     @pytest.mark.parametrize("size", [1_600_000, 4_000_000], ids=["etcd", "grpc"])
     async def test_too_large_a_request_changes_nothing(self, lab: Lab, size: int) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import etcdfs.daemon
 import etcdfs.spawn
-from etcdfs.daemon import start_in_background
+from etcdfs.daemon import dismiss, start_in_background
 from etcdfs.handshake import (
     Failed,
     Handover,
@@ -38,6 +38,7 @@ from etcdfs.handshake import (
     send_handover,
 )
 from etcdfs.options import Endpoint, MountOptions
+from etcdfs.spawn import spawn
 
 HANDOVER = Handover(
     options=MountOptions(mountpoint="/m", endpoints=(Endpoint("a", 1),), prefix=b"/\xff/"),
@@ -304,6 +305,52 @@ def test_a_daemon_that_does_not_end_is_killed(
     word = start_in_background(HANDOVER)
     assert isinstance(word, Failed)
     assert word.exit_code == 130
+
+
+# --- a daemon that waits for its options ----------------------------------------------------
+
+
+def test_a_daemon_that_waits_is_taken(stand_in: StandIn) -> None:
+    stand_in.does("reporter.report(Failed(message=str(os.getpid()), exit_code=1))")
+    early = spawn("/m")
+    assert start_in_background(HANDOVER, early) == Failed(message=str(early.pid), exit_code=1)
+    dismiss(early)  # which now means nothing
+
+
+def test_one_that_waits_to_mount_elsewhere_is_not(stand_in: StandIn) -> None:
+    stand_in.does("reporter.report(Failed(message=str(os.getpid()), exit_code=1))")
+    early = spawn("/elsewhere")
+    word = start_in_background(HANDOVER, early)
+    assert isinstance(word, Failed)
+    assert word.message != str(early.pid)
+    assert Path(f"/proc/{early.pid}").exists()
+    dismiss(early)
+    assert not Path(f"/proc/{early.pid}").exists()
+
+
+def test_one_that_died_waiting_is_reported_with_its_last_line(
+    stand_in: StandIn, tmp_path: Path
+) -> None:
+    (tmp_path / "stand_in.py").write_text("import nothing_of_this_name")
+    handover = Handover(
+        options=MountOptions(mountpoint="/m", fuse_options=("x" * 1_000_000,)),
+        log=LogSettings(file=str(tmp_path / "log")),
+    )
+    word = start_in_background(handover, spawn("/m"))
+    assert isinstance(word, Failed)
+    assert word.message.endswith("ModuleNotFoundError: No module named 'nothing_of_this_name'")
+
+
+def test_one_whose_parent_ends_goes_without_a_word() -> None:
+    early = spawn("/m")
+    os.close(early.options)
+    _, status = os.waitpid(early.pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    with os.fdopen(early.reports, "rb") as reports, os.fdopen(early.errors, "rb") as errors:
+        assert (reports.read(), errors.read()) == (b"", b"")
+
+
+# --- the terminal ---------------------------------------------------------------------------
 
 
 def test_progress_is_shown_on_a_terminal(

@@ -62,6 +62,22 @@ def test_sequential_overwrite_of_everything_is_whole() -> None:
     assert kinds == [Kind.PARTIAL, Kind.WHOLE]
 
 
+def test_overwriting_everything_that_can_be_read_is_partial() -> None:
+    """A counter that is read and written back: the other one's count must not be lost."""
+    draft = Draft(b"41")
+    draft.write(0, b"42", append=False, now_ns=1, blind=False)
+    assert draft.kind is Kind.PARTIAL
+
+
+def test_only_appends_to_a_new_file_are_added() -> None:
+    draft = Draft(b"", whole=True)
+    draft.is_added = True
+    draft.write(0, b"a", append=True, now_ns=1)
+    assert (draft.kind, draft.adds) == (Kind.WHOLE, True)
+    draft.write(1, b"b", append=False, now_ns=2)
+    assert not draft.adds
+
+
 def test_gap_is_no_append() -> None:
     draft = Draft(b"ab")
     draft.write(4, b"c", append=False, now_ns=1)

@@ -2,11 +2,16 @@
 
 from collections.abc import Iterable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etcdfs.store import Committed, Page, Put
+from etcdfs.errors import TransactionAbortedError
+from etcdfs.store import Committed, KeyValue, Page, Put, Revision, Transaction
 from etcdfs.transactions import (
+    MAX_KEYS,
+    WIDTH,
+    Rewriting,
     clear_marker,
     make_directory,
     make_file,
@@ -16,6 +21,7 @@ from etcdfs.transactions import (
     remove_file,
 )
 from tests.support.fake_store import FakeStore
+from tests.support.fake_transaction import MAX_OPERATIONS, _check_operations
 
 ROOT = b"/"
 KEYS = [b"/a", b"/a/", b"/a//", b"/a/b", b"/a/b/", b"/a/b/c", b"/a-b", b"/a0", b"/c", b"/c/d"]
@@ -161,3 +167,55 @@ def test_clear_marker() -> None:
     assert found.value == b""
     assert not store.commit_now(clear_marker(b"/b/")).succeeded
     assert keys_of(store) == {b"/a/"}
+
+
+def moving(count: int, *, found: int | None = None) -> Rewriting:
+    """Return what moves keys from /s to /t, as many as were found there."""
+    here = range(count if found is None else found)
+    before = {key: KeyValue(key, b"", Revision(1), Revision(1), 1) for key in map(_source, here)}
+    after = {key: Put(key, b"x") for key in map(_target, range(count))}
+    return Rewriting(before=before, after=after, ranges=((b"/s/", b"/s0"),))
+
+
+def _source(number: int) -> bytes:
+    return b"/s/%05d" % number
+
+
+def _target(number: int) -> bytes:
+    return b"/t/%05d" % number
+
+
+def test_a_rewriting_of_all_keys_it_may_have_is_within_etcds_limit() -> None:
+    rewriting = moving(MAX_KEYS)
+    assert rewriting.is_possible()
+    transaction = rewriting.transaction(())
+    _check_operations(transaction, MAX_OPERATIONS)
+    # Each level has its width; what is left over is the outermost transaction's.
+    (inner,) = (o for o in transaction.then if isinstance(o, Transaction))
+    _check_operations(inner, 3 * WIDTH)
+    assert not moving(MAX_KEYS + 1).is_possible()
+
+
+@given(count=st.sampled_from([1, 2, WIDTH, WIDTH + 1, WIDTH * 2 + 3]), lost=st.integers(0, 200))
+def test_a_rewriting_is_all_or_nothing(count: int, lost: int) -> None:
+    store = store_of(_source(n) for n in range(count))
+    entries = store.range_now(b"/s/", b"/s0").entries
+    rewriting = Rewriting(
+        before={entry.key: entry for entry in entries},
+        after={_target(n): Put(_target(n), b"%d" % n) for n in range(count)},
+        ranges=((b"/s/", b"/s0"),),
+    )
+    if lost < count:
+        store.delete_now(_source(lost))
+        before = store.range_now(b"/", b"0")
+        with pytest.raises(TransactionAbortedError):
+            store.commit_now(rewriting.transaction(()))
+        assert store.range_now(b"/", b"0") == before
+        return
+    committed = store.commit_now(rewriting.transaction(()))
+    assert committed.succeeded
+    assert keys_of(store) == {_target(n) for n in range(count)}
+    told = rewriting.events(committed.revision)
+    assert sorted(told, key=lambda e: e.key) == sorted(
+        store.events_of(committed.revision), key=lambda e: e.key
+    )

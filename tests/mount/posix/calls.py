@@ -129,7 +129,7 @@ class Child:
 def _report(function: Callable[[], Any], writer: int) -> None:
     try:
         answer = pickle.dumps((function(), None))
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - the parent is to hear of it, whatever it is
         answer = pickle.dumps((None, traceback.format_exc()))
     finally:
         os.write(writer, answer)

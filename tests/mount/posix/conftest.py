@@ -14,7 +14,6 @@ import pytest
 
 from tests.mount.lab import MODES, Pool, memory_directory
 
-
 PENDING: Final = {
     "test_a_directory_is_renamed": "directories are not renamed yet",
     "test_a_directory_moves_to_another": "directories are not renamed yet",

@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +28,15 @@ def mode_of(path: Path) -> int:
 def owner_of(path: Path) -> tuple[int, int]:
     found = path.stat()
     return found.st_uid, found.st_gid
+
+
+def open_and_close(path: str, flags: int) -> None:
+    os.close(os.open(path, flags))
+
+
+def make_two() -> None:
+    Path("f").touch()
+    os.mkdir("d")
 
 
 # --- what is stored -------------------------------------------------------------------------
@@ -112,7 +122,7 @@ def test_writing_clears_set_id_bits(place: Path) -> None:
 def test_a_set_gid_directory_hands_its_group_down(place: Path) -> None:
     os.chown(place, -1, OTHER)
     place.chmod(0o2777)
-    as_user(place, lambda: (Path("f").touch(), os.mkdir("d")))
+    as_user(place, make_two)
     assert owner_of(place / "f") == (NOBODY, OTHER)
     assert owner_of(place / "d") == (NOBODY, OTHER)
     assert mode_of(place / "d") & stat.S_ISGID
@@ -185,7 +195,7 @@ def test_which_bits_decide(place: Path, mode: int, uid: int, gid: int, allowed: 
 
     def attempt() -> dict[str, tuple[str | None, bool]]:
         return {
-            name: (errno_of(lambda: os.close(os.open("f", flags))), os.access("f", access))
+            name: (errno_of(partial(open_and_close, "f", flags)), os.access("f", access))
             for name, flags, access in (("r", R, os.R_OK), ("w", W, os.W_OK))
         }
 
@@ -223,7 +233,7 @@ def test_who_makes_it_owns_it(place: Path) -> None:
 
 def test_a_sticky_directory(place: Path) -> None:
     place.chmod(0o1777)
-    as_user(place, lambda: (Path("f").touch(), os.mkdir("d")))
+    as_user(place, make_two)
 
     def attempt() -> list[str | None]:
         return [

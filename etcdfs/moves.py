@@ -1,0 +1,273 @@
+"""Renaming: which rename is allowed, and the rename of a file.
+
+What this room knows: what renameat2(2) means for names, and how the rename of a file survives a
+race. What it must not know: FUSE, how whole directories move (`subtrees`).
+
+Each is one etcd transaction. A file's value is known, so that its rename is one request: on
+condition that the key is the version that is known, else again with the version that was found.
+
+Concurrency: trio thread. What was read before an `await` is a condition of the transaction.
+"""
+
+from dataclasses import dataclass
+from dataclasses import replace as changed
+from typing import Final, final
+
+from etcdfs.answers import events_of, page_of
+from etcdfs.errors import (
+    CrossDirectoryError,
+    InvalidRequestError,
+    NameReservedError,
+    StaleError,
+    StorePermissionError,
+)
+from etcdfs.keys import MARKER_NAME, VALUE_NAME
+from etcdfs.openfiles import OpenFiles
+from etcdfs.places import Places, is_a_directory, missing, not_empty, taken
+from etcdfs.sidekeys import encode, moved, side_key
+from etcdfs.sides import renounce
+from etcdfs.store import (
+    Committed,
+    Delete,
+    Get,
+    KeyValue,
+    Operation,
+    Put,
+    Store,
+    Transaction,
+    unchanged,
+)
+from etcdfs.subtrees import MAX_RETRIES, End, Subtrees
+from etcdfs.switch import Intent
+from etcdfs.transactions import move_file, parent_prefix
+from etcdfs.tree import Directory, Entry, File, Node, Tree
+from etcdfs.view import View
+
+RENAME_NOREPLACE: Final = 1  # include/uapi/linux/fs.h
+RENAME_EXCHANGE: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _FileMove:
+    """A file on its way: what it is at this moment, and the attributes it has."""
+
+    source: End
+    target: End
+    old: bytes
+    new: bytes
+    replace: bool
+    value: KeyValue
+    side: KeyValue | None
+    replaced_side: bool
+
+
+@final
+class Moves:
+    """Renames on one mounted keyspace."""
+
+    def __init__(self, store: Store, view: View, files: OpenFiles, places: Places) -> None:
+        # --- dependencies
+        self._store = store
+        self._view = view
+        self._files = files
+        self._places = places
+        self._subtrees = Subtrees(store, view, files, places)
+
+    @property
+    def _tree(self) -> Tree:
+        return self._view.switch.tree
+
+    async def rename(
+        self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int
+    ) -> None:
+        """Move what is under a name to another, replacing what is there; or let them swap.
+
+        Raises:
+            NotFoundError: The old name, or with RENAME_EXCHANGE the new one, is not there.
+            ExistsError: RENAME_NOREPLACE, and the new name is taken.
+            IsADirectoryFileError: A file would replace a directory.
+            NotADirectoryFileError: A directory would replace a file.
+            NotEmptyError: A directory would replace one that has entries.
+            InvalidRequestError: A directory would come to be below itself; or unknown flags.
+            NameReservedError: What is moved cannot have the new name.
+            CrossDirectoryError: It does not fit into one transaction; `mv` copies instead.
+            StaleError: It changed all the time.
+        """
+        if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
+            msg = f"rename flags {flags:#x} are not supported"
+            raise InvalidRequestError(msg)
+        source_directory = await self._places.parent(old_parent, old_name)
+        target_directory = await self._places.parent(new_parent, new_name)
+        # checkpoint: the old name's directory may have gone meanwhile
+        if not self._tree.is_attached(source_directory):
+            raise missing(old_name)
+        source = self._subtrees.end(source_directory, old_name)
+        target = self._subtrees.end(target_directory, new_name)
+        exchange = flags == RENAME_EXCHANGE
+        if source.node is None or (exchange and target.node is None):
+            raise missing(old_name if source.node is None else new_name)
+        if source.names == target.names:
+            if flags == RENAME_NOREPLACE:
+                raise taken(new_name)
+            return
+        _check_names(source, target, exchange=exchange)
+        if exchange:
+            await self._subtrees.exchange(source, target)
+        elif isinstance(source.node, Directory):
+            await self._subtrees.move(source, target, replace=not flags)
+        else:
+            await self._move_file(source.node, source, target, replace=not flags)
+
+    # --- files ------------------------------------------------------------------------------
+
+    async def _move_file(self, file: File, source: End, target: End, *, replace: bool) -> None:
+        old, new = source.own, target.own
+        if old is None or new is None:
+            msg = f"no file can be called {target.name!r}"
+            raise NameReservedError(msg)
+        if old == new:
+            return  # `a/%value`, which is `a` once nothing else is below it
+        locked = tuple(Entry(end.directory.inode, end.name) for end in (source, target))
+        with self._view.holding(locked):
+            await self._files.publish(file)
+            if file.facts is None:
+                raise missing(source.name)
+            async with self._files.settled(file):
+                found = KeyValue(old, await self._view.value(file), *file.facts[:4])
+                move = _FileMove(
+                    source=source,
+                    target=target,
+                    old=old,
+                    new=new,
+                    replace=replace,
+                    value=found,
+                    side=self._side(old, file),
+                    replaced_side=self._side(new, target.node) is not None,
+                )
+                await self._move(file, move)
+        self._files.give_up_name(old)
+
+    async def _move(self, file: File, move: _FileMove) -> None:
+        intents = self._view.switch.intents
+        places = ((end.directory, end.name) for end in (move.source, move.target))
+        mover: File | None = file
+        async with self._places.changing(*places) as locked:
+            try:
+                for _ in range(MAX_RETRIES):
+                    intents[move.old] = Intent(file=mover)
+                    intents[move.new] = Intent(file=mover, value=move.value.value, replaces=True)
+                    wanted, committed = await self._commit(move)
+                    if committed.succeeded:
+                        break
+                    again = _look_again(move, committed)
+                    if again.value.mod_revision != move.value.mod_revision:
+                        mover = None  # what moves is a version that this inode is not
+                    move = again
+                else:
+                    msg = f"{move.old!r} changed {MAX_RETRIES} times while it was renamed"
+                    raise StaleError(msg)
+                events = events_of(wanted, committed)
+                await self._view.settle(committed.revision, events, locked)
+            finally:
+                intents.pop(move.old, None)
+                intents.pop(move.new, None)
+        # The kernel moves the inode it had under the old name, which another client's change
+        # may have made an old version meanwhile.
+        self._view.let_go(locked[1:])
+        if mover is None and file.directory is None:
+            # Until then the new name leads to it: an open must be sent to look again (ESTALE).
+            # It was a version of the old key, which is deleted.
+            file.lost_key, file.gone = None, False
+        file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
+
+    async def _commit(self, move: _FileMove) -> tuple[Transaction, Committed]:
+        """Commit with the attributes; without, if etcd's roles say so: content still works."""
+        wanted = self._transaction(move)
+        if not self._tree.attributes:
+            return wanted, await self._store.commit(wanted)
+        dressed = _with_sides(wanted, move)
+        try:
+            return dressed, await self._store.commit(dressed)
+        except StorePermissionError as exc:
+            committed = await self._store.commit(wanted)
+            renounce(self._tree, exc)
+            return wanted, committed
+
+    def _transaction(self, move: _FileMove) -> Transaction:
+        source, target = move.source, move.target
+        # A directory's %value is an entry of it whose key is not below it.
+        same = source.directory is target.directory and target.name != VALUE_NAME
+        same = same or source.name == VALUE_NAME
+        return move_file(
+            move.old,
+            move.value.mod_revision,
+            move.new,
+            Put(move.new, move.value.value, move.value.lease),
+            parent=None if same else parent_prefix(move.old, self._tree.keyspace.prefix),
+            replace=move.replace,
+            is_value=target.name == VALUE_NAME,
+        )
+
+    def _side(self, key: bytes, node: Node | None) -> KeyValue | None:
+        """Return the side key of a key as it is known."""
+        if not self._tree.attributes:
+            return None
+        known = None if node is None else node.side
+        side = self._tree.sides.get(key) if self._tree.complete else known
+        if side is None or not side.facts.mod_revision:
+            return None
+        return KeyValue(side_key(key), encode(side.record), *side.facts[:4])
+
+
+def _check_names(source: End, target: End, *, exchange: bool) -> None:
+    if source.name == MARKER_NAME or (exchange and target.name == MARKER_NAME):
+        msg = f"{MARKER_NAME!r} is the directory's own key and stays; its value can be taken"
+        raise CrossDirectoryError(msg)
+    if target.names[: len(source.names)] == source.names:
+        msg = f"{target.names!r} is below {source.names!r}"
+        raise InvalidRequestError(msg)
+    if source.names[: len(target.names)] != target.names:
+        return
+    if exchange:
+        msg = f"{source.names!r} is below {target.names!r}"
+        raise InvalidRequestError(msg)
+    raise not_empty(target.name)
+
+
+def _with_sides(wanted: Transaction, move: _FileMove) -> Transaction:
+    """Have a file's attributes go with it, and those of the file it replaces go."""
+    old, new = side_key(move.old), side_key(move.new)
+    value = None if move.side is None else moved(move.side, move.value)
+    operations: list[Operation] = []
+    if move.side is not None:
+        operations.append(Delete(old))
+    if move.new.endswith(b"/"):
+        pass  # the attributes of a marker are its directory's
+    elif value is not None:
+        operations += (Put(new, value), Get(new, keys_only=True))
+    elif move.replaced_side:
+        operations.append(Delete(new))
+    known = 0 if move.side is None else move.side.mod_revision
+    return changed(
+        wanted,
+        when=(*wanted.when, unchanged(old, known)),
+        then=(*wanted.then, *operations),
+        otherwise=(*wanted.otherwise, Get(old)),
+    )
+
+
+def _look_again(move: _FileMove, committed: Committed) -> _FileMove:
+    """Return the move of what is there by now.
+
+    Raises:
+        CallerError: It is not to be moved.
+    """
+    source, target, below, *sides = (page_of(result).entries for result in committed.results)
+    if not source:
+        raise missing(move.source.name)
+    if target and not move.replace:
+        raise taken(move.target.name)
+    if below and move.target.name != VALUE_NAME:
+        raise is_a_directory(move.target.name)
+    side = sides[0][0] if sides and sides[0] else None
+    return changed(move, value=source[0], side=side)

@@ -1,0 +1,175 @@
+"""Names in directories, as the calls that change them need them.
+
+What this room knows: how a name becomes a key, that what is under it must be true before a change
+is decided, and which names the kernel holds locked meanwhile. What it must not know: what is
+changed, and how.
+
+Concurrency: trio thread. A directory that is being moved is no place for a change: its keys are
+about to be others. Changes wait for the move, and the move for those that have begun.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from typing import final
+
+import trio
+
+from etcdfs.errors import (
+    CallerError,
+    ExistsError,
+    IsADirectoryFileError,
+    NameTooLongError,
+    NotADirectoryFileError,
+    NotEmptyError,
+    NotFoundError,
+    StoreError,
+)
+from etcdfs.keys import MARKER_NAME, NAME_MAX
+from etcdfs.tree import Directory, Entry, File, Node, is_within
+from etcdfs.view import View
+
+
+@final
+class Places:
+    """Where changes of names are made."""
+
+    def __init__(self, view: View) -> None:
+        # --- dependencies
+        self._view = view
+        self._tree = view.switch.tree
+        # --- mutable state
+        self._moving: list[Node] = []
+        self._busy: Counter[Directory] = Counter()  # where a change is under way
+        self._stir = trio.Event()
+
+    # --- finding ----------------------------------------------------------------------------
+
+    async def place(self, parent: int, name: bytes) -> tuple[Directory, bytes]:
+        """Return a directory and the key that `name` has, or would have, in it."""
+        directory = await self.parent(parent, name)
+        return directory, self._tree.keyspace.file_key(self._tree.names(directory, name))
+
+    async def parent(self, parent: int, name: bytes) -> Directory:
+        """Return a directory, in which what is under `name` is true as of now.
+
+        Raises:
+            NotFoundError: It has been removed by another client.
+        """
+        directory = self._tree.directory(parent)
+        check_length(name)
+        await self._view.entry(directory, name)
+        while self._is_moving(directory):
+            with self._view.holding((Entry(directory.inode, name),)):
+                await self._stir.wait()
+        # checkpoint: another client may have removed the directory
+        if not self._tree.is_attached(directory):
+            msg = f"inode {parent} is no longer a directory of this tree"
+            raise NotFoundError(msg)
+        return directory
+
+    def has_entries(self, directory: Directory) -> bool:
+        """Say whether a directory is known to have entries; without a mirror, etcd decides most."""
+        if self._tree.complete:
+            return bool(directory.children)
+        return MARKER_NAME in directory.children or any(
+            isinstance(child, File) and child.facts is None for child in directory.children.values()
+        )
+
+    # --- changing ---------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def changing(self, *places: tuple[Directory, bytes]) -> AsyncIterator[list[Entry]]:
+        """Mark names that the kernel holds locked for us until this call returns.
+
+        If the call fails, the kernel keeps what it had cached of them, which may be what
+        another client has changed by now: it is told to ask again.
+        """
+        entries = [Entry(directory.inode, name) for directory, name in places]
+        locked = self._view.switch.locked
+        for entry in entries:
+            locked[entry] = locked.get(entry, 0) + 1
+        self._busy.update(directory for directory, _ in places)
+        try:
+            yield entries
+        except (CallerError, StoreError):
+            self._view.let_go(entries)
+            raise
+        finally:
+            for entry in entries:
+                locked[entry] -= 1
+                if not locked[entry]:
+                    del locked[entry]
+            self._busy.subtract(directory for directory, _ in places)
+            self._busy = +self._busy
+            self._wake()
+
+    @asynccontextmanager
+    async def still(self, nodes: Collection[Node]) -> AsyncIterator[None]:
+        """Hold back changes below these nodes; those under way are waited for."""
+        self._moving.extend(nodes)
+        try:
+            while any(is_within(directory, node) for directory in self._busy for node in nodes):
+                await self._stir.wait()
+            yield
+        finally:
+            for node in nodes:
+                self._moving.remove(node)
+            self._wake()
+
+    def _is_moving(self, directory: Directory) -> bool:
+        return any(is_within(directory, node) for node in self._moving)
+
+    def _wake(self) -> None:
+        self._stir.set()
+        self._stir = trio.Event()
+
+
+# --- what can be wrong with a name ----------------------------------------------------------
+
+
+def file_in(directory: Directory, name: bytes) -> File:
+    """Return the file under a name.
+
+    Raises:
+        NotFoundError: There is nothing.
+        IsADirectoryFileError: It is a directory.
+    """
+    node = directory.children.get(name)
+    if node is None:
+        raise missing(name)
+    if isinstance(node, Directory):
+        raise is_a_directory(name)
+    return node
+
+
+def check_length(name: bytes) -> None:
+    """Refuse a name that is too long for any file."""
+    if len(name) > NAME_MAX:
+        msg = f"the name {name[:32]!r}... has {len(name)} bytes"
+        raise NameTooLongError(msg)
+
+
+def missing(name: bytes) -> NotFoundError:
+    """Return the error for a name that is not there."""
+    return NotFoundError(f"there is no {name!r}")
+
+
+def taken(name: bytes) -> ExistsError:
+    """Return the error for a name that is there already."""
+    return ExistsError(f"{name!r} is there already")
+
+
+def not_empty(name: bytes) -> NotEmptyError:
+    """Return the error for a directory that must be empty and is not."""
+    return NotEmptyError(f"{name!r} has entries")
+
+
+def is_a_directory(name: bytes) -> IsADirectoryFileError:
+    """Return the error for a directory where a file is needed."""
+    return IsADirectoryFileError(f"{name!r} is a directory")
+
+
+def is_a_file(name: bytes) -> NotADirectoryFileError:
+    """Return the error for a file where a directory is needed."""
+    return NotADirectoryFileError(f"{name!r} is a file")

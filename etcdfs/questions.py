@@ -1,0 +1,79 @@
+"""What to ask etcd about one path, and what its answers say.
+
+What this room knows: the file, the directory and the attributes that there can be at a path, and
+that side keys are not among what is shown. What it must not know: the tree, how it is asked.
+
+Concurrency: none; pure functions.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+from etcdfs.answers import page_of
+from etcdfs.errors import CallerError
+from etcdfs.keys import Keyspace
+from etcdfs.sidekeys import ATTRIBUTES, ATTRIBUTES_END, side_key
+from etcdfs.store import Committed, Get, KeyValue, range_end
+
+
+@dataclass(slots=True, kw_only=True)
+class Found:
+    """What there is at one path."""
+
+    revision: int
+    value: KeyValue | None = None
+    file_side: KeyValue | None = None
+    below: bool = False
+    marker: KeyValue | None = None
+    directory_side: KeyValue | None = None
+
+
+About = Literal["value", "file_side", "below", "directory_side"]
+Question = tuple[About, Get]
+
+
+def questions_about(keyspace: Keyspace, names: tuple[bytes, ...], *, sides: bool) -> list[Question]:
+    """Return what to read to know what is at a path; empty if nothing can be there."""
+    found: list[Question] = []
+    with suppress(CallerError):
+        key = keyspace.file_key(names)
+        found.append(("value", Get(key)))
+        if sides and not key.endswith(b"/"):
+            found.append(("file_side", Get(side_key(key))))
+    try:
+        prefix = keyspace.directory_prefix(names)
+    except CallerError:
+        return found
+    for start, end in _without_sides(prefix):
+        found.append(("below", Get(start, end, limit=1, keys_only=True)))
+    if sides:
+        found.append(("directory_side", Get(side_key(prefix))))
+    return found
+
+
+def _without_sides(prefix: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the ranges of what is shown below a prefix; side keys are not."""
+    end = range_end(prefix)
+    if not ATTRIBUTES.startswith(prefix):
+        return [(prefix, end)]
+    return [(prefix, ATTRIBUTES), (ATTRIBUTES_END, end)]
+
+
+def answers_to(questions: list[Question], committed: Committed) -> Found:
+    """Return the answers to `questions_about` by what they are about."""
+    found = Found(revision=committed.revision)
+    for (about, get), result in zip(questions, committed.results, strict=True):
+        for entry in page_of(result).entries:
+            match about:
+                case "value":
+                    found.value = entry
+                case "file_side":
+                    found.file_side = entry
+                case "directory_side":
+                    found.directory_side = entry
+                case "below":
+                    found.below = True
+                    if entry.key == get.key:
+                        found.marker = entry
+    return found

@@ -1,0 +1,296 @@
+"""Plants one defect in the daemon: the negative controls of the soak (see `controls.py`).
+
+Python imports a module of this name before anything else; the soak puts this directory first on
+the daemon's PYTHONPATH and the defect's name into SOAK_DEFECT. When the module that a defect
+belongs to has been imported, it is patched. etcdfs itself knows nothing of any of this.
+
+Concurrency: patches run where what they replace would run.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from collections.abc import Callable, Sequence
+from itertools import count
+from types import ModuleType
+from typing import Any
+
+Patch = Callable[[Any], None]
+
+DEFECTS: dict[str, tuple[str, Patch]] = {}
+
+
+def defect(name: str, module: str) -> Callable[[Patch], Patch]:
+    """Register what patches a module."""
+
+    def register(patch: Patch) -> Patch:
+        DEFECTS[name] = (module, patch)
+        return patch
+
+    return register
+
+
+def replace(owner: Any, name: str, what: Any) -> None:
+    """Put a defect in the place of something, which must be there."""
+    if not hasattr(owner, name):
+        raise RuntimeError(f"the defect has lost its place: {owner} has no {name}")
+    setattr(owner, name, what)
+
+
+def sometimes(every: int) -> Callable[[], bool]:
+    """Return what says yes now and then."""
+    numbers = count(1)
+    return lambda: next(numbers) % every == 0
+
+
+# --- the kernel's caches --------------------------------------------------------------------
+
+
+@defect("drop-notification", "etcdfs.kernel")
+def drop_notification(module: Any) -> None:
+    """Some invalidations are forgotten."""
+    original, now = module.KernelCache.submit, sometimes(10)
+
+    def submit(self: Any, cached: Any, done: Any = None) -> None:
+        original(self, () if cached and now() else cached, done)
+
+    replace(module.KernelCache, "submit", submit)
+
+
+@defect("early-publish", "etcdfs.kernel")
+def early_publish(module: Any) -> None:
+    """The new state is published before the kernel has let go of the old."""
+    original = module.KernelCache.submit
+
+    def submit(self: Any, cached: Any, done: Any = None) -> None:
+        if done is not None:
+            done()
+        original(self, cached, None)
+
+    replace(module.KernelCache, "submit", submit)
+
+
+@defect("negative-entries", "etcdfs.switch")
+def negative_entries(module: Any) -> None:
+    """A name that was missing is not invalidated when it appears."""
+    original = module.Switch.invalidations
+
+    def invalidations(self: Any, plan: Any) -> Any:
+        appearing = {
+            module.Entry(directory.inode, name)
+            for directory, name, before, _ in plan.changes()
+            if before is None
+        }
+        return original(self, plan) - appearing
+
+    replace(module.Switch, "invalidations", invalidations)
+
+
+@defect("keep-cache-always", "etcdfs.tree")
+def keep_cache_always(module: Any) -> None:
+    """A version that another client wrote keeps the inode of the old, pages and all."""
+    original = module.Tree.new_version
+
+    def new_version(self: Any, old: Any, facts: Any) -> Any:
+        if old is None:
+            return original(self, old, facts)
+        old.facts = facts
+        return old
+
+    replace(module.Tree, "new_version", new_version)
+
+
+# --- the replica ----------------------------------------------------------------------------
+
+
+@defect("no-deduplication", "etcdfs.switch")
+def no_deduplication(module: Any) -> None:
+    """Events that were applied before are applied again."""
+    replica: Any = importlib.import_module("etcdfs.replica")
+    original = replica.Replica._on_events
+
+    def on_events(self: Any, events: Any) -> Any:
+        steps = original(self, events)
+        if steps or not events:
+            return steps
+        return (replica.Apply(events, events[-1].mod_revision),)
+
+    replace(replica.Replica, "_on_events", on_events)
+    replace(module._Planner, "_is_behind", lambda _self, _event, _known: False)
+
+
+@defect("out-of-order", "etcdfs.replica")
+def out_of_order(module: Any) -> None:
+    """Some batches are applied after newer ones."""
+    original, now = module.Replica.receive, sometimes(10)
+    kept: list[Any] = []
+    left = [0]
+
+    def receive(self: Any, message: Any) -> Any:
+        steps = original(self, message)
+        if len(steps) != 1 or not isinstance(steps[0], module.Apply):
+            return steps
+        if kept:
+            left[0] -= 1
+            if left[0] == 0:
+                late = tuple(kept)
+                kept.clear()
+                return (*steps, *late)
+        elif now():
+            kept.extend(steps)
+            left[0] = 5
+            return ()
+        return steps
+
+    replace(module.Replica, "receive", receive)
+
+
+@defect("split-revision", "etcdfs.replica")
+def split_revision(module: Any) -> None:
+    """The keys of one transaction become visible one after the other."""
+    original = module.Replica.receive
+
+    def receive(self: Any, message: Any) -> Any:
+        steps = original(self, message)
+        if len(steps) == 1 and isinstance(steps[0], module.Apply):
+            return tuple(module.Apply((event,), event.mod_revision) for event in steps[0].events)
+        return steps
+
+    replace(module.Replica, "receive", receive)
+
+
+@defect("no-witness", "etcdfs.replica")
+def no_witness(module: Any) -> None:
+    """After a break, any history is believed to be the one that was known."""
+    replace(module._Check, "holds", lambda _self, _page: True)
+
+
+@defect("resume-too-late", "etcdfs.replica")
+def resume_too_late(module: Any) -> None:
+    """A watch that is resumed leaves out what happened meanwhile."""
+    original = module.Replica._open
+
+    def open_(self: Any) -> Any:
+        step = original(self)
+        # From 0 on, etcd takes for: from now on.
+        return module.OpenWatch(module.Revision(0)) if self._resuming else step
+
+    replace(module.Replica, "_open", open_)
+
+
+# --- the mirror -----------------------------------------------------------------------------
+
+
+@defect("no-diff", "etcdfs.mirror")
+def no_diff(module: Any) -> None:
+    """What a new listing shows to be different is not applied."""
+    replace(module, "difference", lambda _tree, _contents, _staged, _revision: [])
+
+
+@defect("lying-wait", "etcdfs.mirror")
+def lying_wait(module: Any) -> None:
+    """A revision is said to be shown when it is not."""
+
+    async def reached(self: Any, revision: int) -> None:
+        return None
+
+    replace(module.Mirror, "reached", reached)
+
+
+# --- the door to etcd -----------------------------------------------------------------------
+
+
+@defect("retry-write", "etcdfs.etcd")
+def retry_write(module: Any) -> None:
+    """A write whose answer was lost is sent again."""
+    original = module.EtcdStore.commit
+
+    async def commit(self: Any, transaction: Any) -> Any:
+        try:
+            return await original(self, transaction)
+        except module.OutcomeUnknownError:
+            return await original(self, transaction)
+
+    replace(module.EtcdStore, "commit", commit)
+
+
+@defect("wrong-range-end", "etcdfs.etcd")
+def wrong_range_end(module: Any) -> None:
+    """The watch ends before the prefix does."""
+    original = module.EtcdStore.watch
+
+    def watch(self: Any, start: bytes, end: bytes, from_revision: int) -> Any:
+        return original(self, start, b"/soak/s/5", from_revision)
+
+    replace(module.EtcdStore, "watch", watch)
+
+
+@defect("no-hasleader", "etcdfs.etcd_connection")
+def no_hasleader(module: Any) -> None:
+    """A member that has lost its leader is not asked to say so."""
+    replace(module, "_HAS_LEADER", ("says-nothing", "true"))
+
+
+# --- the publisher --------------------------------------------------------------------------
+
+
+@defect("lost-acknowledgement", "etcdfs.publisher")
+def lost_acknowledgement(module: Any) -> None:
+    """Some writes are reported as done and never sent."""
+    original, now = module.Publisher.publish, sometimes(10)
+
+    async def publish(self: Any, file: Any) -> None:
+        draft = file.draft
+        if isinstance(draft, module.Draft) and draft.is_dirty and now():
+            draft.published(draft.value)
+            return
+        await original(self, file)
+
+    replace(module.Publisher, "publish", publish)
+
+
+@defect("blind-overwrite", "etcdfs.publisher")
+def blind_overwrite(module: Any) -> None:
+    """An append or a partial overwrite does not look whether the key has changed."""
+
+    def unchanged(key: bytes, _mod_revision: int) -> Any:
+        return module.Compare(key, "version", ">", -1)
+
+    replace(module, "unchanged", unchanged)
+
+
+# --- planting -------------------------------------------------------------------------------
+
+
+class _Planter(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module as everybody else does, and patches it once it has run."""
+
+    def __init__(self, module: str, patch: Patch) -> None:
+        self._module = module
+        self._patch = patch
+        self._loader: Any = None
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != self._module:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec is not None:
+            self._loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        made: ModuleType | None = self._loader.create_module(spec)
+        return made
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        self._patch(module)
+
+
+_wanted = os.environ.get("SOAK_DEFECT")
+if _wanted is not None:
+    sys.meta_path.insert(0, _Planter(*DEFECTS[_wanted]))
