@@ -16,11 +16,12 @@ Concurrency: as the store's.
 
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
-from typing import final
+from typing import assert_never, final
 
 from etcdfs.errors import OutcomeUnknownError, StoreError
 from etcdfs.store import (
     END_OF_KEYS,
+    Abort,
     Committed,
     Compare,
     Delete,
@@ -116,6 +117,10 @@ def _questions(transaction: Transaction) -> Iterator[Get]:
                 yield operation
             case Transaction():
                 yield from _questions(operation)
+            case Abort():
+                pass
+            case _:
+                assert_never(operation)
 
 
 def _resolve(transaction: Transaction, found: Committed) -> Committed | None:
@@ -162,12 +167,16 @@ def _trace(operation: Operation, answers: Iterator[_Result], now: int) -> _Trace
             return (0, 1) if _entry(next(answers)) is None else None
         case Get():
             return 0, next(answers)
+        case Abort():
+            return None
         case Transaction():
             # It may have had nothing to do; what it did is known by its revision, if at all.
             inner = [_trace(part, answers, now) for part in operation.then]
             done = tuple(trace[1] for trace in inner if trace is not None)
             ran = len(done) == len(inner)
             return 0, Committed(ran, Revision(now), done if ran else ())
+        case _:
+            assert_never(operation)
 
 
 def _entry(answer: _Result) -> KeyValue | None:
