@@ -33,9 +33,10 @@ import trio
 
 from etcdfs.contents import Contents
 from etcdfs.letting import KernelCache, Letting
+from etcdfs.planner import Plan
 from etcdfs.sidekeys import is_side_key
 from etcdfs.store import Event, KeyValue
-from etcdfs.switch import Plan, Switch
+from etcdfs.switch import Switch
 from etcdfs.tree import Cached
 
 log = logging.getLogger(__name__)

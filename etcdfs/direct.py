@@ -257,11 +257,7 @@ class Direct:
                 self._replace(directory, name, self.switch.tree.new_directory())
         elif value is None:
             # What is missing because this mount has just moved it will be found where it is.
-            if (
-                child is not None
-                and not _is_unpublished(child)
-                and not self.switch.is_moving(child)
-            ):
+            if child is not None and not (_is_unpublished(child) or self.switch.is_moving(child)):
                 self._replace(directory, name, None)
         else:
             self._contents.put(value.key, value.mod_revision, value.value)

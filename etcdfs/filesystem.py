@@ -37,11 +37,11 @@ from etcdfs.metadata import Metadata
 from etcdfs.moves import Moves
 from etcdfs.openfiles import Handle, OpenFiles
 from etcdfs.places import Places, check_length, file_in, is_a_file, missing, not_empty, taken
+from etcdfs.planner import Intent
 from etcdfs.records import drop_record, write_record
 from etcdfs.sidekeys import Record, Type
 from etcdfs.sides import record_of, renounce
 from etcdfs.store import Committed, Event, Store, Transaction
-from etcdfs.switch import Intent
 from etcdfs.transactions import (
     clear_marker,
     make_directory,

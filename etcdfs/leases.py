@@ -16,10 +16,10 @@ from typing import final
 from etcdfs.answers import events_of
 from etcdfs.errors import NotFoundError, OutcomeUnknownError, StaleError, StoreError
 from etcdfs.openfiles import OpenFiles
+from etcdfs.planner import Intent
 from etcdfs.records import same_record, write_record
 from etcdfs.sides import record_of
 from etcdfs.store import Get, Operation, Put, Store, Transaction, unchanged
-from etcdfs.switch import Intent
 from etcdfs.tree import File
 from etcdfs.view import View
 

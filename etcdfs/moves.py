@@ -24,6 +24,7 @@ from etcdfs.errors import (
 from etcdfs.keys import MARKER_NAME, VALUE_NAME
 from etcdfs.openfiles import OpenFiles
 from etcdfs.places import Places, is_a_directory, missing, not_empty, taken
+from etcdfs.planner import Intent
 from etcdfs.sidekeys import encode, moved, side_key
 from etcdfs.sides import renounce
 from etcdfs.store import (
@@ -38,7 +39,6 @@ from etcdfs.store import (
     unchanged,
 )
 from etcdfs.subtrees import MAX_RETRIES, End, Subtrees
-from etcdfs.switch import Intent
 from etcdfs.transactions import move_file, parent_prefix
 from etcdfs.tree import Directory, Entry, File, Node, Tree
 from etcdfs.view import View

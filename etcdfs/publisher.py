@@ -29,6 +29,7 @@ from etcdfs.errors import (
     StorePermissionError,
     WriteConflictError,
 )
+from etcdfs.planner import Intent
 from etcdfs.sides import renounce
 from etcdfs.store import (
     Committed,
@@ -43,7 +44,6 @@ from etcdfs.store import (
     absent,
     unchanged,
 )
-from etcdfs.switch import Intent
 from etcdfs.tree import Cached, Entry, Facts, File, Node, facts_of, is_within
 from etcdfs.view import View
 

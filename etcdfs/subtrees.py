@@ -35,6 +35,7 @@ from etcdfs.errors import (
 from etcdfs.keys import MARKER_NAME
 from etcdfs.openfiles import OpenFiles
 from etcdfs.places import Places, is_a_file, missing, not_empty, taken
+from etcdfs.planner import Relocation
 from etcdfs.sidekeys import ATTRIBUTES, is_side_key, moved, owner_of, side_key, side_range
 from etcdfs.sides import renounce
 from etcdfs.store import (
@@ -48,7 +49,6 @@ from etcdfs.store import (
     absent,
     range_end,
 )
-from etcdfs.switch import Relocation
 from etcdfs.transactions import MAX_KEYS, Rewriting, parent_prefix, stay_without, unmoved
 from etcdfs.tree import Directory, Entry, File, Node, Tree
 from etcdfs.view import View

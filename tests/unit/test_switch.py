@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from etcdfs.keys import Keyspace
 from etcdfs.loader import load
+from etcdfs.planner import Intent
 from etcdfs.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
-from etcdfs.switch import Intent, Switch
+from etcdfs.switch import Switch
 from etcdfs.tree import Directory, Entry, File, Listing, Node, Tree
 from tests.support.fake_store import FakeStore
 
