@@ -31,6 +31,7 @@ from typing import Any, Final, TypeVar, final
 import trio
 
 from etcdfs.attributes import Defaults
+from etcdfs.certainty import Certain
 from etcdfs.contents import Contents
 from etcdfs.direct import Direct
 from etcdfs.embedded import default_data_dir, open_embedded
@@ -121,7 +122,7 @@ class Rooms:
             self.view, self.contents, self.publisher, read_only=options.read_only
         )
         self.filesystem = Filesystem(
-            store,
+            Certain(store),
             self.view,
             self.files,
             Defaults(

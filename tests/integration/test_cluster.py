@@ -7,7 +7,7 @@ import pytest
 from tests.support.cluster import Cluster
 from tests.support.etcd_process import EtcdProcess, EtcdProcessError
 
-pytestmark = [pytest.mark.etcd, pytest.mark.every_etcd]
+pytestmark = pytest.mark.etcd
 
 
 def value(member: EtcdProcess) -> bytes:
