@@ -17,6 +17,8 @@ from tests.soak.control import nap
 Message = Any
 
 TIMEOUT_S: Final = 3.0
+LONG_S: Final = 30.0
+"""For what etcd takes its time for."""
 _OPTIONS: Final = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -110,7 +112,8 @@ class Raw:
 
     def compact(self, revision: int) -> None:
         """Drop history before a revision."""
-        self._call("Compact", rpc.CompactionRequest(revision=revision, physical=True))
+        request = rpc.CompactionRequest(revision=revision, physical=True)
+        self._send(rpc.KVStub, "Compact", request, LONG_S)
 
     def status(self) -> Message:
         """Return what the member in use says of itself."""
@@ -128,7 +131,7 @@ class Raw:
 
     def defragment(self) -> None:
         """Have the member in use rewrite its database; it answers nobody meanwhile."""
-        self._send(rpc.MaintenanceStub, "Defragment", rpc.DefragmentRequest(), 30.0)
+        self._send(rpc.MaintenanceStub, "Defragment", rpc.DefragmentRequest(), LONG_S)
 
     def watch(self, prefix: bytes, start: int) -> Iterator[Message]:
         """Yield the responses of a watch until it breaks or is cancelled."""

@@ -161,10 +161,10 @@ def split_revision(module: Any) -> None:
     replace(module.Replica, "receive", receive)
 
 
-@defect("no-witness", "etcdfs.replica")
+@defect("no-witness", "etcdfs.witnesses")
 def no_witness(module: Any) -> None:
     """After a break, any history is believed to be the one that was known."""
-    replace(module._Check, "holds", lambda _self, _page: True)
+    replace(module.Check, "holds", lambda _self, _page: True)
 
 
 @defect("resume-too-late", "etcdfs.replica")
