@@ -89,10 +89,6 @@ class Plan:
     dressed: dict[Node, Side | None] = field(default_factory=dict)
     moved: set[Node] = field(default_factory=set)
 
-    def is_version(self, before: Node | None, after: Node | None) -> bool:
-        """Tell whether only the content changes, which a directory's own times do not show."""
-        return isinstance(before, File) and isinstance(after, File) and before not in self.deleted
-
     def changes(self) -> Iterator[tuple[Directory, bytes, Node | None, Node | None]]:
         """Yield (directory, name, before, after) of each name that really changes."""
         for directory, names in self.entries.items():
