@@ -230,7 +230,7 @@ def test_a_log_file_is_appended_to(shared_etcd: EtcdProcess, mnt: Path, home: Pa
     assert log.count(f" INFO __main__: mounted {mnt}\n") == 2
 
 
-def test_b191_a_log_that_is_gone_does_not_end_the_mount(
+def test_b62_a_log_that_is_gone_does_not_end_the_mount(
     shared_etcd: EtcdProcess, mnt: Path, home: Path
 ) -> None:
     logs = home / "logs"
@@ -341,7 +341,7 @@ def test_a_kernel_that_refuses_is_reported(shared_etcd: EtcdProcess, mnt: Path) 
     assert not os.path.ismount(mnt)
 
 
-def test_b190_of_many_mounts_on_one_directory_one_succeeds(
+def test_b61_of_many_mounts_on_one_directory_one_succeeds(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     command = [*COMMAND, "mount", str(mnt), "--cache", "--endpoints", shared_etcd.client_url]
@@ -356,7 +356,7 @@ def test_b190_of_many_mounts_on_one_directory_one_succeeds(
     umount(mnt)  # and nothing is below it
 
 
-def test_b190_a_directory_that_another_daemon_is_about_to_mount_on(
+def test_b61_a_directory_that_another_daemon_is_about_to_mount_on(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     fd = os.open(mnt, os.O_RDONLY)

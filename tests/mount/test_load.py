@@ -26,17 +26,17 @@ def mounted(pool: Pool, etcd: EtcdProcess) -> Iterator[Mounted]:
         yield mounted
 
 
-def test_b168_a_burst_of_changes(etcd: EtcdProcess, mounted: Mounted) -> None:
+def test_b31_a_burst_of_changes(etcd: EtcdProcess, mounted: Mounted) -> None:
     load.burst(etcd, mounted, keys=2000, rounds=3)
 
 
-def test_b168_a_hot_key(etcd: EtcdProcess, mounted: Mounted) -> None:
+def test_b31_a_hot_key(etcd: EtcdProcess, mounted: Mounted) -> None:
     load.hot_key(etcd, mounted, updates=1500)
 
 
-def test_b168_a_thousand_keys_in_one_revision(etcd: EtcdProcess, mounted: Mounted) -> None:
+def test_b31_a_thousand_keys_in_one_revision(etcd: EtcdProcess, mounted: Mounted) -> None:
     load.large_transactions(etcd, mounted, keys=1000, times=3)
 
 
-def test_b168_a_storm_of_readers(etcd: EtcdProcess, mounted: Mounted) -> None:
+def test_b31_a_storm_of_readers(etcd: EtcdProcess, mounted: Mounted) -> None:
     load.reader_storm(etcd, mounted, processes=32, reads=40, updates=200)

@@ -76,7 +76,7 @@ def swallowed(_etcd: EtcdProcess, hole: BlackHole) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("fault", [paused, swallowed])
-def test_b121_a_silent_etcd_is_told_from_a_quiet_one(
+def test_b51_a_silent_etcd_is_told_from_a_quiet_one(
     pool: Pool,
     own_etcd: EtcdProcess,
     fault: Callable[[EtcdProcess, BlackHole], contextlib.AbstractContextManager[None]],
@@ -112,7 +112,7 @@ def test_b121_a_silent_etcd_is_told_from_a_quiet_one(
 # --- too old --------------------------------------------------------------------------------
 
 
-def test_b123_what_is_too_old_is_an_error_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b53_what_is_too_old_is_an_error_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> None:
     options = ("--cache", "--max-stale", "1", "--timeout", "0.5")
     with pool.private(own_etcd, *options) as mounted:
         file, missing = mounted.path / "d" / "file", mounted.path / "d" / "missing"
@@ -182,7 +182,7 @@ def _command(*command: object) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.every_etcd
-def test_b125_what_may_no_longer_be_read_is_not_shown(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b55_what_may_no_longer_be_read_is_not_shown(pool: Pool, own_etcd: EtcdProcess) -> None:
     """The watch of a mount that lost its rights goes on delivering: only a read tells."""
     with pool.private(own_etcd, "--cache", "--audit-interval", "0.3") as mounted:
         file = mounted.path / "d" / "file"
@@ -223,7 +223,7 @@ Replica._on_events = lossy
 """
 
 
-def test_b120_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
+def test_b50_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
     cached.client.put(cached.key("lost/deleted"), b"old")
     cached.client.put(cached.key("lost/changed"), b"old")
     cached.client.put(cached.key("unchanged"), b"same")
@@ -248,7 +248,7 @@ def test_b120_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
 # --- linearizable ---------------------------------------------------------------------------
 
 
-def test_b122_an_open_after_a_put_sees_it_without_waiting(pool: Pool, cached: Lab) -> None:
+def test_b52_an_open_after_a_put_sees_it_without_waiting(pool: Pool, cached: Lab) -> None:
     with pool.private(cached.etcd, "--cache", "--consistency", "linearizable") as mounted:
         path = mounted.path / cached.path.name
         name = cached.key("file")
@@ -264,7 +264,7 @@ def test_b122_an_open_after_a_put_sees_it_without_waiting(pool: Pool, cached: La
             assert (path / "file").stat().st_size == len(b"%d" % n)
 
 
-def test_b122_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
+def test_b52_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
     """Revisions that the watch of this prefix never brings."""
     options = ("--cache", "--consistency", "linearizable", "--prefix", f"/{cached.path.name}/in/")
     cached.client.put(cached.key("in/file"), b"")
@@ -278,7 +278,7 @@ def test_b122_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
         assert not (mounted.path / "missing").exists()
 
 
-def test_b122_an_etcd_that_does_not_answer_is_an_error(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b52_an_etcd_that_does_not_answer_is_an_error(pool: Pool, own_etcd: EtcdProcess) -> None:
     options = ("--cache", "--consistency", "linearizable", "--timeout", "0.5")
     with pool.private(own_etcd, *options) as mounted:
         mounted.put("/file", "one")
@@ -310,7 +310,7 @@ def mnt(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("mode", ["--cache", "--no-cache"])
-def test_b124_the_mount_may_start_before_etcd(own_etcd: EtcdProcess, mnt: Path, mode: str) -> None:
+def test_b54_the_mount_may_start_before_etcd(own_etcd: EtcdProcess, mnt: Path, mode: str) -> None:
     with contextlib.closing(Client(own_etcd.endpoint)) as client:
         client.put(b"/file", b"value")
     own_etcd.stop()
@@ -329,7 +329,7 @@ def test_b124_the_mount_may_start_before_etcd(own_etcd: EtcdProcess, mnt: Path, 
         process.communicate()
 
 
-def test_b124_an_etcd_that_does_not_come_ends_the_wait(own_etcd: EtcdProcess, mnt: Path) -> None:
+def test_b54_an_etcd_that_does_not_come_ends_the_wait(own_etcd: EtcdProcess, mnt: Path) -> None:
     own_etcd.stop()
     began = time.monotonic()
     done = run_etcdfs(
@@ -361,7 +361,7 @@ mount.RETRY_S = 0.01
 """
 
 
-def test_b124_an_etcd_that_is_lost_while_it_is_listed_is_waited_for(cached: Lab) -> None:
+def test_b54_an_etcd_that_is_lost_while_it_is_listed_is_waited_for(cached: Lab) -> None:
     for n in range(10):
         cached.client.put(cached.key(f"{n}"), b"%d" % n)
     with daemon(cached.etcd, cache=True, program=_LOSE_A_PAGE, wait_for_etcd_s=60.0) as running:
@@ -375,7 +375,7 @@ def test_b124_an_etcd_that_is_lost_while_it_is_listed_is_waited_for(cached: Lab)
 
 
 @pytest.mark.every_etcd
-def test_b126_whatever_becomes_of_etcd_the_mount_becomes_it(
+def test_b56_whatever_becomes_of_etcd_the_mount_becomes_it(
     pool: Pool, own_etcd: EtcdProcess, tmp_path: Path
 ) -> None:
     """One mount through everything; what it shows is compared with etcd after each."""

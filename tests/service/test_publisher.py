@@ -442,7 +442,7 @@ async def test_failed_publication_of_a_new_file_leaves_no_name(
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY | os.O_TRUNC, os.O_WRONLY, APPEND])
-async def test_b174_what_close_could_not_publish_is_not_published_behind_its_back(
+async def test_b74_what_close_could_not_publish_is_not_published_behind_its_back(
     autojump_clock: MockClock, store: FakeStore, cache: bool, flags: int
 ) -> None:
     """Who was told that close(2) failed may have done something else about it by then."""
