@@ -105,8 +105,12 @@ class Network:
         return f"{self._subnet}.{member + 1}"
 
     def inside(self, member: int) -> tuple[str, ...]:
-        """Return the words that make a command run in a member's namespace."""
-        return ("ip", "netns", "exec", self._namespace(member))
+        """Return the words that make a command run in a member's namespace.
+
+        Not `ip netns exec`: that gives the command a copy of all mounts, and a daemon whose mount
+        is taken away goes on serving the copy.
+        """
+        return ("nsenter", f"--net=/run/netns/{self._namespace(member)}")
 
     def drop(self, member: int, *sources: str, share: str = "") -> None:
         """Drop what arrives at a member from these addresses, or a share of it."""
