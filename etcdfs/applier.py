@@ -35,9 +35,9 @@ from etcdfs.contents import Contents
 from etcdfs.letting import KernelCache, Letting
 from etcdfs.planner import Plan
 from etcdfs.sidekeys import is_side_key
-from etcdfs.store import Event, KeyValue
+from etcdfs.store import Event, KeyValue, Revision
 from etcdfs.switch import Switch
-from etcdfs.tree import Cached
+from etcdfs.tree import Cached, File
 
 log = logging.getLogger(__name__)
 
@@ -248,7 +248,13 @@ class Applier:
         self._give_way()
 
     def _publish(self, batch: _Batch, plan: Plan, *, late: set[Cached]) -> None:
+        before = self._versions(plan)
         self._switch.publish(plan)
+        for file, key, revision in before:
+            # Or a key that is always written would fill the memory with what nobody asks for.
+            is_past = file.directory is None or revision != _revision_of(file)
+            if is_past and not file.handles:
+                self._contents.discard(key, Revision(revision))
         self._switch.tree.switching.clear()
         self.letting.submit(late)
         self.batches += 1
@@ -258,6 +264,13 @@ class Applier:
             self.revision = batch.revision
             self._switch.reached(batch.revision)
         self._finish(batch)
+
+    def _versions(self, plan: Plan) -> list[tuple[File, bytes, int]]:
+        """Return the files that a plan replaces or changes, their keys and mod_revisions."""
+        tree = self._switch.tree
+        files = [before for _, _, before, _ in plan.changes() if isinstance(before, File)]
+        keys = ((file, tree.key_of(file)) for file in (*files, *plan.facts))
+        return [(file, key, _revision_of(file)) for file, key in keys if key is not None]
 
     def _finish(self, batch: _Batch) -> None:
         self._now = None
@@ -273,6 +286,10 @@ class Applier:
         self._is_broken = True
         self._finish(batch)
         self._failed()
+
+
+def _revision_of(file: File) -> int:
+    return 0 if file.facts is None else file.facts.mod_revision
 
 
 def _size(event: Event) -> int:

@@ -162,10 +162,10 @@ def _how_it_died(daemon: Spawned, errors: BinaryIO, log_file: str | None) -> Fai
 
 
 def _last_line(errors: BinaryIO) -> str:
-    """Return the last line of a traceback, which says the most."""
+    """Return the last line of a traceback, which says the most, without an exception group's frame."""
     errors.seek(0)
     lines = errors.read().decode(errors="replace").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return next(filter(None, (line.strip(" |+-") for line in reversed(lines))), "")
 
 
 @final

@@ -321,7 +321,7 @@ def unmount(mountpoint: str, timeout_s: float) -> None:
         if not has_ended(pidfd, timeout_s):
             raise UnmountError(
                 f"{mountpoint} is unmounted, but its daemon (process {pid}) "
-                f"did not end within {timeout_s:g} s"
+                f"did not end within {timeout_s:g} s; a container may have a copy of the mount"
             )
 
 

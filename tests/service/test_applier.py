@@ -48,7 +48,8 @@ class Rig:
         self.kernel = SlowKernel()
         self.failures = 0
         self.switch = Switch(self.tree)
-        self.applier = Applier(self.switch, Contents(1 << 20), self.kernel, self._fail)
+        self.contents = Contents(1 << 20)
+        self.applier = Applier(self.switch, self.contents, self.kernel, self._fail)
 
     def _fail(self) -> None:
         self.failures += 1
@@ -66,6 +67,23 @@ def put(name: bytes, revision: int) -> KeyValue:
 
 def gone(name: bytes, revision: int) -> Tombstone:
     return Tombstone(b"/" + name, Revision(revision))
+
+
+async def test_values_that_nobody_can_ask_for_are_let_go(autojump_clock: MockClock) -> None:
+    rig = Rig(b"hot", b"open", b"deleted")
+    rig.kernel.is_slow = False
+    await rig.applier.take([put(name, 2) for name in (b"hot", b"open", b"deleted")])
+    held = rig.tree.root.children[b"open"]
+    assert isinstance(held, File)
+    held.handles = 1
+    for revision in range(3, 20):
+        await rig.applier.take([put(b"hot", revision)])
+    await rig.applier.take([put(b"open", 20), gone(b"deleted", 20)])
+    kept = [(b"hot", 19), (b"open", 2), (b"open", 20)]
+    for name in (b"hot", b"open", b"deleted"):
+        for revision in range(1, 21):
+            value = rig.contents.get(b"/" + name, Revision(revision))
+            assert (value is not None) == ((name, revision) in kept)
 
 
 async def test_a_batch_is_shown_when_the_kernel_has_let_go(autojump_clock: MockClock) -> None:

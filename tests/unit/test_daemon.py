@@ -234,10 +234,17 @@ def test_failure_is_passed_on(stand_in: StandIn) -> None:
     assert start_in_background(HANDOVER) == Failed(message="no etcd", exit_code=20)
 
 
-def test_a_crash_is_reported_with_its_last_line(stand_in: StandIn) -> None:
-    stand_in.does("""
+@pytest.mark.parametrize(
+    "crash",
+    [
+        'raise ZeroDivisionError("oops")',
+        'raise ExceptionGroup("two", [ValueError(), ZeroDivisionError("oops")])',
+    ],
+)
+def test_a_crash_is_reported_with_its_last_line(stand_in: StandIn, crash: str) -> None:
+    stand_in.does(f"""
         reporter.report(Progress(keys=1, bytes=1))
-        raise ZeroDivisionError("oops")
+        {crash}
     """)
     assert start_in_background(HANDOVER) == Failed(
         message="the daemon ended with status 1 before the mount was usable: ZeroDivisionError: oops",
