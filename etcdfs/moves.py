@@ -172,8 +172,10 @@ class Moves:
                 intents.pop(move.old, None)
                 intents.pop(move.new, None)
         # The kernel moves the inode it had under the old name, which another client's change
-        # may have made an old version meanwhile.
-        self._view.let_go(locked[1:])
+        # may have made an old version meanwhile. If it is right, forgetting it would only make
+        # /proc/self/fd say "(deleted)" of what is open.
+        if move.target.node is not file:
+            self._view.let_go(locked[1:])
         if mover is None and file.directory is None:
             # Until then the new name leads to it: an open must be sent to look again (ESTALE).
             # It was a version of the old key, which is deleted.
