@@ -15,6 +15,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# Not os._exit: coverage wraps that to save its data first, which raises in a child that may not
+# write files - and the child would go on with the parent's tests.
+from posix import _exit
 from typing import Any, Final
 
 RENAME_NOREPLACE: Final = 1
@@ -133,7 +137,7 @@ def _report(function: Callable[[], Any], writer: int) -> None:
         answer = pickle.dumps((None, traceback.format_exc()))
     finally:
         os.write(writer, answer)
-        os._exit(0)
+        _exit(0)
 
 
 def in_child(function: Callable[[], Any]) -> Any:
