@@ -799,6 +799,12 @@ class FilesystemMachine(RuleBasedStateMachine):
         assert isinstance(node, File)
         return self.mount.publisher.lock(node).locked()
 
+    def is_held_back(self, opened: Open) -> bool:
+        """Say whether publishing the file waits for another call, which waits for the watch."""
+        node = self.mount.tree.node(opened.handle.inode.number)
+        assert isinstance(node, File)
+        return self.is_locked(opened) or self.mount.publisher._is_moving(node)
+
     @precondition(lambda self: any(o.is_writable for o in self.open))
     @rule(choice=st.integers(0, 20), size=_sizes)
     def ftruncate(self, choice: int, size: int) -> None:
@@ -828,12 +834,12 @@ class FilesystemMachine(RuleBasedStateMachine):
     ) -> None:
         opened = self.pick_open(choice, writable=True)
         assert opened is not None
-        if self.is_locked(opened):
+        if self.is_held_back(opened):
             return
         if fault is not None:
             race = None
         self.flush_one(opened, race, early, fault)
-        if close and not self.is_locked(opened):
+        if close and not self.is_held_back(opened):
             self.release(opened)
 
     def flush_one(
