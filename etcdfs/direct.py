@@ -254,14 +254,27 @@ class Direct:
         child = directory.children.get(name)
         if is_directory:
             if not isinstance(child, Directory):
-                self._replace(directory, name, self.switch.tree.new_directory())
+                made = self.switch.tree.new_directory()
+                self._replace(directory, name, made)
+                if child is not None and _is_unpublished(child):
+                    self.switch.tree.attach(made, VALUE_NAME, child)
         elif value is None:
-            # What is missing because this mount has just moved it will be found where it is.
-            if child is not None and not (_is_unpublished(child) or self.switch.is_moving(child)):
-                self._replace(directory, name, None)
+            if child is not None:
+                self._observe_missing(directory, name, child)
         else:
             self._contents.put(value.key, value.mod_revision, value.value)
             self._observe_file(directory, name, value)
+
+    def _observe_missing(self, directory: Directory, name: bytes, child: Node) -> None:
+        if self.switch.is_moving(child):
+            return  # this mount has just moved it: it will be found where it is
+        if not _is_unpublished(child):
+            self._replace(directory, name, None)
+        elif isinstance(child, Directory):
+            waiting = {n: below for n, below in child.children.items() if _is_unpublished(below)}
+            if set(waiting) == {VALUE_NAME}:  # no directory any more: it is the file again
+                self.switch.tree.detach(child, VALUE_NAME, gone=False)
+                self._replace(directory, name, waiting[VALUE_NAME])
 
     def _observe_file(self, directory: Directory, name: bytes, value: KeyValue) -> None:
         child = directory.children.get(name)

@@ -358,6 +358,27 @@ async def test_unlink_of_what_became_a_directory(
         assert await content(mount, (b"f", b"%value")) == b"1"
 
 
+@pytest.mark.parametrize("other", [b"/f/", b"/f/x"])
+async def test_a_new_file_whose_name_becomes_a_directory_and_comes_back(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, other: bytes
+) -> None:
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open((b"f",), os.O_RDWR | os.O_CREAT)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.put_now(other, b"")
+        await quiet(mount)
+        below = [b"x"] if other.endswith(b"x") else []
+        assert sorted(await mount.kernel.listdir((b"f",))) == [b"%value", *below]
+        assert await content(mount, (b"f", b"%value")) == b"mine"
+        assert await errno_of(mount.kernel.rmdir((b"f",))) == errno.ENOTEMPTY
+        store.delete_now(other)
+        await quiet(mount)
+        assert await mount.kernel.listdir(()) == [b"f"]
+        assert await content(mount, (b"f",)) == b"mine"
+        await mount.kernel.close(handle)
+        assert keys(store) == {b"/f": b"mine"}
+
+
 async def test_unlink_of_a_file_that_was_never_published(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
