@@ -413,7 +413,7 @@ class Publisher:
         if directory is None:
             return
         switch, tree = self._view.switch, self._view.switch.tree
-        stale: set[Cached] = {Entry(directory.inode, name)}
+        stale: set[Cached] = {Entry(directory.inode, name), tree.listing_of(file)}
         if file.facts is None:
             stale |= switch.withdraw(directory, name, gone=False)
         else:

@@ -854,6 +854,10 @@ class FilesystemMachine(RuleBasedStateMachine):
             self.store.fail_next("commit", FAULTS[fault][0], applied=fault == "applied")
         revision = self.store.revision
         call = self.call(lambda: self.mount.kernel.flush(opened.handle), race=race, early=early)
+        if call.errno is None:  # it has failed, and waits for the kernel to let go of its pages
+            self.pending.remove(call)
+            self.settle()
+            assert call.errno is not None
         self.store._failures.clear()
         current = None if version.key is None else self.raced.get(version.key)
         now = None if version.key is None else self.store.current(version.key)
