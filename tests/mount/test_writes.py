@@ -377,3 +377,24 @@ def test_b18_a_removal_of_what_another_client_removed_says_so(lab: Lab) -> None:
             (lab.path / f"f{n}").unlink()
     lab.shown(lab.client.revision())
     assert os.listdir(lab.path) == []
+
+
+@pytest.mark.every_etcd
+@pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
+def test_b74_what_failed_goes_over_nothing_that_was_written_later(
+    lab: Lab, old: bytes | None
+) -> None:
+    lab.mounted.expect_log("")
+    file = lab.path / "file"
+    if old is not None:
+        lab.put("file", old)
+    failed = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+    os.write(failed, b"3")
+    copy = os.dup(failed)
+    with lab.client.full():
+        assert errno_of_close(copy) == errno.ENOSPC
+    assert lab.value("file") == old
+    file.write_bytes(b"4")
+    assert errno_of_close(failed) == errno.ESTALE
+    assert lab.value("file") == b"4"
+    assert file.read_bytes() == b"4"
