@@ -63,7 +63,7 @@ from etcdfs.kernel import KernelCache
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
 from etcdfs.mirror import Mirror
-from etcdfs.mountpoint import SUBTYPE, claimed
+from etcdfs.mountpoint import SUBTYPE, claimed, find_mounted
 from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.publisher import Publisher
@@ -188,6 +188,8 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
                 tasks.start_soon(watch_over, rooms.mirror)
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:
+                mounted = find_mounted(options.mountpoint)
+                rooms.operations.openers.device = None if mounted is None else mounted.device
                 rooms.kernel.start(tasks)
                 stack.callback(rooms.kernel.stop)
                 tasks.start_soon(_announce, rooms, reporter, client_url)
