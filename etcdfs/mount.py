@@ -112,6 +112,7 @@ class Rooms:
                 max_stale_s=options.max_stale_s,
                 audit_interval_s=options.audit_interval_s,
                 linearizable=options.linearizable,
+                tidies=not (options.read_only or options.no_attrs),
             )
         else:
             self.view = Direct(store, self.contents, self.tree)

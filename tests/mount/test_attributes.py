@@ -244,6 +244,20 @@ def test_b35_a_key_that_was_deleted_and_is_made_here(lab: Lab) -> None:
     assert mode_of(file) == 0o600
 
 
+@pytest.mark.every_etcd
+def test_b250_void_side_keys_are_swept_out(pool: Pool, cached: Lab) -> None:
+    with pool.private(cached.etcd, "--cache", "--audit-interval", "0.2") as tidy:
+        for name in ("gone", "anew", "kept"):
+            (cached.path / name).touch()
+            (cached.path / name).chmod(0o600)
+        cached.client.delete(cached.key("gone"))
+        cached.client.delete(cached.key("anew"))
+        tidy.wait(cached.put("anew", b"value"))
+        _until(lambda: records(cached) == [b"kept"])
+        assert mode_of(tidy.path / cached.path.name / "kept") == 0o600
+        assert mode_of(tidy.path / cached.path.name / "anew") == 0o644
+
+
 def test_b35_a_record_that_cannot_be_read_says_nothing(lab: Lab) -> None:
     lab.put("file", b"value")
     lab.shown(lab.client.put(side_key(lab.key("file")), b"{"))
