@@ -9,11 +9,12 @@ from trio.testing import MockClock
 
 from etcdfs import audit as audit_room
 from etcdfs.errors import StorePermissionError, StoreUnavailableError
-from etcdfs.sidekeys import side_key
+from etcdfs.sidekeys import is_side_key, side_key
 from etcdfs.store import Delete, Put, Transaction
+from etcdfs.sweeper import Sweeper
 from tests.service.mirrors import quiet
 from tests.support.fake_kernel import FakeMount, open_mount
-from tests.support.fake_store import FakeStore
+from tests.support.fake_store import FakeStore, FakeWatch
 
 INTERVAL_S = 100.0
 RECORD = b'{"uid":5}'
@@ -133,3 +134,22 @@ async def test_an_etcd_that_refuses_is_not_asked_again(
         await audited(mount)
         assert len(store.commit_calls) == tries
         assert is_dressed(store, b"/f") == (tries == 1)
+
+
+async def test_a_key_that_its_own_watch_has_not_brought_yet_keeps_its_attributes(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pull = FakeWatch.pull
+
+    def late(watch: FakeWatch) -> None:
+        if is_side_key(watch._start):
+            pull(watch)
+
+    async with open_mount(store, prefix=b"/app/") as mount:
+        monkeypatch.setattr(FakeWatch, "pull", late)
+        dressed(store, b"/app/f")
+        await trio.testing.wait_all_tasks_blocked()
+        assert b"/app/f" in mount.tree.sides
+        assert mount.tree.find(b"/app/f") is None
+        await Sweeper(store, mount.tree).sweep()
+        assert is_dressed(store, b"/app/f")
