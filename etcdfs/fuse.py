@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, final
 
@@ -40,7 +41,7 @@ from pyfuse3 import (
 )
 
 from etcdfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
-from etcdfs.errors import EtcdfsError, FuseRefusedError
+from etcdfs.errors import EtcdfsError, FuseRefusedError, NoAttributeError
 from etcdfs.filesystem import Filesystem
 from etcdfs.openers import Openers
 from etcdfs.openfiles import OpenFiles
@@ -60,6 +61,13 @@ MAX_TICKS: Final = 5
 TICK_ERROR_NS: Final = 1000
 
 _REALTIME_COARSE: Final = 5  # include/uapi/linux/time.h; Python lacks it
+
+_asked: ContextVar[tuple[RequestContext, bool] | None] = ContextVar("_asked", default=None)
+"""The last request for an extended attribute in this task, and whether there was one.
+
+pyfuse3 keeps XATTR_CREATE and XATTR_REPLACE to itself: it calls getxattr first, and setxattr only
+if that found none, or one. Both calls are for the same request, so that its context tells them
+apart from calls of their own. What was found has to be so still when it is changed in etcd."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -227,7 +235,14 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        return await self._xattrs.getxattr(inode, name)
+        _asked.set(None)
+        try:
+            value = await self._xattrs.getxattr(inode, name)
+        except NoAttributeError:
+            _asked.set((ctx, False))
+            raise
+        _asked.set((ctx, True))
+        return value
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
@@ -237,7 +252,9 @@ class Operations(pyfuse3.Operations):
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        await self._xattrs.setxattr(inode, name, value)
+        asked = _asked.get()
+        is_there = asked[1] if asked is not None and asked[0] is ctx else None
+        await self._xattrs.setxattr(inode, name, value, is_there)
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
