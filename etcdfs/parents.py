@@ -75,6 +75,8 @@ def parent_of(tree: Tree, directory: Directory) -> Parent | None:
         return None
     if directory.marker is not None:
         return Parent(prefix, prefix)
+    if directory.witness is not None and directory.witness.startswith(prefix):
+        return Parent(prefix, directory.witness)
     known = (key for key, _ in tree.facts(directory) if key.startswith(prefix))
     return Parent(prefix, next(known, prefix))
 

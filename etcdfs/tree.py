@@ -83,7 +83,10 @@ class File:
 
 @final
 class Directory:
-    """A prefix of keys. `marker` is what etcd says of its marker key, None without one."""
+    """A prefix of keys. `marker` is what etcd says of its marker key, None without one.
+
+    `witness` is a key that was below it when etcd was last asked, in a tree that is not complete.
+    """
 
     __slots__ = (
         "children",
@@ -97,6 +100,7 @@ class Directory:
         "side",
         "subdirectories",
         "told",
+        "witness",
     )
 
     def __init__(self, inode: Inode, now_ns: int) -> None:
@@ -108,6 +112,7 @@ class Directory:
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
         self.side: Side | None = None
+        self.witness: bytes | None = None
         self.subdirectories = 0
         self.lookups = 0
         self.told = False
