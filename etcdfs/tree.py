@@ -60,6 +60,7 @@ class File:
         "mtime_ns",
         "name",
         "side",
+        "stored",
         "told",
         "value",
     )
@@ -76,6 +77,7 @@ class File:
         self.side: Side | None = None
         self.lookups = 0
         self.told = False  # the kernel may have the name cached
+        self.stored = False  # the kernel was given the content
         self.handles = 0
         self.value: bytes | None = None  # pinned while there are handles
         self.draft: object | None = None
@@ -83,10 +85,7 @@ class File:
 
 @final
 class Directory:
-    """A prefix of keys. `marker` is what etcd says of its marker key, None without one.
-
-    `witness` is a key that was below it when etcd was last asked, in a tree that is not complete.
-    """
+    """A prefix of keys. `marker` is what etcd says of its marker key, None without one."""
 
     __slots__ = (
         "children",
@@ -112,7 +111,7 @@ class Directory:
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
         self.side: Side | None = None
-        self.witness: bytes | None = None
+        self.witness: bytes | None = None  # a key below it, when etcd was last asked
         self.subdirectories = 0
         self.lookups = 0
         self.told = False
@@ -282,6 +281,8 @@ class Tree:
         node.lookups = max(0, node.lookups - count)
         if node.lookups == 0:
             node.told = False
+            if isinstance(node, File):
+                node.stored = False
             del self._known[node.inode]
             if not self.complete:
                 self.prune(node)
@@ -322,9 +323,8 @@ class Tree:
         if directory.lookups == 0:
             return False
         child = directory.children.get(name)
-        return (child is not None and child.told) or (
-            Entry(directory.inode, name) in self._negatives
-        )
+        is_shown = child is not None and child.told
+        return is_shown or Entry(directory.inode, name) in self._negatives
 
     def listing_of(self, node: Node) -> Listing:
         """Return how to tell the kernel of a node's changed attributes."""
