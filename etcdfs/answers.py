@@ -36,19 +36,6 @@ def page_of(result: object) -> Page:
     return result
 
 
-def inner_of(committed: Committed) -> Committed:
-    """Return the answer to an inner transaction that was the only operation.
-
-    Raises:
-        StoreProtocolError: It is something else.
-    """
-    inner = committed.results[0]
-    if not isinstance(inner, Committed):
-        msg = "an inner transaction came back as something else"
-        raise StoreProtocolError(msg)
-    return inner
-
-
 def put_event(committed: Committed, index: int, key: bytes, value: bytes) -> KeyValue:
     """Return the event of a put whose `Get` is the result `index`."""
     (found,) = page_of(committed.results[index]).entries

@@ -37,6 +37,7 @@ from etcdfs.link import Link
 from etcdfs.sidekeys import is_side_key
 from etcdfs.sides import find_facts, is_foreign, side_facts
 from etcdfs.store import Event, KeyValue, Revision, Store, Tombstone
+from etcdfs.sweeper import Sweeper
 from etcdfs.tree import Directory, Facts, Node, Tree, facts_of
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class AuditStatistics:
         revision: The revision of the last verdict.
         keys: Keys compared for it.
         seconds: How long it took.
+        swept: Void side keys that were deleted.
     """
 
     audits: int
@@ -99,6 +101,7 @@ class AuditStatistics:
     revision: int
     keys: int
     seconds: float
+    swept: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +155,16 @@ class Auditor:
         *,
         interval_s: float,
         patience_s: float,
+        sweeper: Sweeper | None = None,
     ) -> None:
+        """Audit `mirror`; `sweeper` tidies up after each audit that has found no difference."""
         # --- dependencies
         self._store = store
         self._contents = contents
         self._tree = tree
         self._link = link
         self._mirror = mirror
+        self._sweeper = sweeper
         # --- constants
         self._interval_s = interval_s
         self._patience_s = patience_s
@@ -216,6 +222,8 @@ class Auditor:
             else:
                 if verdict.differing:
                     doubt(_sentence(verdict))
+                elif self._sweeper is not None:
+                    await self._sweeper.sweep()
 
     async def _pause(self) -> None:
         soon_s = min(RECHECK_S, self._interval_s)
@@ -266,6 +274,7 @@ class Auditor:
             revision=self._revision,
             keys=self._keys,
             seconds=round(self._seconds, 6),
+            swept=0 if self._sweeper is None else self._sweeper.swept,
         )
 
     async def _read_all(self, audit: _Audit) -> None:

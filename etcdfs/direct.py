@@ -12,17 +12,15 @@ with the higher mod_revision stays.
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, final
 
 from etcdfs.contents import Contents
 from etcdfs.errors import CallerError, CompactedError, StorePermissionError
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
-from etcdfs.questions import Found, Question, answers_to, questions_about
+from etcdfs.levels import Level
+from etcdfs.questions import Found, Question, answers_to, is_below, questions_about
 from etcdfs.sidekeys import (
-    ATTRIBUTES_END,
-    is_side_key,
-    owner_of,
     side_key,
     side_range,
 )
@@ -30,7 +28,6 @@ from etcdfs.sides import facts_of_node, holds, put_on, renounce, side_of, type_o
 from etcdfs.store import (
     Event,
     KeyValue,
-    Page,
     Store,
     range_end,
 )
@@ -68,7 +65,8 @@ class Direct:
             await self.listing(directory)  # part of a long name: only a scan can tell
             return
         names = tree.names(directory, name)
-        found = await self._ask(names)
+        known = directory.children.get(name)
+        found = await self._ask(names, known.witness if isinstance(known, Directory) else None)
         # checkpoint: the directory may have gone
         if found is None or not tree.is_attached(directory):
             return
@@ -76,14 +74,24 @@ class Direct:
         if name == MARKER_NAME and value is not None and not value.value:
             value = None
         self._observe(directory, name, value, is_directory=found.below)
+        self._witness(directory, name, found.witness)
         if name != MARKER_NAME:  # the marker's attributes are its directory's
             side = found.directory_side if found.below else found.file_side
             self._dress(directory, name, side, found.marker, found.revision)
 
-    async def _ask(self, names: tuple[bytes, ...]) -> Found | None:
-        """Ask what is at a path; None if nothing can be."""
+    async def _ask(self, names: tuple[bytes, ...], witness: bytes | None = None) -> Found | None:
+        """Ask what is at a path; None if nothing can be. First ask for the witness, if any."""
         tree = self.switch.tree
-        questions = questions_about(tree.keyspace, names, sides=tree.attributes)
+        if witness is not None and is_below(witness, tree.keyspace, names):
+            found = await self._ask_for(names, witness)
+            if found is None or found.below:
+                return found
+        return await self._ask_for(names, None)
+
+    async def _ask_for(self, names: tuple[bytes, ...], witness: bytes | None) -> Found | None:
+        tree = self.switch.tree
+        ask = partial(questions_about, tree.keyspace, names, witness=witness)
+        questions = ask(sides=tree.attributes)
         if not questions:
             return None
         try:
@@ -91,7 +99,7 @@ class Direct:
         except StorePermissionError as exc:
             if not tree.attributes:
                 raise
-            found = await self._answers(questions_about(tree.keyspace, names, sides=False))
+            found = await self._answers(ask(sides=False))
             renounce(tree, exc)
             return found
 
@@ -113,6 +121,7 @@ class Direct:
         for name, value in scan.found.items():
             if value is None or name not in scan.kept:
                 self._observe(directory, name, value, is_directory=value is None)
+            self._witness(directory, name, scan.witnesses.get(name))
             if name != MARKER_NAME:
                 side = scan.sides.get((name, value is None))
                 self._dress(directory, name, side, scan.markers.get(name), scan.revision)
@@ -156,7 +165,7 @@ class Direct:
 
     # --- reading one level ------------------------------------------------------------------
 
-    async def _read_level(self, directory: Directory, attempts: int) -> "_Scan":
+    async def _read_level(self, directory: Directory, attempts: int) -> Level:
         try:
             scan = await self._scan(self.switch.tree.names(directory))
             await self._fetch(scan, directory)
@@ -167,27 +176,27 @@ class Direct:
             return await self._read_level(directory, attempts - 1)
         return scan
 
-    async def _scan(self, names: tuple[bytes, ...]) -> "_Scan":
+    async def _scan(self, names: tuple[bytes, ...]) -> Level:
         """List a level by keys only, jumping over every subdirectory after its first key."""
         keyspace = self.switch.tree.keyspace
-        scan = _Scan(keyspace, names)
         prefix = keyspace.scan_prefix(names)
-        start, end = prefix or keyspace.start, range_end(prefix)
+        scan = Level(keyspace, names, prefix or keyspace.start, range_end(prefix))
         limit = FIRST_LIMIT
-        more = True
-        while more:
+        is_all = False
+        while not is_all:
+            stop = scan.stop
             page = await self._store.range(
-                start, end, limit=limit, revision=scan.revision, keys_only=True
+                scan.next_start, stop, limit=limit, revision=scan.revision, keys_only=True
             )
             scan.revision = page.revision
             used = scan.take(page)
-            more = page.more and (scan.next_start < end or end == b"\0")
-            start = scan.next_start
+            is_all = scan.passed(page, stop, used)
             # Pages grow while all of them is of use and shrink when most of one was jumped over.
-            limit = min(limit * 4, MAX_LIMIT) if 2 * used > limit else max(limit // 4, 4)
+            if page.entries:
+                limit = min(limit * 4, MAX_LIMIT) if 2 * used > limit else max(limit // 4, 4)
         return scan
 
-    async def _fetch(self, scan: "_Scan", directory: Directory) -> None:
+    async def _fetch(self, scan: Level, directory: Directory) -> None:
         """Get the values, for their sizes, of files whose version is not known yet."""
         own = _own_value(self.switch.tree.keyspace, scan.names)
         if own is not None:
@@ -214,7 +223,7 @@ class Direct:
             if page.entries and page.entries[0].value:
                 scan.found[MARKER_NAME] = page.entries[0]
 
-    async def _fetch_sides(self, scan: "_Scan") -> None:
+    async def _fetch_sides(self, scan: Level) -> None:
         """Get the attributes of what was found: mostly one request, and nothing."""
         tree = self.switch.tree
         if not tree.attributes or not scan.found:
@@ -264,6 +273,12 @@ class Direct:
         else:
             self._contents.put(value.key, value.mod_revision, value.value)
             self._observe_file(directory, name, value)
+
+    def _witness(self, directory: Directory, name: bytes, witness: bytes | None) -> None:
+        """Remember a key that shows that a directory is there, to be asked for next time."""
+        child = directory.children.get(name)
+        if isinstance(child, Directory):
+            child.witness = witness
 
     def _observe_missing(self, directory: Directory, name: bytes, child: Node) -> None:
         if self.switch.is_moving(child):
@@ -359,83 +374,6 @@ def _is_unpublished(node: Node) -> bool:
     if isinstance(node, File):
         return node.facts is None
     return any(_is_unpublished(child) for child in node.children.values())
-
-
-@dataclass(slots=True)
-class _Scan:
-    """One level, as it is found page by page."""
-
-    keyspace: Keyspace
-    names: tuple[bytes, ...]
-    revision: int = 0
-    next_start: bytes = b""
-    marker: bytes | None = None
-    found: dict[bytes, KeyValue | None] = field(default_factory=dict)
-    kept: set[bytes] = field(default_factory=set)
-    runs: list[list[tuple[bytes, KeyValue]]] = field(default_factory=list)
-    markers: dict[bytes, KeyValue] = field(default_factory=dict)
-    sides: dict[tuple[bytes, bool], KeyValue] = field(default_factory=dict)
-    """Side keys, by name and whether it is the marker's."""
-
-    def take(self, page: Page) -> int:
-        """Sort a page's keys into entries; return how many were not jumped over."""
-        used = 0
-        unbroken = bool(self.runs)
-        for entry in page.entries:
-            if entry.key < self.next_start:
-                continue
-            used += 1
-            self.next_start = entry.key + b"\0"
-            unbroken = self._sort(entry, unbroken=unbroken)
-        return used
-
-    def keep(self, entry: KeyValue) -> None:
-        """Take over a file's value."""
-        names, _ = self.keyspace.locate(entry.key)
-        if self.found.get(names[-1]) is not None:
-            self.found[names[-1]] = entry
-
-    def take_side(self, entry: KeyValue) -> bytes:
-        """Take over a side key; return the next one of interest."""
-        names, is_marker = self.keyspace.locate(owner_of(entry.key))
-        depth = len(self.names)
-        after = entry.key + b"\0"
-        if names[:depth] != self.names or len(names) == depth:
-            return after
-        if len(names) == depth + 1:
-            self.sides[names[depth], is_marker] = entry
-        elif not is_part(names[depth]):
-            below = self.keyspace.directory_prefix(names[: depth + 1])
-            return range_end(side_key(below))
-        return after
-
-    def _sort(self, entry: KeyValue, *, unbroken: bool) -> bool:
-        if is_side_key(entry.key):
-            self.next_start = ATTRIBUTES_END
-            return False
-        names, is_marker = self.keyspace.locate(entry.key)
-        depth = len(self.names)
-        if names[:depth] != self.names:
-            return False  # a neighbour of a long name that begins alike
-        if is_marker and len(names) == depth:
-            self.marker = entry.key
-            return False
-        name = names[depth]
-        if is_marker or len(names) > depth + 1:
-            self.found[name] = None
-            if is_marker and len(names) == depth + 1:
-                self.markers[name] = entry
-            if not is_part(name):
-                below = self.keyspace.directory_prefix((*self.names, name))
-                self.next_start = range_end(below)
-            return False
-        if name in self.found:
-            return False
-        self.found[name] = entry
-        if not unbroken:
-            self.runs.append([])
-        self.runs[-1].append((name, entry))
-        return True
 
 
 def _own_value(keyspace: Keyspace, names: tuple[bytes, ...]) -> bytes | None:

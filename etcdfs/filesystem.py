@@ -29,6 +29,7 @@ from etcdfs.errors import (
     NotFoundError,
     NotPermittedError,
     ReadOnlyError,
+    StaleError,
     StoreError,
     StorePermissionError,
 )
@@ -36,12 +37,14 @@ from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME
 from etcdfs.metadata import Metadata
 from etcdfs.moves import Moves
 from etcdfs.openfiles import Handle, OpenFiles
+from etcdfs.parents import parent_of, within
 from etcdfs.places import Places, check_length, file_in, is_a_file, missing, not_empty, taken
 from etcdfs.planner import Intent
 from etcdfs.records import drop_record, write_record
 from etcdfs.sidekeys import Record, Type
 from etcdfs.sides import record_of, renounce
 from etcdfs.store import Committed, Event, Store, Transaction
+from etcdfs.subtrees import MAX_RETRIES
 from etcdfs.transactions import (
     clear_marker,
     make_directory,
@@ -372,15 +375,14 @@ class Filesystem:
         record = self._record(directory, None if mode is None else mode | stat.S_IFDIR, caller)
         async with self._places.changing((directory, name)) as locked:
             making = make_directory(marker[:-1])
-            making, committed = await self._commit_with(making, marker, record)
-            if not committed.succeeded:
-                raise taken(name)
+            making, committed = await self._make_in(directory, name, making, marker, record)
             await self._settle(committed, events_of(making, committed), locked)
-        node = directory.children.get(name)
-        if node is None:
+        # By its path: what was above it may have been deleted and made anew meanwhile.
+        found = self._tree.find(marker)
+        if found is None:
             msg = f"{marker!r} was deleted again by another client"
             raise NotFoundError(msg)
-        return self._hand_out(node)
+        return self._hand_out(found[0])
 
     async def _claim(
         self, directory: Directory, name: bytes, key: bytes, record: Record, value: bytes = b""
@@ -395,9 +397,7 @@ class Filesystem:
             intent = self._view.switch.intents[key] = Intent(file=file, value=value)
             try:
                 making = make_file(key, value, is_value=name == VALUE_NAME)
-                making, committed = await self._commit_with(making, key, record)
-                if not committed.succeeded:
-                    raise taken(name)
+                making, committed = await self._make_in(directory, name, making, key, record)
                 await self._settle(committed, events_of(making, committed), locked)
             finally:
                 self._view.switch.withdraw_intent(key, intent)
@@ -414,6 +414,28 @@ class Filesystem:
         if not self._tree.attributes or caller is None:
             return Record(type=kind)
         return self._defaults.of_new(directory, caller, mode, kind)
+
+    async def _make_in(
+        self, directory: Directory, name: bytes, making: Transaction, key: bytes, record: Record
+    ) -> tuple[Transaction, Committed]:
+        """Make a key with its attributes, on condition that its directory is there.
+
+        Raises:
+            ExistsError: The name is taken.
+            NotFoundError: The directory has been deleted by another client.
+            StaleError: It was deleted and made anew all the time.
+        """
+        parent = parent_of(self._tree, directory)
+        for _ in range(MAX_RETRIES):
+            made, committed = await self._commit_with(within(parent, making), key, record)
+            if committed.succeeded:
+                return made, committed
+            before = parent
+            parent = None if parent is None else parent.after(committed.results[-1])
+            if parent == before:
+                raise taken(name)
+        msg = f"the directory of {key!r} changed {MAX_RETRIES} times meanwhile"
+        raise StaleError(msg)
 
     async def _commit_with(
         self, making: Transaction, key: bytes, record: Record

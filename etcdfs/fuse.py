@@ -18,9 +18,8 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from itertools import islice
-from pathlib import Path
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, final
 
@@ -42,8 +41,9 @@ from pyfuse3 import (
 )
 
 from etcdfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
-from etcdfs.errors import EtcdfsError, FuseRefusedError
+from etcdfs.errors import EtcdfsError, FuseRefusedError, NoAttributeError
 from etcdfs.filesystem import Filesystem
+from etcdfs.openers import Openers
 from etcdfs.openfiles import OpenFiles
 from etcdfs.xattrs import Xattrs
 
@@ -62,8 +62,12 @@ TICK_ERROR_NS: Final = 1000
 
 _REALTIME_COARSE: Final = 5  # include/uapi/linux/time.h; Python lacks it
 
-MAX_FDS: Final = 256
-"""Descriptors of a process that are looked at when it closes a file it has not written to."""
+_asked: ContextVar[tuple[RequestContext, bool] | None] = ContextVar("_asked", default=None)
+"""The last request for an extended attribute in this task, and whether there was one.
+
+pyfuse3 keeps XATTR_CREATE and XATTR_REPLACE to itself: it calls getxattr first, and setxattr only
+if that found none, or one. Both calls are for the same request, so that its context tells them
+apart from calls of their own. What was found has to be so still when it is changed in etcd."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -119,7 +123,7 @@ class Operations(pyfuse3.Operations):
         self._store = store
         # --- mutable state
         self.requests: Counter[str] = Counter()
-        self._openers: dict[int, tuple[int, InodeT]] = {}  # who opened it for writing, and what
+        self.openers = Openers()
 
     # --- names ------------------------------------------------------------------------------
 
@@ -241,7 +245,14 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        return await self._xattrs.getxattr(inode, name)
+        _asked.set(None)
+        try:
+            value = await self._xattrs.getxattr(inode, name)
+        except NoAttributeError:
+            _asked.set((ctx, False))
+            raise
+        _asked.set((ctx, True))
+        return value
 
     @handler
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
@@ -251,7 +262,9 @@ class Operations(pyfuse3.Operations):
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        await self._xattrs.setxattr(inode, name, value)
+        asked = _asked.get()
+        is_there = asked[1] if asked is not None and asked[0] is ctx else None
+        await self._xattrs.setxattr(inode, name, value, is_there)
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
@@ -262,8 +275,7 @@ class Operations(pyfuse3.Operations):
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         handle = await self._filesystem.open(inode, flags)
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            self._openers[handle] = (ctx.pid, inode)
+        self.openers.note(handle, flags, ctx.pid, inode)
         if self._store is not None and (value := self._files.to_store(handle)) is not None:
             self._store(inode, value)
         return FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
@@ -280,8 +292,7 @@ class Operations(pyfuse3.Operations):
         handle, attributes = await self._filesystem.create(
             parent_inode, name, flags, mode, _caller(ctx)
         )
-        if flags & os.O_ACCMODE != os.O_RDONLY:
-            self._openers[handle] = (ctx.pid, InodeT(attributes.inode))
+        self.openers.note(handle, flags, ctx.pid, attributes.inode)
         info = FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
         return info, _pack(attributes)
 
@@ -295,8 +306,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def flush(self, fh: FileHandleT) -> None:
-        opener = self._openers.get(fh)
-        await self._files.flush(fh, lambda: opener is not None and _has_open(*opener))
+        await self._files.flush(fh, lambda: self.openers.has_still(fh))
 
     @handler
     async def fsync(self, fh: FileHandleT, datasync: bool) -> None:
@@ -304,7 +314,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
-        self._openers.pop(fh, None)
+        self.openers.forget(fh)
         await self._files.release(fh)
 
     # --- directories ------------------------------------------------------------------------
@@ -404,27 +414,6 @@ def _listening_to_stderr(said: list[str]) -> Iterator[None]:
             os.close(ours)
             heard.seek(0)
             said += filter(None, heard.read().decode(errors="replace").split("\n"))
-
-
-def _has_open(pid: int, inode: int) -> bool:
-    """Say whether a process has a descriptor for writing of an inode; False if that is hidden.
-
-    The one that is being closed is no longer in its table. Of the same number in another file
-    system nothing worse comes than a publication at release instead of at close.
-    """
-    try:
-        with os.scandir(f"/proc/{pid}/fdinfo") as entries:
-            return any(_is_writer_of(inode, entry.path) for entry in islice(entries, MAX_FDS))
-    except OSError:  # it has ended, or is another user's, or in another name space of processes
-        return False
-
-
-def _is_writer_of(inode: int, fdinfo: str) -> bool:
-    with suppress(OSError), Path(fdinfo).open("rb") as file:
-        fields = dict(line.split(b":", 1) for line in file if b":" in line)
-        writes = int(fields[b"flags"], 8) & os.O_ACCMODE != os.O_RDONLY
-        return writes and int(fields.get(b"ino", b"0")) == inode
-    return False
 
 
 _DOTS: Final = 2  # "." and ".." come first in every listing

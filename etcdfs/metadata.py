@@ -24,6 +24,7 @@ from etcdfs.attributes import Change, Defaults
 from etcdfs.errors import (
     AttributesFullError,
     CallerError,
+    ExistsError,
     NoAttributeError,
     NotFoundError,
     NotPermittedError,
@@ -129,16 +130,22 @@ class Metadata:
         """Return the user.* attributes of a node."""
         return record_of(node).xattrs
 
-    async def set_xattr(self, node: Node, name: bytes, value: bytes) -> None:
-        """Set a user.* attribute.
+    async def set_xattr(
+        self, node: Node, name: bytes, value: bytes, *, is_there: bool | None = None
+    ) -> None:
+        """Set a user.* attribute, if there is one (`is_there`), is none, or in either case.
 
         Raises:
             AttributesFullError: It does not fit beside the others.
+            ExistsError: There is one.
+            NoAttributeError: There is none.
             NotSupportedError: It cannot be kept.
         """
 
         def edit(node: Node) -> Record:
             record = self._current(node)
+            if is_there is not None and is_there != (name in record.xattrs):
+                raise no_attribute(name) if is_there else _there_already(name)
             found = {**record.xattrs, name: value}
             record = replace(record, xattrs=found)
             names_size = sum(len(each) + 1 for each in found)
@@ -256,3 +263,7 @@ class Metadata:
 def no_attribute(name: bytes) -> NoAttributeError:
     """Return the error for a missing extended attribute."""
     return NoAttributeError(f"there is no attribute {name!r}")
+
+
+def _there_already(name: bytes) -> ExistsError:
+    return ExistsError(f"there is an attribute {name!r} already")

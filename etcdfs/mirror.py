@@ -53,6 +53,7 @@ from etcdfs.steps import (
     WatchLost,
 )
 from etcdfs.store import Event, KeyValue, Revision, Store
+from etcdfs.sweeper import Sweeper
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 from etcdfs.values import value_of
@@ -108,7 +109,9 @@ class Mirror:
         max_stale_s: float = UNLIMITED,
         audit_interval_s: float = 0.0,
         linearizable: bool = False,
+        tidies: bool = True,
     ) -> None:
+        """Make a mirror; nothing is listed yet. One that `tidies` deletes void side keys."""
         # --- dependencies
         self._store = store
         self._contents = contents
@@ -124,6 +127,7 @@ class Mirror:
             self,
             interval_s=audit_interval_s,
             patience_s=timeout_s,
+            sweeper=Sweeper(store, tree) if tidies else None,
         )
         self.barrier = Barrier(store, tree, self, timeout_s=timeout_s) if linearizable else None
         self._watching = Watching(

@@ -63,7 +63,7 @@ from etcdfs.kernel import KernelCache
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
 from etcdfs.mirror import Mirror
-from etcdfs.mountpoint import SUBTYPE, claimed
+from etcdfs.mountpoint import SUBTYPE, claimed, find_mounted
 from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.publisher import Publisher
@@ -112,6 +112,7 @@ class Rooms:
                 max_stale_s=options.max_stale_s,
                 audit_interval_s=options.audit_interval_s,
                 linearizable=options.linearizable,
+                tidies=not (options.read_only or options.no_attrs),
             )
         else:
             self.view = Direct(store, self.contents, self.tree)
@@ -191,6 +192,8 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
                 tasks.start_soon(watch_over, rooms.mirror)
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:
+                mounted = find_mounted(options.mountpoint)
+                rooms.operations.openers.device = None if mounted is None else mounted.device
                 rooms.kernel.start(tasks)
                 stack.callback(rooms.kernel.stop)
                 tasks.start_soon(_announce, rooms, reporter, client_url)

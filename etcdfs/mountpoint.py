@@ -58,11 +58,13 @@ class Mounted:
         path: The absolute path of the mountpoint.
         type: The file system type, `fuse.etcdfs` for ours.
         source: What is mounted, as mount(8) shows it.
+        device: `MAJOR:MINOR`, the file system's own.
     """
 
     path: str
     type: str
     source: str
+    device: str
 
     @property
     def ours(self) -> bool:
@@ -77,9 +79,14 @@ def parse_mountinfo(text: bytes) -> Iterator[Mounted]:
     """Yield the mounts of /proc/self/mountinfo (proc(5)), oldest first."""
     for line in text.removesuffix(b"\n").split(b"\n"):
         before, _, after = line.partition(b" - ")
-        path = before.split(b" ")[4]
+        device, _, path = before.split(b" ")[2:5]
         kind, source = after.split(b" ")[:2]
-        yield Mounted(path=_unescape(path), type=_unescape(kind), source=_unescape(source))
+        yield Mounted(
+            path=_unescape(path),
+            type=_unescape(kind),
+            source=_unescape(source),
+            device=device.decode(),
+        )
 
 
 def _unescape(field: bytes) -> str:

@@ -23,6 +23,7 @@ from etcdfs.errors import (
 )
 from etcdfs.keys import MARKER_NAME, VALUE_NAME
 from etcdfs.openfiles import OpenFiles
+from etcdfs.parents import Parent, parent_of, within
 from etcdfs.places import Places, is_a_directory, missing, not_empty, taken
 from etcdfs.planner import Intent
 from etcdfs.sidekeys import encode, moved, side_key
@@ -59,6 +60,7 @@ class _FileMove:
     value: KeyValue
     side: KeyValue | None
     replaced_side: bool
+    parent: Parent | None
 
 
 @final
@@ -143,6 +145,7 @@ class Moves:
                     value=found,
                     side=self._side(old, file),
                     replaced_side=self._side(new, target.node) is not None,
+                    parent=parent_of(self._tree, target.directory),
                 )
                 await self._move(file, move)
         self._files.give_up_name(old)
@@ -200,7 +203,7 @@ class Moves:
         # A directory's %value is an entry of it whose key is not below it.
         same = source.directory is target.directory and target.name != VALUE_NAME
         same = same or source.name == VALUE_NAME
-        return move_file(
+        moving = move_file(
             move.old,
             move.value.mod_revision,
             move.new,
@@ -209,6 +212,7 @@ class Moves:
             replace=move.replace,
             is_value=target.name == VALUE_NAME,
         )
+        return within(move.parent, moving)
 
     def _side(self, key: bytes, node: Node | None) -> KeyValue | None:
         """Return the side key of a key as it is known."""
@@ -264,7 +268,9 @@ def _look_again(move: _FileMove, committed: Committed) -> _FileMove:
     Raises:
         CallerError: It is not to be moved.
     """
-    source, target, below, *sides = (page_of(result).entries for result in committed.results)
+    answers = list(committed.results)
+    parent = None if move.parent is None else move.parent.after(answers.pop(3))
+    source, target, below, *sides = (page_of(result).entries for result in answers)
     if not source:
         raise missing(move.source.name)
     if target and not move.replace:
@@ -272,4 +278,4 @@ def _look_again(move: _FileMove, committed: Committed) -> _FileMove:
     if below and move.target.name != VALUE_NAME:
         raise is_a_directory(move.target.name)
     side = sides[0][0] if sides and sides[0] else None
-    return changed(move, value=source[0], side=side)
+    return changed(move, value=source[0], side=side, parent=parent)

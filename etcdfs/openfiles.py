@@ -247,8 +247,7 @@ class OpenFiles:
         opened = self._opened(handle)
         del self._open[Handle(handle)]
         try:
-            draft = opened.file.draft
-            refused = isinstance(draft, Draft) and draft.is_refused
+            refused = _is_refused(opened.file)
             if opened.publishes and not refused and not self._has_publisher(opened.file):
                 await self.publish(opened.file)
         finally:
@@ -308,9 +307,14 @@ class OpenFiles:
             file.draft.times = (mtime_ns, atime_ns) if keep else None
 
     async def flush_all(self) -> list[tuple[File, EtcdfsError]]:
-        """Publish every draft, as at unmount; return the failures."""
+        """Publish every draft, as at unmount; return the failures.
+
+        Not what a flush could not publish, as in `release`.
+        """
         failures: list[tuple[File, EtcdfsError]] = []
         for file in {opened.file for opened in self._open.values() if opened.publishes}:
+            if _is_refused(file):
+                continue
             try:
                 await self.publish(file)
             except EtcdfsError as exc:
@@ -353,3 +357,7 @@ class OpenFiles:
         file.value = None
         file.draft = None
         self._view.switch.tree.prune(file)
+
+
+def _is_refused(file: File) -> bool:
+    return isinstance(file.draft, Draft) and file.draft.is_refused

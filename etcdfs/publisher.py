@@ -5,7 +5,8 @@ how a put whose answer never came is resolved. What it must not know: handles, n
 
 Rules (DESIGN.md 4.1): one put per flush; nothing changed, nothing put; a key that was deleted or
 made anew by another client is never resurrected; a put without an answer is not sent again by
-itself, it is recognised by reading back.
+itself, it is recognised by reading back. Each put is for one version of the key, so that one which
+etcd carries out late undoes nothing; and what failed goes over nothing that may be newer.
 
 Concurrency: trio thread. One publication of a file at a time, under the file's lock, which
 writers take too: a draft does not change while it is on its way.
@@ -18,7 +19,7 @@ from typing import Final, final
 
 import trio
 
-from etcdfs.answers import events_of, inner_of, page_of
+from etcdfs.answers import events_of, page_of
 from etcdfs.company import ALONE, Company, company_of
 from etcdfs.contents import Contents
 from etcdfs.drafts import Draft, Kind
@@ -33,7 +34,6 @@ from etcdfs.planner import Intent
 from etcdfs.sides import renounce
 from etcdfs.store import (
     Committed,
-    Compare,
     Event,
     Get,
     KeyValue,
@@ -48,7 +48,7 @@ from etcdfs.tree import Cached, Entry, Facts, File, Node, facts_of, is_within
 from etcdfs.view import View
 
 MAX_REBASES: Final = 1000
-"""Lost races before an append gives up; each loss means that somebody else's append won."""
+"""Lost races before a publication gives up; each loss means that somebody else's write won."""
 
 REQUEST_OVERHEAD: Final = 512
 """Bytes a put's request has besides key and value: the transaction around it and etcd's own
@@ -277,17 +277,17 @@ class Publisher:
         then it is added to what is there.
         """
         value = intent.value = draft.value
-        is_marker = key.endswith(b"/")  # it is there with its directory, and means no file then
-        yields = (draft.is_bare or draft.is_added) and not is_marker
-        when = (absent(key),) if yields else ()
-        put = Transaction(when, (*_put(key, value), *company.changed), (Get(key),))
+        put = Transaction((absent(key),), (*_put(key, value), *company.changed), (Get(key),))
         committed = await self._send(draft, put, value)
-        if not committed.succeeded:
-            (found,) = page_of(committed.results[0]).entries
-            if draft.is_bare:
-                return _Done(facts_of(found), found.value, merged=True)
-            return await self._change(file, draft, key, intent, company, found)
-        return _done(put, committed, value)
+        if committed.succeeded:
+            return _done(put, committed, value)
+        (found,) = page_of(committed.results[0]).entries
+        if key.endswith(b"/"):  # a marker: it is there with its directory, and means no file then
+            draft.is_bare = draft.is_added = False
+        if draft.is_bare:
+            return _Done(facts_of(found), found.value, merged=True)
+        _check_not_refused(draft, found)
+        return await self._change(file, draft, key, intent, company, found)
 
     async def _replace(
         self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
@@ -295,24 +295,16 @@ class Publisher:
         """Replace the whole value: the last writer wins, over the same incarnation."""
         assert file.facts is not None
         value = intent.value = draft.value
-        put = whole = Transaction(
-            (_same_incarnation(key, file.facts),),
-            (*_put(key, value, keep_lease=True), *company.changed),
-        )
         if value == draft.base:
             # Nothing changed, unless somebody else changed it: decided by etcd, not by us.
             same = unchanged(key, file.facts.mod_revision)
-            whole = Transaction((same,), company.same, (put,))
-        committed = await self._send(draft, whole, value)
-        if value == draft.base:
+            nothing = Transaction((same,), company.same)
+            committed = await self._send(draft, nothing, value)
             if committed.succeeded:
                 self._unchanged += 1
-                sides = events_of(whole, committed)
+                sides = events_of(nothing, committed)
                 return _Done(file.facts, value, merged=False, sides=sides)
-            committed = inner_of(committed)
-        if not committed.succeeded:
-            return None
-        return _done(put, committed, value)
+        return await self._change(file, draft, key, intent, company)
 
     async def _change(
         self,
@@ -323,13 +315,15 @@ class Publisher:
         company: Company,
         others: KeyValue | None = None,
     ) -> _Done | None:
-        """Append to the newest value, or overwrite part of the one that was read.
+        """Append to the newest value, overwrite part of the one that was read, or replace any.
 
-        Start from `others`, if the file is a new one and they were first.
+        Start from `others`, if the file is a new one and they were first. Each try is for one
+        version of the key, the last one that we know: a request that etcd carries out when we
+        have long given up on it must not undo what was written since.
         """
         facts = file.facts if others is None else facts_of(others)
         assert facts is not None
-        base, merged = (draft.base, False) if others is None else (others.value, True)
+        base, merged = (draft.base, False) if others is None else (others.value, draft.adds)
         for _ in range(MAX_REBASES):
             value = intent.value = base + draft.tail if draft.adds else draft.value
             self.check_size(file, len(value))
@@ -354,12 +348,11 @@ class Publisher:
                 return _Done(facts_of(found), found.value, merged=found.value != arrived)
             if arrived is not None:
                 draft.published(arrived)
-            if not draft.adds and found.value != arrived:
-                msg = f"{key!r} was changed by another client (revision {found.mod_revision})"
-                raise WriteConflictError(msg)
+            if found.value != arrived:
+                _check_may_go_over(draft, found)
             facts = facts_of(found)
-            base, merged = found.value, merged or found.value != arrived
-        msg = f"{key!r}: lost the race to append {MAX_REBASES} times"
+            base, merged = found.value, merged or (draft.adds and found.value != arrived)
+        msg = f"{key!r}: lost the race {MAX_REBASES} times"
         raise WriteConflictError(msg)
 
     async def _send(self, draft: Draft, transaction: Transaction, value: bytes) -> Committed:
@@ -428,13 +421,24 @@ def _check_whole(draft: Draft, key: bytes) -> None:
         raise FileTooLargeError(msg)
 
 
+def _check_not_refused(draft: Draft, found: KeyValue) -> None:
+    """Refuse to go over a version that may be newer than an attempt which failed."""
+    if draft.is_refused and not draft.adds:
+        msg = f"{found.key!r} was changed (revision {found.mod_revision}) since it was written"
+        raise WriteConflictError(msg)
+
+
+def _check_may_go_over(draft: Draft, found: KeyValue) -> None:
+    """Refuse to overwrite what another client wrote, but for the last writer of a whole value."""
+    _check_not_refused(draft, found)
+    if not draft.adds and draft.kind is not Kind.WHOLE:
+        msg = f"{found.key!r} was changed by another client (revision {found.mod_revision})"
+        raise WriteConflictError(msg)
+
+
 def _put(key: bytes, value: bytes, *, keep_lease: bool = False) -> tuple[Operation, ...]:
     # The Get sees the Put of the same transaction: it tells create_revision and version.
     return (Put(key, value, keep_lease=keep_lease), Get(key, keys_only=True))
-
-
-def _same_incarnation(key: bytes, facts: Facts) -> Compare:
-    return Compare(key, "create_revision", "==", facts.create_revision)
 
 
 def _done(put: Transaction, committed: Committed, value: bytes, *, merged: bool = False) -> _Done:

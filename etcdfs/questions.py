@@ -24,17 +24,29 @@ class Found:
     revision: int
     value: KeyValue | None = None
     file_side: KeyValue | None = None
-    below: bool = False
+    witness: bytes | None = None
     marker: KeyValue | None = None
     directory_side: KeyValue | None = None
 
+    @property
+    def below(self) -> bool:
+        """Whether there is a directory: a key below the path."""
+        return self.witness is not None
 
-About = Literal["value", "file_side", "below", "directory_side"]
+
+About = Literal["value", "file_side", "below", "marker", "directory_side"]
 Question = tuple[About, Get]
 
 
-def questions_about(keyspace: Keyspace, names: tuple[bytes, ...], *, sides: bool) -> list[Question]:
-    """Return what to read to know what is at a path; empty if nothing can be there."""
+def questions_about(
+    keyspace: Keyspace, names: tuple[bytes, ...], *, sides: bool, witness: bytes | None = None
+) -> list[Question]:
+    """Return what to read to know what is at a path; empty if nothing can be there.
+
+    With a `witness`, a key that was below it, each question is about a single key: however
+    little is asked for of a range, etcd walks all of it. If the witness has gone, they say
+    nothing about what is below.
+    """
     found: list[Question] = []
     with suppress(CallerError):
         key = keyspace.file_key(names)
@@ -45,8 +57,13 @@ def questions_about(keyspace: Keyspace, names: tuple[bytes, ...], *, sides: bool
         prefix = keyspace.directory_prefix(names)
     except CallerError:
         return found
-    for start, end in _without_sides(prefix):
-        found.append(("below", Get(start, end, limit=1, keys_only=True)))
+    if witness is not None:
+        found.append(("marker", Get(prefix, keys_only=True)))
+        if witness != prefix:
+            found.append(("below", Get(witness, keys_only=True)))
+    else:
+        for start, end in _without_sides(prefix):
+            found.append(("below", Get(start, end, limit=1, keys_only=True)))
     if sides:
         found.append(("directory_side", Get(side_key(prefix))))
     return found
@@ -72,8 +89,18 @@ def answers_to(questions: list[Question], committed: Committed) -> Found:
                     found.file_side = entry
                 case "directory_side":
                     found.directory_side = entry
+                case "marker":
+                    found.marker, found.witness = entry, entry.key
                 case "below":
-                    found.below = True
-                    if entry.key == get.key:
+                    found.witness = found.witness or entry.key
+                    if get.end is not None and entry.key == get.key:
                         found.marker = entry
     return found
+
+
+def is_below(key: bytes, keyspace: Keyspace, names: tuple[bytes, ...]) -> bool:
+    """Tell whether a key is below a path, which may have been another when it was remembered."""
+    try:
+        return key.startswith(keyspace.directory_prefix(names))
+    except CallerError:
+        return False

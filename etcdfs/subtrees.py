@@ -34,6 +34,7 @@ from etcdfs.errors import (
 )
 from etcdfs.keys import MARKER_NAME
 from etcdfs.openfiles import OpenFiles
+from etcdfs.parents import Parent, Witnessed, parent_of
 from etcdfs.places import Places, is_a_file, missing, not_empty, taken
 from etcdfs.planner import Relocation
 from etcdfs.sidekeys import ATTRIBUTES, is_side_key, moved, owner_of, side_key, side_range
@@ -194,9 +195,11 @@ class Subtrees:
         _check_ours(target)
         node = source.node
         assert isinstance(node, Directory)
+        above = Witnessed(self._store, parent_of(self._tree, target.directory))
 
         async def attempt() -> _Attempt:
-            return await self._try_to_move(node, source, target, replace=replace)
+            parent = await above.parent()
+            return await self._try_to_move(node, source, target, parent, replace=replace)
 
         await self._carry_out(attempt, source, target)
         if source.own is not None:
@@ -208,7 +211,7 @@ class Subtrees:
         node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
 
     async def _try_to_move(
-        self, node: Directory, source: End, target: End, *, replace: bool
+        self, node: Directory, source: End, target: End, above: Parent | None, *, replace: bool
     ) -> _Attempt:
         revision, (old, new) = await self._read((source, 0), (target, 2))
         if not old.is_directory:
@@ -242,6 +245,7 @@ class Subtrees:
                 *_unchanged(old, revision, sides=sides),
                 absent(target.prefix + b"\0", range_end(target.prefix)),
                 *(absent(key) for key in (target.prefix, target.own) if _is_missing(key, new)),
+                *(() if above is None else (above.condition,)),
             ),
             stay_without(parent, source.prefix),
         )
@@ -492,7 +496,5 @@ def _check_ours(end: End) -> None:
 
 
 def _entries(source: End, target: End) -> tuple[Entry, Entry]:
-    return (
-        Entry(source.directory.inode, source.name),
-        Entry(target.directory.inode, target.name),
-    )
+    first, second = (Entry(end.directory.inode, end.name) for end in (source, target))
+    return first, second

@@ -99,6 +99,7 @@ class Directory:
         "side",
         "subdirectories",
         "told",
+        "witness",
     )
 
     def __init__(self, inode: Inode, now_ns: int) -> None:
@@ -110,6 +111,7 @@ class Directory:
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
         self.side: Side | None = None
+        self.witness: bytes | None = None  # a key below it, when etcd was last asked
         self.subdirectories = 0
         self.lookups = 0
         self.told = False
@@ -321,9 +323,8 @@ class Tree:
         if directory.lookups == 0:
             return False
         child = directory.children.get(name)
-        return (child is not None and child.told) or (
-            Entry(directory.inode, name) in self._negatives
-        )
+        is_shown = child is not None and child.told
+        return is_shown or Entry(directory.inode, name) in self._negatives
 
     def listing_of(self, node: Node) -> Listing:
         """Return how to tell the kernel of a node's changed attributes."""

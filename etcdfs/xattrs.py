@@ -106,17 +106,27 @@ class Xattrs:
         await self._view.refresh(node)
         return tuple(sorted(self._metadata.xattrs(node)))
 
-    async def setxattr(self, inode: int, name: bytes, value: bytes) -> None:
-        """Set an attribute; XATTR_CREATE and XATTR_REPLACE have been seen to by pyfuse3.
+    async def setxattr(
+        self, inode: int, name: bytes, value: bytes, is_there: bool | None = None
+    ) -> None:
+        """Set an attribute, on condition that there is one of that name or is none.
+
+        Args:
+            inode: Of what.
+            name: Its name.
+            value: Its value.
+            is_there: True for XATTR_REPLACE, False for XATTR_CREATE, None for either.
 
         Raises:
+            ExistsError: XATTR_CREATE, and there is one.
+            NoAttributeError: XATTR_REPLACE, and there is none.
             NotPermittedError: It says something that cannot be set.
             NotSupportedError: Only user.* attributes can be kept.
             AttributesFullError: It does not fit.
         """
         node = self._writable(inode, name)
         if name != TTL:
-            await self._metadata.set_xattr(node, name, value)
+            await self._metadata.set_xattr(node, name, value, is_there=is_there)
             return
         text = value.strip()
         if not text.isdigit() or not 0 < int(text) <= TTL_MAX:

@@ -10,7 +10,8 @@ Concurrency: plain blocking calls, each bounded; one owner per client (threads m
 import base64
 import http.client
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -89,6 +90,16 @@ class Client:
     def compact(self, revision: int) -> None:
         """Drop history before a revision."""
         self._call("kv/compaction", {"revision": str(revision), "physical": True})
+
+    @contextmanager
+    def full(self) -> Iterator[None]:
+        """Let etcd refuse every put for lack of space, as long as the body lasts."""
+        alarm = {"memberID": "0", "alarm": "NOSPACE"}
+        self._call("maintenance/alarm", {"action": "ACTIVATE", **alarm})
+        try:
+            yield
+        finally:
+            self._call("maintenance/alarm", {"action": "DEACTIVATE", **alarm})
 
     def _range(self, body: dict[str, Any]) -> list[Found]:
         return [_found(kv) for kv in self._call("kv/range", body).get("kvs", ())]

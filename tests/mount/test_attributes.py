@@ -1,12 +1,14 @@
 """Attributes in etcd: where they are, who sees them, and what becomes of them."""
 
+import errno
 import json
 import os
 import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 from etcdfs.sidekeys import side_key
-from tests.mount.lab import MODES, Lab, Pool, sh
+from tests.mount.lab import MODES, PATIENCE_S, Lab, Pool, sh
 from tests.mount.posix.calls import errno_of
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
@@ -244,6 +246,20 @@ def test_b35_a_key_that_was_deleted_and_is_made_here(lab: Lab) -> None:
     assert mode_of(file) == 0o600
 
 
+@pytest.mark.every_etcd
+def test_b250_void_side_keys_are_swept_out(pool: Pool, cached: Lab) -> None:
+    with pool.private(cached.etcd, "--cache", "--audit-interval", "0.2") as tidy:
+        for name in ("gone", "anew", "kept"):
+            (cached.path / name).touch()
+            (cached.path / name).chmod(0o600)
+        cached.client.delete(cached.key("gone"))
+        cached.client.delete(cached.key("anew"))
+        tidy.wait(cached.put("anew", b"value"))
+        _until(lambda: records(cached) == [b"kept"])
+        assert mode_of(tidy.path / cached.path.name / "kept") == 0o600
+        assert mode_of(tidy.path / cached.path.name / "anew") == 0o644
+
+
 def test_b35_a_record_that_cannot_be_read_says_nothing(lab: Lab) -> None:
     lab.put("file", b"value")
     lab.shown(lab.client.put(side_key(lab.key("file")), b"{"))
@@ -409,6 +425,75 @@ def test_b41_concurrent_changes_are_all_kept(pool: Pool, cached: Lab) -> None:
         found = record(cached, "file")
         assert found is not None
         assert sorted(found["xattrs"]) == expected
+
+
+def test_b41_of_many_that_create_or_replace_an_xattr_one_wins(pool: Pool, cached: Lab) -> None:
+    """And chmod, chown and utimens meanwhile lose nothing either."""
+    rounds, threads = 12, 4
+    cached.put("file", b"value")
+    with mounted_at(pool, cached, "--cache") as first, mounted_at(pool, cached) as other:
+        files = [(first, other)[number % 2] / "file" for number in range(threads)]
+        start, won = threading.Barrier(threads + 1), list[tuple[int, int]]()
+        failed: list[int] = []
+
+        def claim(file: Path, number: int) -> None:
+            for n in range(rounds):
+                start.wait(PATIENCE_S)
+                try:
+                    os.setxattr(file, f"user.{n}", b"%d" % number, os.XATTR_CREATE)
+                    won.append((n, number))
+                except OSError as exc:
+                    failed.append(exc.errno or 0)
+
+        def change() -> None:
+            for n in range(rounds):
+                start.wait(PATIENCE_S)
+                os.chmod(first / "file", 0o600 + n % 8)
+                os.utime(other / "file", ns=(n, n))
+                os.chown(first / "file", 1000 + n, -1)
+
+        run_together(change, *(partial(claim, file, n) for n, file in enumerate(files)))
+        assert sorted(n for n, _ in won) == list(range(rounds))
+        assert failed == [errno.EEXIST] * (threads - 1) * rounds
+        for n, number in won:
+            assert os.getxattr(other / "file", f"user.{n}") == b"%d" % number
+        last = rounds - 1
+        assert mode_of(other / "file") == 0o600 + last % 8
+        found = (other / "file").stat()
+        assert (found.st_uid, found.st_mtime_ns) == (1000 + last, last)
+
+
+def test_b41_replacing_an_xattr_never_makes_it(pool: Pool, cached: Lab) -> None:
+    rounds = 20
+    cached.put("file", b"value")
+    with mounted_at(pool, cached, "--cache") as first, mounted_at(pool, cached) as other:
+        left: list[int] = []
+        start = threading.Barrier(2)
+
+        def replace() -> None:
+            for _ in range(rounds):
+                start.wait(PATIENCE_S)
+                with suppress(OSError):
+                    os.setxattr(first / "file", "user.x", b"new", os.XATTR_REPLACE)
+                start.wait(PATIENCE_S)
+
+        def remove() -> None:
+            for n in range(rounds):
+                os.setxattr(other / "file", "user.x", b"old")
+                start.wait(PATIENCE_S)
+                os.removexattr(other / "file", "user.x")
+                start.wait(PATIENCE_S)
+                if os.listxattr(other / "file"):
+                    left.append(n)
+
+        run_together(replace, remove)
+        assert left == []
+
+
+def run_together(*functions: Callable[[], object]) -> None:
+    with ThreadPoolExecutor(len(functions)) as executor:
+        for future in [executor.submit(function) for function in functions]:
+            future.result(PATIENCE_S)
 
 
 def test_b33_nobody_sees_another_mode_first(pool: Pool, cached: Lab) -> None:

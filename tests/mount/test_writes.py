@@ -71,6 +71,24 @@ def test_b9_every_shell_does_it_in_one_revision(lab: Lab) -> None:
     assert lab.value("a") == b""
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_b11_a_file_elsewhere_with_the_same_inode_number_is_another(
+    pool: Pool, cached: Lab, mode: str
+) -> None:
+    """A shell's last close must report what could not be published, whatever else it has open."""
+    with (
+        pool.private(cached.etcd, mode, "--prefix", "/same1") as one,
+        pool.private(cached.etcd, mode, "--prefix", "/same2") as two,
+    ):
+        one.expect_log("")
+        with (two.path / "file").open("wb") as elsewhere:
+            fd = os.open(one.path / "file", os.O_CREAT | os.O_WRONLY, 0o644)
+            assert os.fstat(elsewhere.fileno()).st_ino == os.fstat(fd).st_ino
+            with cached.client.full():
+                assert errno_of_close(os.dup(fd)) == 0, "it is open still"
+                assert errno_of_close(fd) == errno.ENOSPC
+
+
 def test_b9_a_large_file_is_one_revision(lab: Lab) -> None:
     with revisions(lab, 1):
         (lab.path / "file").write_bytes(os.urandom(1_000_000))
@@ -377,3 +395,24 @@ def test_b18_a_removal_of_what_another_client_removed_says_so(lab: Lab) -> None:
             (lab.path / f"f{n}").unlink()
     lab.shown(lab.client.revision())
     assert os.listdir(lab.path) == []
+
+
+@pytest.mark.every_etcd
+@pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
+def test_b74_what_failed_goes_over_nothing_that_was_written_later(
+    lab: Lab, old: bytes | None
+) -> None:
+    lab.mounted.expect_log("")
+    file = lab.path / "file"
+    if old is not None:
+        lab.put("file", old)
+    failed = os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o644)
+    os.write(failed, b"3")
+    copy = os.dup(failed)
+    with lab.client.full():
+        assert errno_of_close(copy) == errno.ENOSPC
+    assert lab.value("file") == old
+    file.write_bytes(b"4")
+    assert errno_of_close(failed) == errno.ESTALE
+    assert lab.value("file") == b"4"
+    assert file.read_bytes() == b"4"

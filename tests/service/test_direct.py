@@ -7,8 +7,8 @@ from trio.testing import MockClock
 
 from etcdfs.direct import MAX_LISTINGS
 from etcdfs.errors import CompactedError
-from etcdfs.sidekeys import is_side_key
-from etcdfs.store import Put, Transaction
+from etcdfs.sidekeys import is_side_key, side_key
+from etcdfs.store import Get, Put, Transaction
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
 
@@ -209,3 +209,55 @@ async def test_open_file_in_a_directory_that_went_is_gone(
         await mount.kernel.close(handle)
         entries = store.range_now(b"/", b"0").entries
         assert {e.key: e.value for e in entries} == {b"/e/f": b"2"}
+
+
+def ranges_asked(store: FakeStore, since: int) -> list[bytes]:
+    """Return the starts of all ranges, but those of single keys, that transactions asked for."""
+    return [
+        operation.key
+        for transaction in store.commit_calls[since:]
+        for operation in transaction.then
+        if isinstance(operation, Get) and operation.end is not None
+    ]
+
+
+@pytest.mark.parametrize("marker", [True, False])
+async def test_a_directory_that_is_known_is_asked_for_by_one_key(
+    autojump_clock: MockClock, store: FakeStore, marker: bool
+) -> None:
+    """Of a range, etcd walks all, however little is asked for."""
+    if marker:
+        store.put_now(b"/d/", b"")
+    for n in range(3):
+        store.put_now(b"/d/e/%d" % n, b"v")
+    async with open_mount(store, cache=False) as mount:
+        await mount.kernel.stat((b"d", b"e", b"0"))
+        before = len(store.commit_calls)
+        await mount.kernel.stat((b"d", b"e", b"1"))
+        assert b"/d/" not in ranges_asked(store, before)
+        assert b"/d/e/" not in ranges_asked(store, before)
+        store.delete_now(b"/d/e/0")
+        store.delete_now(b"/d/")
+        await mount.kernel.stat((b"d", b"e", b"1"))
+        before = len(store.commit_calls)
+        await mount.kernel.stat((b"d", b"e", b"1"))
+        assert set(ranges_asked(store, before)) == {b"/d/e/1/"}
+        store.put_now(b"/d/", b"")
+        store.put_now(side_key(b"/d/"), b'{"uid":5}')
+        assert (await mount.kernel.stat((b"d",))).uid == 5, "its own marker is looked at"
+        store.delete_now(b"/d/", b"/d0")
+        with pytest.raises(FileNotFoundError):
+            await mount.kernel.stat((b"d",))
+
+
+async def test_a_directory_that_has_moved_is_not_shown_by_a_key_it_had(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/d/a", b"v")
+    async with open_mount(store, cache=False) as mount:
+        await mount.kernel.stat((b"d", b"a"))
+        await mount.kernel.rename((b"d",), (b"moved",))
+        store.put_now(b"/d/a", b"other")
+        store.delete_now(b"/moved/a")
+        with pytest.raises(FileNotFoundError):
+            await mount.kernel.stat((b"moved",))

@@ -17,12 +17,19 @@ from etcdfs.attributes import Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError, NotFoundError, StoreFullError
 from etcdfs.filesystem import Filesystem, Listed, SpaceStatistics
 from etcdfs.fuse import Operations
+from etcdfs.metadata import no_attribute
 from etcdfs.openfiles import OpenFiles
 from etcdfs.tree import Inode
 from etcdfs.xattrs import Xattrs
 
 BUG = "%s failed; this is a bug of etcdfs"
-CONTEXT = cast("pyfuse3.RequestContext", SimpleNamespace(uid=1, gid=2, pid=os.getpid(), umask=0))
+
+
+def context() -> pyfuse3.RequestContext:
+    return cast("pyfuse3.RequestContext", SimpleNamespace(uid=1, gid=2, pid=os.getpid(), umask=0))
+
+
+CONTEXT = context()
 CALLER = Caller(1, 2)
 ATTRIBUTES = Attributes(Inode(5), 0o100640, 1, 3, 4, 1000, 11, 22, 33, 60.0)
 
@@ -260,9 +267,32 @@ async def test_extended_attributes() -> None:
     served = operations(fake)
     assert await served.getxattr(inode, name, CONTEXT) == b"v"
     assert list(await served.listxattr(inode, CONTEXT)) == [b"user.x", b"user.y"]
-    await served.setxattr(inode, name, b"w", CONTEXT)
+    await served.setxattr(inode, name, b"w", context())
     await served.removexattr(inode, name, CONTEXT)
-    assert fake.calls[2:] == [("setxattr", 1, b"user.x", b"w"), ("removexattr", 1, b"user.x")]
+    assert fake.calls[2:] == [("setxattr", 1, b"user.x", b"w", None), ("removexattr", 1, b"user.x")]
+
+
+async def test_xattr_create_and_replace_are_told_by_pyfuse3s_question() -> None:
+    """It asks with the context of the same request, and keeps the flag to itself."""
+    inode, name = cast("Any", 1), cast("Any", b"user.x")
+    fake = Recording(getxattr=b"v")
+    served = operations(fake)
+    replacing = context()
+    await served.getxattr(inode, name, replacing)
+    await served.setxattr(inode, name, b"w", replacing)
+    await served.getxattr(inode, name, context())
+    await served.setxattr(inode, name, b"w", context())
+    assert [call[4] for call in fake.calls if call[0] == "setxattr"] == [True, None]
+
+    missing = operations(Raising(no_attribute(b"user.x")))
+    creating = context()
+    with pytest.raises(FUSEError):
+        await missing.getxattr(inode, name, creating)
+    await served.setxattr(inode, name, b"w", creating)
+    with pytest.raises(FUSEError):
+        await operations(Raising(NotFoundError("gone"))).getxattr(inode, name, creating)
+    await served.setxattr(inode, name, b"w", creating)
+    assert [call[4] for call in fake.calls if call[0] == "setxattr"][2:] == [False, None]
 
 
 async def test_what_is_made_knows_its_maker() -> None:

@@ -17,12 +17,14 @@ from etcdfs.errors import (
     StorePermissionError,
     StoreUnavailableError,
 )
+from etcdfs.store import Put
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore
 
 KEY = b"/f"
 PATH = (b"f",)
 APPEND = os.O_WRONLY | os.O_APPEND
+WHOLE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
 @pytest.fixture
@@ -58,6 +60,12 @@ async def shown(mount: FakeMount, path: tuple[bytes, ...] = PATH) -> bytes:
             return await mount.kernel.read(handle)
         finally:
             await mount.kernel.close(handle)
+
+
+async def write_whole(mount: FakeMount, value: bytes) -> None:
+    handle = await mount.kernel.open(PATH, WHOLE)
+    await mount.kernel.write(handle, 0, value)
+    await mount.kernel.close(handle)
 
 
 async def during_commit(store: FakeStore, call: Callable[[], Awaitable[Any]], then: Any) -> int:
@@ -454,6 +462,62 @@ async def test_b74_what_close_could_not_publish_is_not_published_behind_its_back
         assert await errno_of(mount.kernel.close(handle)) == errno.ENOSPC
         assert held(store) == b"old"
         assert await shown(mount) == b"old"
+
+
+@pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
+@pytest.mark.parametrize("later", ["here", "elsewhere"])
+async def test_b74_a_failed_close_is_not_made_up_for_over_a_later_write(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, old: bytes | None, later: str
+) -> None:
+    """A second close of what failed (dup, fork) knows nothing of what was written since."""
+    if old is not None:
+        store.put_now(KEY, old)
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, WHOLE)
+        await mount.kernel.write(handle, 0, b"3")
+        store.fail_next("commit", StorePermissionError("no"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.EACCES
+        if later == "elsewhere":
+            store.put_now(KEY, b"4")
+        else:
+            await write_whole(mount, b"4")
+        assert await errno_of(mount.kernel.close(handle)) == errno.ESTALE
+        assert held(store) == b"4"
+        assert await shown(mount) == b"4"
+
+
+@pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
+async def test_b74_a_late_arrival_does_not_undo_a_later_write(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, old: bytes | None
+) -> None:
+    """A request whose answer nobody waits for any more may still be carried out."""
+    if old is not None:
+        store.put_now(KEY, old)
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, WHOLE)
+        await mount.kernel.write(handle, 0, b"3")
+        store.fail_next("commit", OutcomeUnknownError("no answer"))
+        assert await errno_of(mount.kernel.close(handle)) == errno.ETIMEDOUT
+        (late,) = (t for t in store.commit_calls if any(isinstance(o, Put) for o in t.then))
+        await write_whole(mount, b"4")
+        assert held(store) == b"4"
+        store.commit_now(late)
+        assert held(store) == b"4"
+        assert await shown(mount) == b"4"
+
+
+async def test_b74_the_end_of_the_mount_does_not_publish_what_failed(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, WHOLE)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.fail_next("commit", StoreFullError("full"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ENOSPC
+        assert await mount.files.flush_all() == []
+        assert held(store) == b"old"
+        await mount.kernel.release(handle)
 
 
 async def test_what_a_map_wrote_after_a_failed_flush_is_published(

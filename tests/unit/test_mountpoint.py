@@ -116,7 +116,9 @@ def daemon(mountpoint: str, ends_after: Path | None = None) -> Iterator[int]:
 def test_mountinfo_is_understood() -> None:
     mounts = list(parse_mountinfo(TABLE))
     assert [m.path for m in mounts] == ["/proc", "/", "/mnt/a b", "/mnt/a b"]
-    assert mounts[2] == Mounted(path="/mnt/a b", type="fuse.etcdfs", source="etcd:\\x")
+    assert mounts[2] == Mounted(
+        path="/mnt/a b", type="fuse.etcdfs", source="etcd:\\x", device="0:50"
+    )
     assert [m.ours for m in mounts] == [False, False, True, False]
 
 
