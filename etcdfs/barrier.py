@@ -20,7 +20,7 @@ from typing import Final, Protocol, final
 import trio
 
 from etcdfs.answers import page_of
-from etcdfs.audit import Audited
+from etcdfs.audit import Following
 from etcdfs.errors import CallerError, StorePermissionError, StoreTimeoutError
 from etcdfs.keys import VALUE_NAME
 from etcdfs.sidekeys import is_side_key, side_key, side_range
@@ -33,7 +33,7 @@ SLICE: Final = 200
 """Keys looked up at a time; below a millisecond."""
 
 
-class Following(Audited, Protocol):
+class Advancing(Following, Protocol):
     """The mirror, as the barrier needs it."""
 
     async def advanced(self) -> None:
@@ -45,7 +45,7 @@ class Following(Audited, Protocol):
 class Barrier:
     """Holds readers back until the mirror is no older than etcd was when they came."""
 
-    def __init__(self, store: Store, tree: Tree, mirror: Following, *, timeout_s: float) -> None:
+    def __init__(self, store: Store, tree: Tree, mirror: Advancing, *, timeout_s: float) -> None:
         # --- dependencies
         self._store = store
         self._tree = tree

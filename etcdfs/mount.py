@@ -159,6 +159,8 @@ class Rooms:
             counters["mirror"] = asdict(self.mirror.statistics())
             counters["link"] = asdict(self.mirror.link.statistics())
             counters["audit"] = asdict(self.mirror.auditor.statistics())
+            if self.mirror.sides is not None:
+                counters["side_audit"] = asdict(self.mirror.sides.auditor.statistics())
             if self.mirror.replica is not None:
                 counters["replica"] = asdict(self.mirror.replica.statistics())
         return counters
