@@ -215,11 +215,12 @@ async def test_attributes_that_change_while_it_runs_are_no_difference(
             if is_side_key(start) and kwargs["revision"]:
                 key = b"/app/%03d" % (3 * audit_room.PAGE - 1 - len(pages))
                 pages.append(start)
-                made = Put(key, b""), Put(side_key(key), b'{"mode":"0640"}')
-                store.commit_now(Transaction(then=(Delete(key), Delete(side_key(key)))))
-                store.commit_now(Transaction(then=made))
-                if not late:
-                    store.put_now(side_key(key), b'{"mode":"0444"}')
+                mode = Put(side_key(key), b'{"mode":"0640"}')
+                if late:
+                    store.commit_now(Transaction(then=(Delete(key), Delete(side_key(key)))))
+                    store.commit_now(Transaction(then=(Put(key, b""), mode)))
+                else:
+                    store.commit_now(Transaction(then=(mode,)))
                 await trio.sleep(1)
             return await read(start, *args, **kwargs)
 
