@@ -6,6 +6,7 @@ Concurrency: each test is a process of its own, as `make soak` is.
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,13 @@ def test_there_are_ten_defects_at_least_and_each_has_its_faults() -> None:
     assert len(controls.CONTROLS) >= 10
     for control in controls.CONTROLS.values():
         assert set(control.faults) <= titles, control.name
+
+
+def test_each_defect_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a daemon with it does not even start, and whatever it then fails by proves nothing."""
+    defects = controls.soaks_defects()
+    defects.replace = monkeypatch.setattr  # which raises where there is nothing to replace
+    assert set(defects.DEFECTS) == set(controls.CONTROLS)
+    for module, patch in defects.DEFECTS.values():
+        patch(import_module(module))
+        monkeypatch.undo()
