@@ -1,7 +1,8 @@
 """What becomes of reads, writes and watches when the member in use fails (FAULTS.md 2 to 6)."""
 
+import json
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from etcdfs.etcd import EtcdStore, open_store
 from etcdfs.options import Endpoint
 from etcdfs.store import END_OF_KEYS, Put, Transaction, WatchEvents, WatchOpened, unchanged
 from tests.support.cluster import Cluster
-from tests.support.etcd_process import EtcdProcess, find_etcds
+from tests.support.etcd_process import EtcdProcess, EtcdProcessError, find_etcds
 from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.etcd
@@ -71,6 +72,10 @@ def member_at(cluster: Cluster, endpoint: Endpoint) -> EtcdProcess:
 @pytest.mark.parametrize("how", ["kill", "pause"])
 async def test_the_member_in_use_fails(cluster: Cluster, how: str, leader_first: bool) -> None:
     """Reads and writes go on elsewhere, the watch ends at once, and goes on elsewhere, too."""
+    await go_on_elsewhere(cluster, how, leader_first=leader_first)
+
+
+async def go_on_elsewhere(cluster: Cluster, how: str, *, leader_first: bool) -> None:
     endpoints = ordered(cluster, leader_first=leader_first)
     async with opened(*endpoints) as store:
         revision = (await store.commit(PUT)).revision
@@ -103,6 +108,20 @@ async def test_a_write_after_a_while_is_not_entrusted_to_a_frozen_member(
 
 async def test_a_majority_is_lost_and_found(cluster: Cluster) -> None:
     """Nobody pretends: reads and writes fail in time, and the watch is told."""
+    await lose_and_find_a_majority(cluster)
+
+
+async def test_the_same_on_the_oldest_release() -> None:
+    oldest, *newer = find_etcds().values()
+    if not newer:
+        pytest.skip("there is only one release here, which the other tests are about")
+    with Cluster(oldest) as cluster:
+        await go_on_elsewhere(cluster, "kill", leader_first=True)
+        cluster.heal()
+        await lose_and_find_a_majority(cluster)
+
+
+async def lose_and_find_a_majority(cluster: Cluster) -> None:
     async with opened(*cluster.endpoints, timeout_s=2.0) as store:
         revision = (await store.commit(PUT)).revision
         in_use = member_at(cluster, store.endpoint)
@@ -120,6 +139,55 @@ async def test_a_majority_is_lost_and_found(cluster: Cluster) -> None:
                 await watch.receive()
         await trio.to_thread.run_sync(cluster.heal)
         assert (await store.range(b"a")).revision >= revision
+
+
+@pytest.fixture(scope="module")
+def wired() -> Iterator[Cluster]:
+    binary, *_ = find_etcds().values()
+    with Cluster(binary, wired=True, election_ms=500) as cluster:
+        yield cluster
+
+
+def put_with_whoever_leads(member: EtcdProcess) -> int:
+    """Put a key by a member, again while the leader changes; return its last revision."""
+    for _ in range(10):
+        with suppress(EtcdProcessError):
+            answer = json.loads(member.etcdctl("put", "a", "others", "--write-out=json"))
+            return int(answer["header"]["revision"])
+    pytest.fail("nobody leads")
+
+
+@pytest.mark.parametrize(
+    ("leader_first", "deaf_only"),
+    [(False, True), (True, False)],
+    ids=["deaf follower", "leader cut off"],
+)
+async def test_the_member_in_use_is_cut_off_from_the_others_not_from_us(
+    wired: Cluster, leader_first: bool, deaf_only: bool
+) -> None:
+    """It answers, but not from the past: others are asked, and the watch goes to them."""
+    wired.heal()
+    endpoints = ordered(wired, leader_first=leader_first)
+    other = member_at(wired, endpoints[1])
+    async with opened(*endpoints) as store:
+        revision = (await store.commit(PUT)).revision
+        async with store.watch(b"", END_OF_KEYS, revision + 1) as watch:
+            await watch.receive()
+            assert store.endpoint == endpoints[0]
+            wired.cut_off(member_at(wired, endpoints[0]), deaf_only=deaf_only)
+            newer = await trio.to_thread.run_sync(put_with_whoever_leads, other)
+            # From now on nobody may say anything older.
+            (found,) = (await store.range(b"a")).entries
+            assert (found.value, found.mod_revision) == (b"others", newer)
+            assert store.endpoint != endpoints[0]
+            with pytest.raises(WatchLostError):
+                await watch.receive()
+        done = await store.commit(PUT)
+        assert done.revision == newer + 1
+        async with store.watch(b"", END_OF_KEYS, revision + 1) as watch:
+            assert isinstance(await watch.receive(), WatchOpened)
+            assert isinstance(await watch.receive(), WatchEvents)
+    wired.heal()
 
 
 async def test_a_learner_is_passed_over(etcd_binary: Path) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etcdfs.store import Delete, Put, Transaction
@@ -284,7 +284,9 @@ def live(happenings: list[tuple[str, list[int], int]]) -> None:
     trio.run(partial(_live, happenings), clock=clock)
 
 
-lives = st.lists(steps, min_size=10, max_size=40)
+# The profile `nightly` takes some forty thousand steps.
+_IS_LONG = settings().max_examples >= 1000
+lives = st.lists(steps, min_size=25 if _IS_LONG else 10, max_size=60 if _IS_LONG else 40)
 
 
 @pytest.mark.expect_log(AGAIN)
