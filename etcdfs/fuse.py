@@ -97,16 +97,26 @@ class Operations(pyfuse3.Operations):
     """What pyfuse3 calls."""
 
     def __init__(
-        self, filesystem: Filesystem, files: OpenFiles, xattrs: Xattrs, *, keep_cache: bool
+        self,
+        filesystem: Filesystem,
+        files: OpenFiles,
+        xattrs: Xattrs,
+        *,
+        store: Callable[[int, bytes], None] | None,
     ) -> None:
-        """Serve `filesystem`; `keep_cache` lets pages outlive the last close of a file."""
+        """Serve `filesystem`.
+
+        With `store`, which gives the kernel an inode's content, pages outlive the last close of
+        a file; without, each open begins anew.
+        """
         super().__init__()
         # --- dependencies
         self._filesystem = filesystem
         self._files = files
         self._xattrs = xattrs
         # --- constants
-        self._keep_cache = keep_cache
+        self._keep_cache = store is not None
+        self._store = store
         # --- mutable state
         self.requests: Counter[str] = Counter()
         self._openers: dict[int, tuple[int, InodeT]] = {}  # who opened it for writing, and what
@@ -254,6 +264,8 @@ class Operations(pyfuse3.Operations):
         handle = await self._filesystem.open(inode, flags)
         if flags & os.O_ACCMODE != os.O_RDONLY:
             self._openers[handle] = (ctx.pid, inode)
+        if self._store is not None and (value := self._files.to_store(handle)) is not None:
+            self._store(inode, value)
         return FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
 
     @handler

@@ -1,4 +1,4 @@
-"""Telling the kernel to let go of what it has cached.
+"""Telling the kernel to let go of what it has cached, and what it may keep.
 
 What this room knows: pyfuse3's notifications, and that they block. What it must not know: why
 something is to be forgotten.
@@ -42,12 +42,14 @@ class KernelStatistics:
         finished: Those that are done.
         invalidated: Entries and attributes that the kernel has let go of.
         waiting: Those that it still has to.
+        stored: Values that it was given when their file was opened.
     """
 
     submitted: int
     finished: int
     invalidated: int
     waiting: int
+    stored: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class KernelCache:
         self._submitted = 0
         self._finished = 0
         self._invalidated = 0
+        self._stored = 0
 
     def start(self, tasks: trio.Nursery) -> None:
         """Start the thread, and a task that hears of it; once the file system is mounted."""
@@ -106,6 +109,19 @@ class KernelCache:
         self._waiting.update(fresh)
         self._jobs.put(_Job(tuple(fresh), done))
 
+    def store(self, inode: int, value: bytes) -> None:
+        """Give the kernel all of a file's content; it does not ask for it then.
+
+        Called on the trio thread, for it does not wait: nobody may be reading the inode
+        (`OpenFiles.to_store`), as a READ under way holds the lock of its page.
+        """
+        try:
+            pyfuse3.notify_store(pyfuse3.InodeT(inode), 0, value)
+        except OSError as exc:  # it has no memory for it, say; then it asks
+            log.debug("the kernel did not take inode %d: %s", inode, exc)
+            return
+        self._stored += 1
+
     def statistics(self) -> KernelStatistics:
         """Count jobs and invalidations."""
         return KernelStatistics(
@@ -113,6 +129,7 @@ class KernelCache:
             finished=self._finished,
             invalidated=self._invalidated,
             waiting=len(self._waiting),
+            stored=self._stored,
         )
 
     def _run(self) -> None:

@@ -141,7 +141,10 @@ class Rooms:
             statistics=self.statistics,
         )
         self.operations = Operations(
-            self.filesystem, self.files, self.filesystem.xattrs, keep_cache=options.cache
+            self.filesystem,
+            self.files,
+            self.filesystem.xattrs,
+            store=self.kernel.store if options.cache else None,
         )
 
     def statistics(self) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import NewType, final
+from typing import Final, NewType, final
 
 from etcdfs.contents import Contents
 from etcdfs.drafts import Draft
@@ -26,6 +26,9 @@ from etcdfs.tree import File, Node
 from etcdfs.view import View
 
 Handle = NewType("Handle", int)
+
+STORE_MAX: Final = 128 * 1024
+"""Bytes of a value that the kernel is given at open: as many as it asks for in one READ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +92,7 @@ class OpenFiles:
     def open_new(self, file: File, flags: int) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""
         file.handles += 1
+        file.stored = True  # it keeps what is written
         if file.facts is None:
             draft = Draft(b"", whole=True)
             draft.is_bare = draft.is_added = not flags & os.O_TRUNC
@@ -119,6 +123,20 @@ class OpenFiles:
             publishes,
         )
         return handle
+
+    def to_store(self, handle: int) -> bytes | None:
+        """Return what the kernel is to be given together with a handle; None: nothing.
+
+        It is given a value once, and only with the one handle that there is of a version: nobody
+        can be reading it then, and the kernel need not wait for a page (FACTS.md 7).
+        """
+        opened = self._opened(handle)
+        file = opened.file
+        is_alone = file.handles == 1 and opened.readable and file.draft is None
+        if file.stored or not is_alone or not file.value or len(file.value) > STORE_MAX:
+            return None
+        file.stored = True
+        return file.value
 
     # --- using ------------------------------------------------------------------------------
 

@@ -60,6 +60,7 @@ class File:
         "mtime_ns",
         "name",
         "side",
+        "stored",
         "told",
         "value",
     )
@@ -76,6 +77,7 @@ class File:
         self.side: Side | None = None
         self.lookups = 0
         self.told = False  # the kernel may have the name cached
+        self.stored = False  # the kernel was given the content
         self.handles = 0
         self.value: bytes | None = None  # pinned while there are handles
         self.draft: object | None = None
@@ -277,6 +279,8 @@ class Tree:
         node.lookups = max(0, node.lookups - count)
         if node.lookups == 0:
             node.told = False
+            if isinstance(node, File):
+                node.stored = False
             del self._known[node.inode]
             if not self.complete:
                 self.prune(node)

@@ -24,6 +24,7 @@ from benchmarks.harness.startup import (
     turns,
     undisturbed,
 )
+from etcdfs.openfiles import STORE_MAX
 from tests.mount.lab import Lab
 from tests.support.etcd_process import EtcdProcess
 
@@ -158,13 +159,24 @@ def test_a_cached_file_is_opened_but_not_read_again(cached: Lab) -> None:
     assert found == Counter(open=100, flush=100)
 
 
-def test_a_new_value_is_read_from_the_daemon_once(cached: Lab) -> None:
+@pytest.mark.parametrize("size", [1, 4096, 4097, STORE_MAX])
+def test_a_new_value_comes_with_the_open(cached: Lab, size: int) -> None:
     path = cached.path / "file"
-    for value in (b"first", b"second", b"third, longer"):
+    for byte in b"abc":
+        value = bytes((byte,)) * size
         cached.put("file", value)
         found = requests_of(cached, lambda: [read_once(path) for _ in range(10)])
-        assert found["read"] <= 1
+        assert not found["read"]
         assert read_once(path) == value
+
+
+def test_a_large_value_is_read_from_the_daemon_once(cached: Lab) -> None:
+    path = cached.path / "file"
+    for byte in b"abc":
+        value = bytes((byte,)) * (STORE_MAX + 1)
+        cached.put("file", value)
+        assert read_once(path) == value
+        assert not requests_of(cached, lambda: read_once(path))["read"]
 
 
 # --- listings -------------------------------------------------------------------------------

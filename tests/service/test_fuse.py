@@ -50,6 +50,7 @@ class Recording:
     """A filesystem and open files that note each call and return what they were told to."""
 
     kernel_timeout_s = 60.0
+    value: bytes | None = None
 
     def __init__(self, **results: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -57,6 +58,9 @@ class Recording:
 
     def forget(self, counts: Any) -> None:
         self.calls.append(("forget", counts))
+
+    def to_store(self, handle: int) -> bytes | None:
+        return self.value
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         async def call(*args: Any) -> Any:
@@ -66,12 +70,12 @@ class Recording:
         return call
 
 
-def operations(fake: Any, *, keep_cache: bool = True) -> Operations:
+def operations(fake: Any, *, store: Callable[[int, bytes], None] | None = None) -> Operations:
     return Operations(
         cast("Filesystem", fake),
         cast("OpenFiles", fake),
         cast("Xattrs", fake),
-        keep_cache=keep_cache,
+        store=store,
     )
 
 
@@ -198,10 +202,18 @@ async def test_lookup_of_a_missing_name_may_be_remembered() -> None:
 
 
 @pytest.mark.parametrize("keep_cache", [True, False])
-async def test_open_and_create(keep_cache: bool) -> None:
+@pytest.mark.parametrize("value", [b"value", None])
+async def test_open_and_create(keep_cache: bool, value: bytes | None) -> None:
     fake = Recording(open=7, create=(8, ATTRIBUTES))
-    served = operations(fake, keep_cache=keep_cache)
+    fake.value = value
+    stored: list[tuple[int, bytes]] = []
+
+    def keep(inode: int, content: bytes) -> None:
+        stored.append((inode, content))
+
+    served = operations(fake, store=keep if keep_cache else None)
     info = await served.open(cast("Any", 5), cast("Any", os.O_RDWR), CONTEXT)
+    assert stored == ([(5, value)] if keep_cache and value else [])
     assert (info.fh, info.keep_cache) == (7, keep_cache)
     flags = os.O_WRONLY | os.O_CREAT
     info, packed = await served.create(

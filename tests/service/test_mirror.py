@@ -11,37 +11,16 @@ from trio.testing import MockClock
 from etcdfs.errors import CompactedError, StoreUnavailableError
 from etcdfs.store import Delete, Put, Transaction
 from etcdfs.tree import Entry, Listing
+from tests.service.mirrors import AGAIN, BOUND_S, content, quiet
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
 
 LATE = "the watch is over %.1f s late: revision %d is shown before it brings it"
-AGAIN = "%s; %s (attempt %d)"
-BOUND_S = 30.0
 
 
 @pytest.fixture
 def store() -> FakeStore:
     return FakeStore()
-
-
-async def quiet(mount: FakeMount) -> None:
-    """Wait until nothing moves; no time passes."""
-    await trio.testing.wait_all_tasks_blocked()
-    mount.check_invariants()
-    mount.kernel.check_coherence(mount.tree, mount.filesystem)
-
-
-async def content(mount: FakeMount, path: Path) -> bytes | None:
-    """Return what a program reads at a path, None if there is nothing."""
-    with trio.fail_after(BOUND_S):
-        try:
-            handle = await mount.kernel.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return None
-        try:
-            return await mount.kernel.read(handle)
-        finally:
-            await mount.kernel.close(handle)
 
 
 async def write(mount: FakeMount, path: Path, value: bytes) -> None:

@@ -8,6 +8,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from etcdfs.errors import BadHandleError, ReadOnlyError, StaleError, StoreUnavailableError
+from etcdfs.openfiles import STORE_MAX
 from etcdfs.tree import File
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore
@@ -46,6 +47,53 @@ async def test_handles_are_given_back(autojump_clock: MockClock, store: FakeStor
                 await use
         with pytest.raises(BadHandleError):
             mount.files.read(first, 0, 1)
+
+
+async def test_the_kernel_is_given_a_value_once(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    async with open_mount(store) as mount:
+        file = file_of(mount)
+        mount.tree.remember(file)
+        first = await mount.files.open(file, os.O_RDONLY)
+        assert mount.files.to_store(first) == b"one"
+        await mount.files.release(first)
+        second = await mount.files.open(file, os.O_RDONLY)
+        assert mount.files.to_store(second) is None
+        await mount.files.release(second)
+        mount.filesystem.forget([(file.inode, 1)])  # and with it all that it had
+        third = await mount.files.open(file, os.O_RDONLY)
+        assert mount.files.to_store(third) == b"one"
+        await mount.files.release(third)
+
+
+@pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR | os.O_TRUNC])
+async def test_the_kernel_is_given_nothing_that_it_may_not_keep(
+    autojump_clock: MockClock, store: FakeStore, flags: int
+) -> None:
+    async with open_mount(store) as mount:
+        file = file_of(mount)
+        first = await mount.files.open(file, flags)
+        assert mount.files.to_store(first) is None
+        # With a second handle somebody may be reading by now.
+        second = await mount.files.open(file, os.O_RDONLY)
+        assert mount.files.to_store(second) is None
+        await mount.files.release(first)
+        await mount.files.release(second)
+        assert not file.stored
+
+
+@pytest.mark.parametrize(
+    ("size", "is_given"), [(0, False), (1, True), (STORE_MAX, True), (STORE_MAX + 1, False)]
+)
+async def test_the_kernel_is_given_what_fits_into_one_read(
+    autojump_clock: MockClock, store: FakeStore, size: int, is_given: bool
+) -> None:
+    store.put_now(KEY, b"x" * size)
+    async with open_mount(store) as mount:
+        handle = await mount.files.open(file_of(mount), os.O_RDONLY)
+        assert (mount.files.to_store(handle) is not None) == is_given
+        await mount.files.release(handle)
 
 
 async def test_reader_cannot_write(autojump_clock: MockClock, store: FakeStore) -> None:

@@ -451,6 +451,9 @@ class FakeKernel:
         except OSError:
             inode.opens -= 1
             raise
+        if self.keep_cache and (value := self._files.to_store(handle)) is not None:
+            assert inode.pages in (None, value), "what the kernel has is not what it is given"
+            inode.pages = value
         return self._opened(handle, inode, flags)
 
     def _opened(self, handle: int, inode: KernelInode, flags: int) -> KernelHandle:
