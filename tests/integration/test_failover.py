@@ -1,14 +1,18 @@
 """What becomes of reads, writes and watches when the member in use fails (FAULTS.md 2 to 6)."""
 
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
+from etcdfs import etcd_connection
 from etcdfs.errors import (
     OutcomeUnknownError,
     StoreError,
@@ -271,3 +275,82 @@ async def test_a_connection_that_swallows_everything(plain_etcd: EtcdProcess) ->
             await store.commit(PUT)
             (found,) = (await store.range(b"a")).entries
             assert found.version == 2
+
+
+async def test_a_watch_with_nothing_else_notices_a_frozen_member(
+    plain_etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By gRPC's pings, here each second: there is no call that could run into its deadline."""
+    quick = dict(etcd_connection._CHANNEL_OPTIONS)
+    for option in ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms"):
+        assert quick[f"grpc.{option}"]
+        quick[f"grpc.{option}"] = 1000
+    monkeypatch.setattr(etcd_connection, "_CHANNEL_OPTIONS", tuple(quick.items()))
+    async with opened(plain_etcd.endpoint) as store, store.watch(b"", END_OF_KEYS, 0) as watch:
+        await watch.receive()
+        plain_etcd.pause()
+        with pytest.raises(WatchLostError):
+            await watch.receive()
+        plain_etcd.resume()
+
+
+# --- names ----------------------------------------------------------------------------------
+
+_MOVE_WITH_THE_NAME = """
+import sys
+from pathlib import Path
+import trio
+from etcdfs.etcd import open_store
+from etcdfs.options import Endpoint
+from etcdfs.store import END_OF_KEYS, Put, Transaction
+
+async def main(hosts, port):
+    put = Transaction(then=(Put(b"a", b"1"),))
+    async with open_store([Endpoint("etcd.example", int(port))], timeout_s=10.0) as store:
+        revision = (await store.commit(put)).revision
+        async with store.watch(b"", END_OF_KEYS, 0) as watch:
+            await watch.receive()
+            print(revision, flush=True)
+            Path(hosts).write_text("127.0.0.2 etcd.example\\n")
+            await trio.to_thread.run_sync(sys.stdin.readline)
+            page = await store.range(b"a")
+        async with store.watch(b"", END_OF_KEYS, 0) as watch:
+            await watch.receive()
+            await store.commit(put)
+            await watch.receive()
+    print(page.entries[0].value.decode(), flush=True)
+
+trio.run(main, *sys.argv[1:])
+"""
+
+
+def test_a_name_that_leads_elsewhere_is_followed(plain_etcd: EtcdProcess, tmp_path: Path) -> None:
+    """In a mount namespace of its own, with another /etc/hosts; a new connection looks it up."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 etcd.example\n")
+    inside = ("unshare", "--mount", "--map-root-user", "/bin/sh", "-ec")
+    bind = 'mount --bind "$1" /etc/hosts; exec "$2" -c "$3" "$1" "$4"'
+    tried = subprocess.run(
+        [*inside, 'mount --bind "$1" /etc/hosts', "sh", hosts], capture_output=True, check=False
+    )
+    if tried.returncode != 0:
+        pytest.skip(f"no mount namespace can be made here: {tried.stderr.decode()}")
+    port = plain_etcd.endpoint.port
+    program = [*inside, bind, "sh", str(hosts), sys.executable, _MOVE_WITH_THE_NAME, str(port)]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdout is not None
+        assert client.stdin is not None
+        try:
+            assert client.stdout.readline().strip().isdigit()
+            plain_etcd.stop()
+            plain_etcd.endpoint = replace(plain_etcd.endpoint, host="127.0.0.2")
+            plain_etcd.start()
+            plain_etcd.etcdctl("put", "a", "elsewhere")
+            client.stdin.write("\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == "elsewhere\n"
+            assert client.wait(BOUND_S) == 0
+        finally:
+            client.kill()

@@ -68,6 +68,13 @@ def test_every_fault_of_the_list_is_made_or_has_a_reason() -> None:
     assert {str(number) for number in range(1, 31)} <= numbers
 
 
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_made_elsewhere_is_there(name: str) -> None:
+    file, _, test = ELSEWHERE[name].partition("::")
+    assert not test or f"def {test}(" in (ROOT / file).read_text()
+    assert test or " so " in file, "why not"
+
+
 def test_every_fault_says_what_must_happen() -> None:
     titles = [(fault.title, fault.arena) for fault in FAULTS]
     assert len(set(titles)) == len(titles)
