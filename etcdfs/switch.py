@@ -22,7 +22,7 @@ from typing import final
 from etcdfs.planner import Intent, Plan, Planner, Relocation
 from etcdfs.sides import put_on
 from etcdfs.store import Event, KeyValue
-from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
+from etcdfs.tree import Cached, Directory, Entry, File, Listing, Node, Tree
 
 
 @final
@@ -117,6 +117,8 @@ class Switch:
                 stale.add(entry)
             if directory.told and not plan.is_version(before, after):
                 stale.add(self.tree.listing_of(directory))
+            if before is not None and before not in plan.moved and _may_be_open(before):
+                stale.add(Listing(before.inode, None))  # it has no links any more
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
 
@@ -200,3 +202,7 @@ class Switch:
         """Forget what was applied ahead of the watch and is behind it now."""
         if self._ahead:
             self._ahead = {k: r for k, r in self._ahead.items() if r > revision}
+
+
+def _may_be_open(node: Node) -> bool:
+    return isinstance(node, Directory) or node.handles > 0

@@ -264,6 +264,10 @@ class FakeKernel:
     def check_coherence(self, tree: Tree, filesystem: Filesystem) -> None:
         """Assert that what would be answered from the caches is what the tree says."""
         now = trio.current_time()
+        for opened in [inode for inode in self.inodes.values() if inode.opens]:
+            if opened.attributes is not None and opened.fresh_until > now:
+                current = filesystem.attributes(tree.node(opened.number))
+                _same(opened.attributes, current, (b"what is open",))
         pending: list[tuple[Directory, Path]] = [(tree.root, ())]
         while pending:
             directory, path = pending.pop()
