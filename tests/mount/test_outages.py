@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from etcdfs.sidekeys import side_key
 from tests.mount.client import Client
 from tests.mount.lab import Lab, Pool
 from tests.mount.test_faults import daemon
@@ -245,6 +247,33 @@ def test_b50_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
         assert log.count(" found 3 difference(s) from etcd, the first at ") == 1
 
 
+def test_b50_what_the_watch_of_the_attributes_lost_is_found_and_mended(cached: Lab) -> None:
+    """Where side keys have a watch of their own; it loses the same."""
+    for name in ("in/lost/deleted", "in/lost/changed", "in/lost/made", "in/same"):
+        cached.client.put(cached.key(name), b"")
+        if name != "in/lost/made":
+            cached.client.put(side_key(cached.key(name)), b'{"mode":"0600"}')
+    prefix = cached.key("in/")
+    with daemon(
+        cached.etcd, cache=True, program=_LOSE_EVENTS, audit_interval_s=0.3, prefix=prefix
+    ) as running:
+        lost, same = running.path / "lost", (running.path / "same").stat()
+        assert _mode(lost / "deleted") == 0o600
+        cached.client.put(side_key(cached.key("in/lost/changed")), b'{"mode":"0400"}')
+        cached.client.put(side_key(cached.key("in/lost/made")), b'{"mode":"0640"}')
+        cached.client.delete(side_key(cached.key("in/lost/deleted")))
+        modes = [("changed", 0o400), ("made", 0o640), ("deleted", 0o644)]
+        eventually(lambda: all(_mode(lost / name) == mode for name, mode in modes))
+        assert (running.path / "same").stat() == same
+        audit = json.loads(os.getxattr(running.path, "user.etcdfs.statistics"))["side_audit"]
+        assert audit["differences"] == 3
+        assert " difference(s) from etcd, the first at " in running.log_file.read_text()
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
 # --- linearizable ---------------------------------------------------------------------------
 
 
@@ -276,6 +305,24 @@ def test_b52_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
             assert os.listdir(mounted.path) == ["file"]
         cached.client.put(cached.key("outside"), b"")
         assert not (mounted.path / "missing").exists()
+
+
+def test_b52_attributes_that_another_client_set_are_seen(pool: Pool, cached: Lab) -> None:
+    """Where side keys come by the watch of the keys, and where they have one of their own."""
+    key = cached.key("in/file")
+    cached.client.put(key, b"")
+    linearizable = ("--cache", "--consistency", "linearizable")
+    with (
+        pool.private(cached.etcd, *linearizable) as whole,
+        pool.private(cached.etcd, *linearizable, "--prefix", os.fsdecode(key[:-4])) as part,
+    ):
+        paths = (whole.path / cached.path.name / "in" / "file", part.path / "file")
+        for n in range(_ROUNDS // 5):
+            mode = 0o600 + n % 64
+            cached.client.put(side_key(key), b'{"mode":"%04o"}' % mode)
+            if n % 2:
+                cached.client.put(cached.key("in/other"), b"")
+            assert [_mode(path) for path in paths] == [mode, mode]
 
 
 def test_b52_an_etcd_that_does_not_answer_is_an_error(pool: Pool, own_etcd: EtcdProcess) -> None:
