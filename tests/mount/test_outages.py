@@ -307,22 +307,33 @@ def test_b52_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
         assert not (mounted.path / "missing").exists()
 
 
-def test_b52_attributes_that_another_client_set_are_seen(pool: Pool, cached: Lab) -> None:
+_LATE_WATCHES = """
+import trio
+from etcdfs.mirror import Mirror
+from etcdfs.mount import main
+from etcdfs.sidemirror import SideMirror
+for owner, name in ((Mirror, "_take"), (SideMirror, "_apply")):
+    async def late(*arguments, on_time=getattr(owner, name), **named):
+        await trio.sleep(0.1)
+        await on_time(*arguments, **named)
+    setattr(owner, name, late)
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "in/"], ids=["one watch", "two watches"])
+def test_b52_attributes_that_another_client_set_are_seen(cached: Lab, prefix: str) -> None:
     """Where side keys come by the watch of the keys, and where they have one of their own."""
     key = cached.key("in/file")
     cached.client.put(key, b"")
-    linearizable = ("--cache", "--consistency", "linearizable")
-    with (
-        pool.private(cached.etcd, *linearizable) as whole,
-        pool.private(cached.etcd, *linearizable, "--prefix", os.fsdecode(key[:-4])) as part,
-    ):
-        paths = (whole.path / cached.path.name / "in" / "file", part.path / "file")
-        for n in range(_ROUNDS // 5):
-            mode = 0o600 + n % 64
+    shown = cached.key(prefix) if prefix else b"/"
+    with daemon(
+        cached.etcd, cache=True, program=_LATE_WATCHES, linearizable=True, prefix=shown
+    ) as running:
+        path = Path(os.fsdecode(os.fsencode(running.path) + b"/" + key.removeprefix(shown)))
+        for mode in range(0o600, 0o610):
             cached.client.put(side_key(key), b'{"mode":"%04o"}' % mode)
-            if n % 2:
-                cached.client.put(cached.key("in/other"), b"")
-            assert [_mode(path) for path in paths] == [mode, mode]
+            cached.client.put((cached.key("in/other"), b"elsewhere")[mode % 2], b"")
+            assert _mode(path) == mode
 
 
 def test_b52_an_etcd_that_does_not_answer_is_an_error(pool: Pool, own_etcd: EtcdProcess) -> None:
