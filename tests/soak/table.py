@@ -54,8 +54,6 @@ FAULTS: Final[list[Fault]] = []
 ELSEWHERE: Final = {
     "another address for a name": "tests/integration/test_failover.py"
     "::test_a_name_that_leads_elsewhere_is_followed",
-    "a learner among the endpoints": "tests/integration/test_failover.py"
-    "::test_a_learner_is_passed_over",
     "certificates that are replaced": "tests/integration/test_security.py"
     "::test_certificates_are_rotated_under_a_store",
     "a certificate that expires": "tests/integration/test_security.py::test_an_expired_certificate",
