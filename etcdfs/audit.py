@@ -1,7 +1,8 @@
 """Comparing the mirror with etcd, at one revision, while both go on.
 
 What this room knows: how to find out that the mirror is wrong when no message would tell. What it
-must not know: how the mirror is mended (the replica lists again), or shown.
+must not know: how the mirror is mended (the replica lists again), or shown; what it holds
+(`audited`).
 
 Some faults are silent: etcd 3.4 before 3.4.31 and 3.5 before 3.5.13 can lose watch events (etcd
 issue 17529), and a history that was restored from a snapshot and overtaken may look like the one
@@ -31,14 +32,23 @@ from typing import Final, Protocol, final
 
 import trio
 
+from etcdfs.audited import (
+    NOTHING,
+    SLICE,
+    Audited,
+    Expected,
+    agrees,
+    expected_of,
+    holder_of,
+    is_as,
+)
 from etcdfs.contents import Contents
 from etcdfs.errors import StoreError, StorePermissionError
 from etcdfs.link import Link
-from etcdfs.sidekeys import is_side_key
-from etcdfs.sides import find_facts, is_foreign, side_facts
+from etcdfs.sides import is_foreign, side_facts
 from etcdfs.store import Event, KeyValue, Revision, Store, Tombstone
 from etcdfs.sweeper import Sweeper
-from etcdfs.tree import Directory, Facts, Node, Tree, facts_of
+from etcdfs.tree import Facts, Tree
 
 log = logging.getLogger(__name__)
 
@@ -53,9 +63,6 @@ PAGE: Final = 100
 """Keys read at a time, as each page is decoded in one go; about a millisecond."""
 PAGE_BYTES: Final = 1 << 20
 
-SLICE: Final = 100
-"""Keys compared at a time; well below a millisecond."""
-
 MAX_CHANGED: Final = 200_000
 """Keys that may change during an audit, and suspects it may have, before it gives up."""
 
@@ -64,7 +71,7 @@ class AuditVoidError(Exception):
     """The audit can say nothing: the connection was lost, or too much changed meanwhile."""
 
 
-class Audited(Protocol):
+class Following(Protocol):
     """The mirror, as an audit needs it."""
 
     @property
@@ -104,17 +111,6 @@ class AuditStatistics:
     swept: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Expected:
-    """What etcd has under a key: None if nothing; `digest` is its value's."""
-
-    facts: Facts | None
-    digest: int = 0
-
-
-_NOTHING: Final = _Expected(None)
-
-
 @dataclass(slots=True)
 class _Audit:
     """One audit under way."""
@@ -123,7 +119,7 @@ class _Audit:
     keys: int = 0
     seen: set[object] = field(default_factory=set)
     changed: set[bytes] = field(default_factory=set)
-    suspects: dict[bytes, _Expected] = field(default_factory=dict)
+    suspects: dict[bytes, Expected] = field(default_factory=dict)
     is_waiting: bool = False
     is_void: bool = False
 
@@ -151,7 +147,8 @@ class Auditor:
         contents: Contents,
         tree: Tree,
         link: Link,
-        mirror: Audited,
+        mirror: Following,
+        held: Audited,
         *,
         interval_s: float,
         patience_s: float,
@@ -165,6 +162,7 @@ class Auditor:
         self._link = link
         self._mirror = mirror
         self._sweeper = sweeper
+        self._held = held
         # --- constants
         self._interval_s = interval_s
         self._patience_s = patience_s
@@ -202,11 +200,16 @@ class Auditor:
 
     # --- auditing ---------------------------------------------------------------------------
 
-    async def run(self, doubt: Callable[[str], None]) -> None:
-        """Audit again and again, for ever; tell `doubt` of each difference."""
-        if not self._interval_s:
-            return
-        while True:
+    async def run(
+        self, doubt: Callable[[str], None], deny: Callable[[StorePermissionError], None]
+    ) -> None:
+        """Audit again and again, for ever.
+
+        Args:
+            doubt: Told of each difference.
+            deny: Told when etcd does not let us read.
+        """
+        while self._interval_s and self._held.is_kept:
             await self._pause()
             try:
                 verdict = await self.audit()
@@ -215,7 +218,7 @@ class Auditor:
                 log.info("an audit was given up: %s", exc)
             except StorePermissionError as exc:
                 self._failed += 1
-                self._link.deny(exc)
+                deny(exc)
             except StoreError as exc:
                 self._failed += 1
                 log.info("etcd could not be audited against: %s", exc)
@@ -278,7 +281,7 @@ class Auditor:
         )
 
     async def _read_all(self, audit: _Audit) -> None:
-        keyspace = self._tree.keyspace
+        keyspace = self._held.keyspace
         # etcd walks its index of all that is asked for, page or not, to count it: asking for the
         # rest of everything with each page would take it quadratic time.
         starts = [keyspace.start, *await self._milestones(audit)]
@@ -289,19 +292,15 @@ class Auditor:
         """Return keys that are about a page apart, in order."""
         found: set[bytes] = set()
         keys = size = 0
-        for directory in self._tree.directories():
-            children = list(directory.children.values())  # it may change between two slices
-            for first in range(0, len(children), SLICE):
-                for child in children[first : first + SLICE]:
-                    if isinstance(child, Directory) or child.facts is None:
-                        continue
-                    keys += 1
-                    size += child.facts.size
-                    if keys >= PAGE or size >= PAGE_BYTES:
-                        keys = size = 0
-                        found.add(self._tree.key_of(child) or b"")
-                await _let_others(audit)
-        return sorted(key for key in found if key > self._tree.keyspace.start)
+        for held in self._held.slices():
+            for holder, facts in held:
+                keys += 1
+                size += facts.size
+                if keys >= PAGE or size >= PAGE_BYTES:
+                    keys = size = 0
+                    found.add(self._held.key_of(holder) or b"")
+            await _let_others(audit)
+        return sorted(key for key in found if key > self._held.keyspace.start)
 
     async def _read_range(self, audit: _Audit, start: bytes, end: bytes) -> None:
         limit, more = PAGE, True
@@ -323,48 +322,28 @@ class Auditor:
         audit.keys += 1
         if is_foreign(self._tree, entry.key):
             return
-        found = find_facts(self._tree, entry.key)
-        if found is not None:
-            audit.seen.add(entry.key if is_side_key(entry.key) else found[0])
-        if entry.key in audit.changed:
-            return
-        expected = _Expected(facts_of(entry))
-        if found is not None and found[1] == expected.facts:
-            held = self._contents.peek(entry.key, entry.mod_revision)
-            if held is None or held == entry.value:
-                return
-        self._suspect(audit, entry.key, _Expected(expected.facts, hash(entry.value)))
+        holder = holder_of(self._tree, entry.key)
+        if holder is not None:
+            audit.seen.add(holder)
+        if entry.key not in audit.changed and not is_as(self._tree, self._contents, entry):
+            self._suspect(audit, entry.key, expected_of(entry))
 
     async def _find_ghosts(self, audit: _Audit) -> None:
         """Suspect what the mirror has and etcd had not."""
-        for directory in self._tree.directories():
-            if not self._tree.is_attached(directory):
-                continue
-            if directory.marker is not None and directory not in audit.seen:
-                self._suspect_ghost(audit, self._tree.prefix_of(directory), directory.marker)
-            # A list, as the directory may change between two slices.
-            children = list(directory.children.values())
-            for first in range(0, len(children) or 1, SLICE):
-                for child in children[first : first + SLICE]:
-                    self._check_ghost(audit, child)
-                await _let_others(audit)
-
-        for key, facts in list(side_facts(self._tree)):
-            if key not in audit.seen:
-                self._suspect_ghost(audit, key, facts)
-
-    def _check_ghost(self, audit: _Audit, child: Node) -> None:
-        if isinstance(child, Directory) or child.facts is None or child in audit.seen:
-            return
-        key = self._tree.key_of(child) if self._tree.is_attached(child) else None
-        if key is not None and not key.endswith(b"/"):  # a marker's value: its directory counts
-            self._suspect_ghost(audit, key, child.facts)
+        for held in self._held.slices():
+            for holder, facts in held:
+                if holder in audit.seen:
+                    continue
+                key = self._held.key_of(holder)
+                if key is not None:
+                    self._suspect_ghost(audit, key, facts)
+            await _let_others(audit)
 
     def _suspect_ghost(self, audit: _Audit, key: bytes, facts: Facts) -> None:
         if facts.mod_revision <= audit.revision and key not in audit.changed:
-            self._suspect(audit, key, _NOTHING)
+            self._suspect(audit, key, NOTHING)
 
-    def _suspect(self, audit: _Audit, key: bytes, expected: _Expected) -> None:
+    def _suspect(self, audit: _Audit, key: bytes, expected: Expected) -> None:
         audit.suspects.setdefault(key, expected)
         if len(audit.suspects) > MAX_CHANGED:
             audit.is_void = True
@@ -394,17 +373,10 @@ class Auditor:
         suspects = list(audit.suspects.items())
         for first in range(0, len(suspects) or 1, SLICE):
             for key, expected in suspects[first : first + SLICE]:
-                if key in audit.suspects and not self._agrees(key, expected):
+                if key in audit.suspects and not agrees(self._tree, self._contents, key, expected):
                     convicted.append(key)
             await _let_others(audit)
         return [key for key in convicted if key in audit.suspects]
-
-    def _agrees(self, key: bytes, expected: _Expected) -> bool:
-        found = find_facts(self._tree, key)
-        if found is None or expected.facts is None:
-            return found is None and expected.facts is None
-        held = self._contents.peek(key, expected.facts.mod_revision)
-        return found[1] == expected.facts and (held is None or hash(held) == expected.digest)
 
 
 def difference(
@@ -413,14 +385,11 @@ def difference(
     """Return the events that make a tree what was listed at a revision."""
     listed = {key: entry for key, entry in listed.items() if not is_foreign(tree, key)}
     events: list[Event] = []
-    for key, facts in chain(tree.facts(), side_facts(tree)):
+    for key, _ in chain(tree.facts(), side_facts(tree)):
         entry = listed.pop(key, None)
         if entry is None:
             events.append(Tombstone(key, revision))
-        elif facts != facts_of(entry) or contents.peek(key, entry.mod_revision) not in (
-            None,
-            entry.value,
-        ):
+        elif not is_as(tree, contents, entry):
             events.append(entry)
     events.extend(listed.values())
     return events

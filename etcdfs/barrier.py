@@ -6,7 +6,9 @@ the mirror is no older. What it must not know: who asks, the kernel.
 etcd counts one revision for all its keys, and the watch brings those of one prefix: the mirror
 may have all there is and never reach the revision etcd names. A progress notice cannot decide it
 (see `etcdfs.watching`). So when the mirror is behind, what was asked for is looked at in etcd as
-well, keys only; the mirror is new enough when it shows the same, or something newer.
+well, keys only; the mirror is new enough when it shows the same, or something newer. The same goes
+for the attributes: where side keys come by a watch of their own, the revision of the mirror says
+nothing of them, and they are looked at each time.
 
 Concurrency: trio thread; any number of callers. Callers that come while one asks share the next
 answer: it was asked for after all of them came.
@@ -18,9 +20,11 @@ from typing import Final, Protocol, final
 import trio
 
 from etcdfs.answers import page_of
-from etcdfs.audit import Audited
-from etcdfs.errors import CallerError, StoreTimeoutError
+from etcdfs.audit import Following
+from etcdfs.errors import CallerError, StorePermissionError, StoreTimeoutError
 from etcdfs.keys import VALUE_NAME
+from etcdfs.sidekeys import is_side_key, side_key, side_range
+from etcdfs.sides import find_facts, is_foreign, renounce
 from etcdfs.store import Get, Store, Transaction, range_end
 from etcdfs.tree import Directory, File, Node, Tree
 
@@ -29,7 +33,7 @@ SLICE: Final = 200
 """Keys looked up at a time; below a millisecond."""
 
 
-class Following(Audited, Protocol):
+class Advancing(Following, Protocol):
     """The mirror, as the barrier needs it."""
 
     async def advanced(self) -> None:
@@ -41,7 +45,7 @@ class Following(Audited, Protocol):
 class Barrier:
     """Holds readers back until the mirror is no older than etcd was when they came."""
 
-    def __init__(self, store: Store, tree: Tree, mirror: Following, *, timeout_s: float) -> None:
+    def __init__(self, store: Store, tree: Tree, mirror: Advancing, *, timeout_s: float) -> None:
         # --- dependencies
         self._store = store
         self._tree = tree
@@ -86,15 +90,8 @@ class Barrier:
     async def _pass(self, directory: Directory, name: bytes | None) -> None:
         with trio.move_on_after(self._timeout_s):
             revision = await self._current_revision()
-            if self._mirror.revision >= revision:
-                return
-            self.waits += 1
-            # checkpoint: the watch may have brought it; what etcd says now is newer still
-            wanted = await self._ask(directory, name)
-            while self._mirror.revision < revision:
-                wanted = await self._unseen(wanted)
-                if not wanted:
-                    return
+            wanted = await self._wanted(directory, name, revision)
+            while wanted := await self._unseen(wanted, revision):
                 await self._mirror.advanced()
             return
         raise StoreTimeoutError(f"etcd's revision was not reached within {self._timeout_s:g} s")
@@ -113,6 +110,21 @@ class Barrier:
 
     # --- what was asked for -----------------------------------------------------------------
 
+    async def _wanted(
+        self, directory: Directory, name: bytes | None, revision: int
+    ) -> dict[bytes, int]:
+        """Return what the mirror has to show before the caller may look."""
+        is_behind = self._mirror.revision < revision
+        self.waits += is_behind
+        # checkpoint: the watch may have brought it; what etcd says now is newer still
+        wanted = await self._ask(directory, name) if is_behind else {}
+        if self._tree.attributes and (is_behind or not self._tree.keyspace.holds_sides):
+            try:
+                wanted |= await self._ask_sides(directory, name)
+            except StorePermissionError as exc:
+                renounce(self._tree, exc)
+        return wanted
+
     async def _ask(self, directory: Directory, name: bytes | None) -> dict[bytes, int]:
         """Return the keys that decide what was asked, and their newest mod_revision; 0: absent."""
         tree = self._tree
@@ -123,7 +135,11 @@ class Barrier:
         names = tree.names(directory)
         prefix = tree.keyspace.scan_prefix(names)
         found = await self._ask_name((*names, VALUE_NAME), None) if names else {}
-        start, end = prefix or tree.keyspace.start, range_end(prefix)
+        found |= await self._ask_range(prefix or tree.keyspace.start, range_end(prefix))
+        return dict.fromkeys(self._known_below(directory, prefix), 0) | found
+
+    async def _ask_range(self, start: bytes, end: bytes) -> dict[bytes, int]:
+        found: dict[bytes, int] = {}
         revision, more = 0, True
         while more:
             page = await self._store.range(
@@ -133,7 +149,47 @@ class Barrier:
             revision = page.revision
             more = page.more
             start = page.entries[-1].key + b"\0" if page.entries else start
-        return dict.fromkeys(self._known_below(directory, prefix), 0) | found
+        return found
+
+    async def _ask_sides(self, directory: Directory, name: bytes | None) -> dict[bytes, int]:
+        """Return the side keys of what was asked for, likewise.
+
+        Raises:
+            StorePermissionError: etcd's roles do not let us have them.
+        """
+        tree = self._tree
+        if not tree.is_attached(directory):
+            return {}
+        if name is None:
+            return await self._ask_sides_below(directory)
+        names = tree.names(directory, name)
+        keys: list[bytes] = []
+        for key_of in (tree.keyspace.file_key, tree.keyspace.directory_prefix):
+            with suppress(CallerError):
+                keys.append(side_key(key_of(names)))
+        if not keys:
+            return {}
+        gets = tuple(Get(key, keys_only=True) for key in keys)
+        committed = await self._store.commit(Transaction((), gets))
+        found = [entry for result in committed.results for entry in page_of(result).entries]
+        return dict.fromkeys(keys, 0) | {entry.key: entry.mod_revision for entry in found}
+
+    async def _ask_sides_below(self, directory: Directory) -> dict[bytes, int]:
+        tree = self._tree
+        names = tree.names(directory)
+        wanted = await self._ask_sides(directory, VALUE_NAME) if names else {}
+        wanted |= dict.fromkeys(map(side_key, await self._sides_below(names)), 0)
+        return wanted | await self._ask_range(*side_range(tree.keyspace.scan_prefix(names)))
+
+    async def _sides_below(self, names: tuple[bytes, ...]) -> list[bytes]:
+        """Return the keys below a directory of which the mirror has side keys."""
+        prefix = self._tree.keyspace.scan_prefix(names)
+        found: list[bytes] = []
+        keys = list(self._tree.sides)
+        for first in range(0, len(keys), PAGE):
+            found += [key for key in keys[first : first + PAGE] if key.startswith(prefix)]
+            await trio.lowlevel.checkpoint()
+        return found
 
     async def _ask_name(self, names: tuple[bytes, ...], child: Node | None) -> dict[bytes, int]:
         keyspace = self._tree.keyspace
@@ -160,14 +216,24 @@ class Barrier:
         # A directory's `%value` has a key that is not below it.
         return [key for key, _ in self._tree.facts(directory) if key.startswith(prefix)]
 
-    async def _unseen(self, wanted: dict[bytes, int]) -> dict[bytes, int]:
+    async def _unseen(self, wanted: dict[bytes, int], reached: int) -> dict[bytes, int]:
         """Return those keys of which the mirror still shows an older state."""
         unseen: dict[bytes, int] = {}
         for index, (key, revision) in enumerate(wanted.items(), 1):
-            found = self._tree.find(key)
+            if self._is_there(key, reached):
+                continue
+            found = find_facts(self._tree, key)
             shown = 0 if found is None else found[1].mod_revision
             if shown < revision or (shown and not revision):
                 unseen[key] = revision
             if index % SLICE == 0:
                 await trio.lowlevel.checkpoint()
         return unseen
+
+    def _is_there(self, key: bytes, revision: int) -> bool:
+        """Say whether the mirror has all there was of a key at a revision, by its own revision."""
+        if not is_side_key(key):
+            return self._mirror.revision >= revision
+        if is_foreign(self._tree, key):
+            return True
+        return self._tree.keyspace.holds_sides and self._mirror.revision >= revision

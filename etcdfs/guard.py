@@ -26,7 +26,9 @@ FORGET_SIZE: Final = 1000
 async def watch_over(mirror: Mirror) -> None:
     """Audit a mirror, and keep the kernel from showing what may not be shown; for ever."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(mirror.auditor.run, mirror.doubt)
+        nursery.start_soon(mirror.auditor.run, mirror.doubt, mirror.link.deny)
+        if mirror.sides is not None:
+            nursery.start_soon(mirror.sides.audit)
         while True:
             await mirror.link.until_refused()
             log.warning("nothing is shown any more: %s", mirror.link.statistics().refused)

@@ -4,7 +4,8 @@ What this room knows: the three places a log can go to. What it must not know: w
 
 * `--log-file FILE`: appended to; reopened when logrotate moves it away. What cannot be written
   is lost.
-* in the foreground: stderr, where systemd and container engines expect it.
+* in the foreground: stderr, where systemd and container engines expect it. What whoever reads it
+  leaves unread is lost, and counted.
 * in the background: syslog (the journal under systemd), if there is one; else nowhere.
 
 Concurrency: handlers are called on any thread, under their own locks. None of them waits for
@@ -15,8 +16,11 @@ import contextlib
 import logging
 import logging.handlers
 import os
+import queue
 import socket
 import sys
+import threading
+import traceback
 from typing import Final, final
 
 from etcdfs.handshake import LogSettings
@@ -26,6 +30,13 @@ LEVELS: Final = ("debug", "info", "warning", "error")
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SYSLOG_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"  # syslog adds the time
 _SYSLOG_SOCKET: Final = "/dev/log"
+_STDERR: Final = 2
+
+LINES_MAX: Final = 1000
+"""Records that wait for whoever reads stderr; more are lost."""
+PARTING_S: Final = 1.0
+"""How long the end of the daemon waits for the last of them to be read."""
+
 _FACILITY_DAEMON: Final = 3 << 3  # syslog(3)
 
 
@@ -55,7 +66,7 @@ def _handler(settings: LogSettings, *, foreground: bool) -> logging.Handler:
     if settings.file is not None:
         handler = LogFileHandler(settings.file, errors="backslashreplace")
     elif foreground:
-        handler = logging.StreamHandler()
+        handler = StderrHandler()
     else:
         handler = SyslogHandler(_SYSLOG_SOCKET)
         handler.setFormatter(logging.Formatter(_SYSLOG_FORMAT))
@@ -85,6 +96,68 @@ class LogFileHandler(logging.handlers.WatchedFileHandler):
         error = sys.exception()
         if not isinstance(error, OSError):
             super().handleError(record)
+
+
+@final
+class StderrHandler(logging.Handler):
+    """Writes each record to stderr, from a thread of its own: only that waits for the reader.
+
+    A pipe that nobody reads is full after 64 KiB, and who writes into it then stops. It cannot be
+    made not to block: whoever else has it open would be surprised. Python's own `sys.stderr` is
+    passed by, as its lock would be held for as long as that takes, and the interpreter wants it
+    when it ends.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lines: queue.Queue[str] = queue.Queue(LINES_MAX)
+        self._lost = 0
+        threading.Thread(target=self._write_all, name="stderr", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand one record over, or lose it."""
+        try:
+            self._offer(self.format(record))
+        except Exception:  # noqa: BLE001 - logging's own rule: a wrong call must not end anything
+            self._offer(traceback.format_exc())
+
+    def flush(self) -> None:
+        """Wait until all is written, but not for long."""
+        if self._is_written() and self._lost:
+            self._confess()
+            self._is_written()
+
+    def _is_written(self) -> bool:
+        with self._lines.all_tasks_done:
+            return self._lines.all_tasks_done.wait_for(
+                lambda: not self._lines.unfinished_tasks, PARTING_S
+            )
+
+    def _offer(self, text: str) -> None:
+        self._confess()
+        try:
+            self._lines.put_nowait(text)
+        except queue.Full:
+            self._lost += 1
+
+    def _confess(self) -> None:
+        """Say how many records were lost, as soon as there is room for that."""
+        if not self._lost or self._lines.full():
+            return
+        note = "%d line(s) of the log were lost: nobody read them"
+        level, count = logging.WARNING, self._lost
+        self._lines.put_nowait(
+            self.format(logging.LogRecord(__name__, level, "", 0, note, (count,), None))
+        )
+        self._lost = 0
+
+    def _write_all(self) -> None:
+        while True:
+            rest = f"{self._lines.get()}\n".encode(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # whoever read it is gone
+                while rest:
+                    rest = rest[os.write(_STDERR, rest) :]
+            self._lines.task_done()
 
 
 @final

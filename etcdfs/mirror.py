@@ -18,6 +18,7 @@ import trio
 
 from etcdfs.applier import Applier
 from etcdfs.audit import Auditor, difference
+from etcdfs.audited import HeldKeys
 from etcdfs.barrier import Barrier
 from etcdfs.contents import Contents
 from etcdfs.errors import (
@@ -125,6 +126,7 @@ class Mirror:
             tree,
             self.link,
             self,
+            HeldKeys(tree),
             interval_s=audit_interval_s,
             patience_s=timeout_s,
             sweeper=Sweeper(store, tree) if tidies else None,
@@ -143,10 +145,12 @@ class Mirror:
             if tree.keyspace.holds_sides or not tree.attributes
             else SideMirror(
                 store,
+                contents,
                 tree,
                 self._show,
                 watch_timeout_s=watch_timeout_s,
                 answer_timeout_s=timeout_s,
+                audit_interval_s=audit_interval_s,
             )
         )
         # --- constants
@@ -207,6 +211,8 @@ class Mirror:
             return
         self._ahead += 1
         self.auditor.saw(events)
+        if self.sides is not None:
+            self.sides.auditor.saw(events)
         log.info(
             "the watch is over %.1f s late: revision %d is shown before it brings it",
             self._settle_timeout_s,

@@ -78,6 +78,9 @@ T = TypeVar("T")
 RETRY_S: Final = 1.0
 """Pause between two attempts to reach an etcd that is waited for."""
 
+SOURCE_MAX: Final = 1000
+"""Characters of what mount(8) shows as the source; Linux takes a page at most."""
+
 FLUSH_TIMEOUTS: Final = 2
 """Times `--timeout` that drafts may take to be published when the mount is taken down."""
 
@@ -160,6 +163,8 @@ class Rooms:
             counters["mirror"] = asdict(self.mirror.statistics())
             counters["link"] = asdict(self.mirror.link.statistics())
             counters["audit"] = asdict(self.mirror.auditor.statistics())
+            if self.mirror.sides is not None:
+                counters["side_audit"] = asdict(self.mirror.sides.auditor.statistics())
             if self.mirror.replica is not None:
                 counters["replica"] = asdict(self.mirror.replica.statistics())
         return counters
@@ -345,11 +350,17 @@ def _kernel_options(options: MountOptions) -> set[str]:
 
 
 def _source(options: MountOptions) -> str:
-    """Return what mount(8) shows as the source: the first member and the prefix."""
-    member = str(options.endpoints[0]) if options.endpoints else "embedded"
-    source = f"{member}{options.prefix.decode('ascii', 'replace')}"
-    plain = source.isascii() and source.isprintable() and not set(source) & set(", \\")
-    return source if plain else member
+    """Return what mount(8) shows as the source: all members and the prefix, as fstab has them.
+
+    `mount -a` looks for it there, so that it does not mount twice. What does not fit is left out.
+    """
+    members = ",".join(map(str, options.endpoints)) or "embedded"
+    prefix = options.prefix.decode("ascii", "replace")
+    source = f"{members}{prefix.removesuffix('/') or prefix}"
+    plain = source.isascii() and source.isprintable() and not set(source) & set(" \\")
+    fitting = [text for text in (source if plain else members, members) if len(text) < SOURCE_MAX]
+    shown = fitting[0] if fitting else str(options.endpoints[0])
+    return shown.replace(",", r"\,")  # libfuse's own way to tell it from the next option
 
 
 @contextmanager

@@ -8,6 +8,8 @@ Two watches are not in step. So before a batch with new keys is published, the s
 are read (`sides_of`): what was made with mode 0600 is never seen with the default mode. Later
 changes of attributes come by the watch of the side keys alone.
 
+Audits compare the side keys as they do the keys; what differs is listed again.
+
 If etcd's roles do not allow it, the mount goes on without attributes.
 
 Concurrency: trio thread; one task follows.
@@ -23,21 +25,24 @@ from typing import Final, assert_never, final
 import trio
 
 from etcdfs.answers import page_of
+from etcdfs.audit import Auditor
+from etcdfs.audited import HeldSides
+from etcdfs.contents import Contents
 from etcdfs.errors import (
     CompactedError,
     FutureRevisionError,
     StoreError,
     StorePermissionError,
 )
-from etcdfs.keys import Keyspace
 from etcdfs.link import UNLIMITED, Link
-from etcdfs.replica import Replica
+from etcdfs.replica import Replica, State
 from etcdfs.sidekeys import side_key
-from etcdfs.sides import renounce
+from etcdfs.sides import renounce, side_of
 from etcdfs.steps import (
     Apply,
     BackOff,
     CloseWatch,
+    Doubted,
     Message,
     OpenWatch,
     PageArrived,
@@ -50,7 +55,7 @@ from etcdfs.steps import (
     Step,
 )
 from etcdfs.store import Event, Get, KeyValue, Store, Tombstone, Transaction
-from etcdfs.tree import Tree, facts_of
+from etcdfs.tree import Tree
 from etcdfs.watching import Watching
 
 log = logging.getLogger(__name__)
@@ -73,17 +78,20 @@ class SideMirror:
     def __init__(
         self,
         store: Store,
+        contents: Contents,
         tree: Tree,
         publish: Publish,
         *,
         watch_timeout_s: float,
         answer_timeout_s: float,
+        audit_interval_s: float,
     ) -> None:
         # --- dependencies
         self._store = store
         self._tree = tree
         self._publish = publish
-        self._keyspace = Keyspace(side_key(tree.keyspace.prefix))
+        held = HeldSides(tree)
+        self._keyspace = held.keyspace
         self._link = Link(max_stale_s=UNLIMITED)
         self._watching = Watching(
             store,
@@ -92,8 +100,20 @@ class SideMirror:
             watch_timeout_s=watch_timeout_s,
             answer_timeout_s=answer_timeout_s,
         )
+        self.auditor = Auditor(
+            store,
+            contents,
+            tree,
+            self._link,
+            self,
+            held,
+            interval_s=audit_interval_s,
+            patience_s=answer_timeout_s,
+        )
         # --- mutable state
         self.revision = 0
+        self._replica = Replica(self._keyspace.start, self._keyspace.end)
+        self._histories = 0  # how often another one was found
         self._staged: dict[bytes, KeyValue] = {}
         self._is_restored = False
         self._advanced = trio.Event()
@@ -104,8 +124,9 @@ class SideMirror:
         Raises:
             StoreError: The first listing failed. Later failures are retried for ever.
         """
-        replica = Replica(self._keyspace.start, self._keyspace.end)
+        replica = self._replica = Replica(self._keyspace.start, self._keyspace.end)
         self._is_restored = False
+        self._histories = 0
         async with aclosing(self._watching):
             steps = replica.start()
             while self._tree.attributes:
@@ -117,12 +138,27 @@ class SideMirror:
                     task_status = trio.TASK_STATUS_IGNORED
                 if self._tree.attributes:
                     steps = replica.receive(message or await self._watching.receive())
+                    connected = replica.state is State.WATCHING
+                    self._link.turn(connected=connected)
+                    self.auditor.note(connected=connected, dropped=replica.dropped)
         task_status.started()
 
     async def reached(self, revision: int) -> None:
         """Return once readers see what side keys were at a revision; the caller bounds it."""
         while self.revision < revision and self._tree.attributes:
             await self._advanced.wait()
+
+    async def audit(self) -> None:
+        """Compare the side keys with etcd now and then, until there are no attributes."""
+        await self.auditor.run(self._doubt, self._deny)
+
+    def _doubt(self, reason: str) -> None:
+        log.warning("side keys: %s; listing them again", reason)
+        self._watching.tell(Doubted(reason))
+
+    def _deny(self, error: StorePermissionError) -> None:
+        renounce(self._tree, error)
+        self._wake()
 
     async def sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
         """Return the attributes of what is made in a batch.
@@ -143,10 +179,12 @@ class SideMirror:
             and (event.create_revision == event.mod_revision or sizes[event.mod_revision] > 1)
         }
         try:
-            return await self._read_sides(sorted(made))
+            sides = await self._read_sides(sorted(made))
         except StorePermissionError as exc:
             renounce(self._tree, exc)
             return ()
+        self.auditor.saw(sides)  # perhaps before the watch brings them
+        return sides
 
     async def _read_sides(self, keys: list[bytes]) -> list[KeyValue]:
         found: list[KeyValue] = []
@@ -170,6 +208,7 @@ class SideMirror:
                 await self._apply(self._difference(revision), revision, force=True)
                 self._is_restored = True
             case Apply(events, revision):
+                self.auditor.saw(events)
                 await self._apply(events, revision, force=False)
             case OpenWatch(from_revision):
                 start, end = self._keyspace.start, self._keyspace.end
@@ -195,8 +234,7 @@ class SideMirror:
         except FutureRevisionError:
             return RevisionAhead()
         except StorePermissionError as exc:
-            renounce(self._tree, exc)
-            self._wake()
+            self._deny(exc)
             return ReadFailed(str(exc))
         except StoreError as exc:
             if not self._is_restored:
@@ -205,14 +243,22 @@ class SideMirror:
         return PageArrived(page)
 
     def _difference(self, revision: int) -> list[Event]:
-        """Return the events that make what the tree has of side keys what was listed."""
+        """Return the events that make what the tree has of side keys what was listed.
+
+        What is newer than the listing came with its key (`sides_of`), and the watch will bring
+        it; in another history it means nothing.
+        """
+        found = self._replica.statistics()
+        histories, self._histories = self._histories, found.refuted + found.regressions
         staged, self._staged = self._staged, {}
         events: list[Event] = []
         for key, side in self._tree.sides.items():
             entry = staged.pop(side_key(key), None)
-            if entry is not None and facts_of(entry) != side.facts:
+            if entry is not None and side_of(entry) != side:
                 events.append(entry)
-            elif entry is None and side.facts.mod_revision <= revision:
+            elif entry is None and (
+                side.facts.mod_revision <= revision or self._histories > histories
+            ):
                 events.append(Tombstone(side_key(key), side.facts.mod_revision))
         return [*events, *staged.values()]
 

@@ -75,7 +75,7 @@ def is_news(side: Side | None, node: Node, facts: Facts | None) -> bool:
     """Tell whether `put_on` would change anything once the node has these facts."""
     if side is None or node.side is None:
         return side is not node.side
-    if side.facts != node.side.facts:
+    if side != node.side:
         return True
     # The same record can come before the version of the key that its time was set for.
     return isinstance(node, File) and facts is not None and _sets_time(side, node, facts)

@@ -1,13 +1,18 @@
 """What becomes of reads, writes and watches when the member in use fails (FAULTS.md 2 to 6)."""
 
+import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 
+from etcdfs import etcd_connection
 from etcdfs.errors import (
     OutcomeUnknownError,
     StoreError,
@@ -19,7 +24,7 @@ from etcdfs.etcd import EtcdStore, open_store
 from etcdfs.options import Endpoint
 from etcdfs.store import END_OF_KEYS, Put, Transaction, WatchEvents, WatchOpened, unchanged
 from tests.support.cluster import Cluster
-from tests.support.etcd_process import EtcdProcess, find_etcds
+from tests.support.etcd_process import EtcdProcess, EtcdProcessError, find_etcds
 from tests.support.proxy import Proxy
 
 pytestmark = pytest.mark.etcd
@@ -71,6 +76,10 @@ def member_at(cluster: Cluster, endpoint: Endpoint) -> EtcdProcess:
 @pytest.mark.parametrize("how", ["kill", "pause"])
 async def test_the_member_in_use_fails(cluster: Cluster, how: str, leader_first: bool) -> None:
     """Reads and writes go on elsewhere, the watch ends at once, and goes on elsewhere, too."""
+    await go_on_elsewhere(cluster, how, leader_first=leader_first)
+
+
+async def go_on_elsewhere(cluster: Cluster, how: str, *, leader_first: bool) -> None:
     endpoints = ordered(cluster, leader_first=leader_first)
     async with opened(*endpoints) as store:
         revision = (await store.commit(PUT)).revision
@@ -103,6 +112,20 @@ async def test_a_write_after_a_while_is_not_entrusted_to_a_frozen_member(
 
 async def test_a_majority_is_lost_and_found(cluster: Cluster) -> None:
     """Nobody pretends: reads and writes fail in time, and the watch is told."""
+    await lose_and_find_a_majority(cluster)
+
+
+async def test_the_same_on_the_oldest_release() -> None:
+    oldest, *newer = find_etcds().values()
+    if not newer:
+        pytest.skip("there is only one release here, which the other tests are about")
+    with Cluster(oldest) as cluster:
+        await go_on_elsewhere(cluster, "kill", leader_first=True)
+        cluster.heal()
+        await lose_and_find_a_majority(cluster)
+
+
+async def lose_and_find_a_majority(cluster: Cluster) -> None:
     async with opened(*cluster.endpoints, timeout_s=2.0) as store:
         revision = (await store.commit(PUT)).revision
         in_use = member_at(cluster, store.endpoint)
@@ -120,6 +143,55 @@ async def test_a_majority_is_lost_and_found(cluster: Cluster) -> None:
                 await watch.receive()
         await trio.to_thread.run_sync(cluster.heal)
         assert (await store.range(b"a")).revision >= revision
+
+
+@pytest.fixture(scope="module")
+def wired() -> Iterator[Cluster]:
+    binary, *_ = find_etcds().values()
+    with Cluster(binary, wired=True, election_ms=500) as cluster:
+        yield cluster
+
+
+def put_with_whoever_leads(member: EtcdProcess) -> int:
+    """Put a key by a member, again while the leader changes; return its last revision."""
+    for _ in range(10):
+        with suppress(EtcdProcessError):
+            answer = json.loads(member.etcdctl("put", "a", "others", "--write-out=json"))
+            return int(answer["header"]["revision"])
+    pytest.fail("nobody leads")
+
+
+@pytest.mark.parametrize(
+    ("leader_first", "deaf_only"),
+    [(False, True), (True, False)],
+    ids=["deaf follower", "leader cut off"],
+)
+async def test_the_member_in_use_is_cut_off_from_the_others_not_from_us(
+    wired: Cluster, leader_first: bool, deaf_only: bool
+) -> None:
+    """It answers, but not from the past: others are asked, and the watch goes to them."""
+    wired.heal()
+    endpoints = ordered(wired, leader_first=leader_first)
+    other = member_at(wired, endpoints[1])
+    async with opened(*endpoints) as store:
+        revision = (await store.commit(PUT)).revision
+        async with store.watch(b"", END_OF_KEYS, revision + 1) as watch:
+            await watch.receive()
+            assert store.endpoint == endpoints[0]
+            wired.cut_off(member_at(wired, endpoints[0]), deaf_only=deaf_only)
+            newer = await trio.to_thread.run_sync(put_with_whoever_leads, other)
+            # From now on nobody may say anything older.
+            (found,) = (await store.range(b"a")).entries
+            assert (found.value, found.mod_revision) == (b"others", newer)
+            assert store.endpoint != endpoints[0]
+            with pytest.raises(WatchLostError):
+                await watch.receive()
+        done = await store.commit(PUT)
+        assert done.revision == newer + 1
+        async with store.watch(b"", END_OF_KEYS, revision + 1) as watch:
+            assert isinstance(await watch.receive(), WatchOpened)
+            assert isinstance(await watch.receive(), WatchEvents)
+    wired.heal()
 
 
 async def test_a_learner_is_passed_over(etcd_binary: Path) -> None:
@@ -203,3 +275,82 @@ async def test_a_connection_that_swallows_everything(plain_etcd: EtcdProcess) ->
             await store.commit(PUT)
             (found,) = (await store.range(b"a")).entries
             assert found.version == 2
+
+
+async def test_a_watch_with_nothing_else_notices_a_frozen_member(
+    plain_etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By gRPC's pings, here each second: there is no call that could run into its deadline."""
+    quick = dict(etcd_connection._CHANNEL_OPTIONS)
+    for option in ("keepalive_time_ms", "keepalive_timeout_ms", "http2.ping_timeout_ms"):
+        assert quick[f"grpc.{option}"]
+        quick[f"grpc.{option}"] = 1000
+    monkeypatch.setattr(etcd_connection, "_CHANNEL_OPTIONS", tuple(quick.items()))
+    async with opened(plain_etcd.endpoint) as store, store.watch(b"", END_OF_KEYS, 0) as watch:
+        await watch.receive()
+        plain_etcd.pause()
+        with pytest.raises(WatchLostError):
+            await watch.receive()
+        plain_etcd.resume()
+
+
+# --- names ----------------------------------------------------------------------------------
+
+_MOVE_WITH_THE_NAME = """
+import sys
+from pathlib import Path
+import trio
+from etcdfs.etcd import open_store
+from etcdfs.options import Endpoint
+from etcdfs.store import END_OF_KEYS, Put, Transaction
+
+async def main(hosts, port):
+    put = Transaction(then=(Put(b"a", b"1"),))
+    async with open_store([Endpoint("etcd.example", int(port))], timeout_s=10.0) as store:
+        revision = (await store.commit(put)).revision
+        async with store.watch(b"", END_OF_KEYS, 0) as watch:
+            await watch.receive()
+            print(revision, flush=True)
+            Path(hosts).write_text("127.0.0.2 etcd.example\\n")
+            await trio.to_thread.run_sync(sys.stdin.readline)
+            page = await store.range(b"a")
+        async with store.watch(b"", END_OF_KEYS, 0) as watch:
+            await watch.receive()
+            await store.commit(put)
+            await watch.receive()
+    print(page.entries[0].value.decode(), flush=True)
+
+trio.run(main, *sys.argv[1:])
+"""
+
+
+def test_a_name_that_leads_elsewhere_is_followed(plain_etcd: EtcdProcess, tmp_path: Path) -> None:
+    """In a mount namespace of its own, with another /etc/hosts; a new connection looks it up."""
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 etcd.example\n")
+    inside = ("unshare", "--mount", "--map-root-user", "/bin/sh", "-ec")
+    bind = 'mount --bind "$1" /etc/hosts; exec "$2" -c "$3" "$1" "$4"'
+    tried = subprocess.run(
+        [*inside, 'mount --bind "$1" /etc/hosts', "sh", hosts], capture_output=True, check=False
+    )
+    if tried.returncode != 0:
+        pytest.skip(f"no mount namespace can be made here: {tried.stderr.decode()}")
+    port = plain_etcd.endpoint.port
+    program = [*inside, bind, "sh", str(hosts), sys.executable, _MOVE_WITH_THE_NAME, str(port)]
+    with subprocess.Popen(
+        program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdout is not None
+        assert client.stdin is not None
+        try:
+            assert client.stdout.readline().strip().isdigit()
+            plain_etcd.stop()
+            plain_etcd.endpoint = replace(plain_etcd.endpoint, host="127.0.0.2")
+            plain_etcd.start()
+            plain_etcd.etcdctl("put", "a", "elsewhere")
+            client.stdin.write("\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == "elsewhere\n"
+            assert client.wait(BOUND_S) == 0
+        finally:
+            client.kill()

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import select
 import shlex
 import shutil
@@ -12,12 +13,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from etcdfs.arguments import likely_mountpoint
+from etcdfs.logs import LINES_MAX
 from etcdfs.mountpoint import find_daemon, find_mounted
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import COMMAND, run_etcdfs
@@ -202,10 +205,12 @@ def test_a_daemon_started_for_the_wrong_place_is_gone(shared_etcd: EtcdProcess, 
 
 
 def test_the_mount_table_names_it(shared_etcd: EtcdProcess, mnt: Path) -> None:
-    mount(mnt, "--endpoints", shared_etcd.client_url, "--prefix", "/p")
+    """By all its members and the prefix, as fstab would."""
+    members = f"{shared_etcd.endpoint},localhost:{shared_etcd.endpoint.port}"
+    mount(mnt, "--endpoints", members, "--prefix", "/p")
     mounted = find_mounted(str(mnt))
     assert mounted is not None
-    assert (mounted.type, mounted.source) == ("fuse.etcdfs", f"{shared_etcd.endpoint}/p/")
+    assert (mounted.type, mounted.source) == ("fuse.etcdfs", f"{members}/p")
 
 
 def test_options_reach_the_mount(shared_etcd: EtcdProcess, mnt: Path) -> None:
@@ -245,6 +250,39 @@ def test_b62_a_log_that_is_gone_does_not_end_the_mount(
     assert not (mnt / "missing").exists()
     assert "missing" in (logs / "log").read_text()
     umount(mnt)
+
+
+@contextlib.contextmanager
+def killed_after(bound_s: float, daemon: "subprocess.Popen[str]") -> Iterator[None]:
+    """Kill a daemon that takes too long: a call that hangs in its mount cannot be ended else."""
+    watchdog = threading.Timer(bound_s, daemon.kill)
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
+
+
+def test_b230_a_log_that_nobody_reads_does_not_hold_the_mount_up(
+    shared_etcd: EtcdProcess, mnt: Path
+) -> None:
+    """In the foreground stderr may be a pipe, whose reader stops."""
+    options = ("--cache", "--log-level", "debug", "--endpoints", shared_etcd.client_url)
+    with foreground(mnt, *options) as daemon, killed_after(_TIMEOUT_S, daemon):
+        assert daemon.stderr is not None
+        lines = 2 * LINES_MAX
+        for n in range(lines):  # each is a line of the log
+            with pytest.raises(OSError, match=os.strerror(errno.ENODATA)):
+                os.getxattr(mnt, f"user.missing{n}")
+        (mnt / "test-cli").write_text("still here")
+        assert (mnt / "test-cli").read_text() == "still here"
+        daemon.send_signal(signal.SIGTERM)
+        said = daemon.stderr.read()
+        assert daemon.wait(_TIMEOUT_S) == 0
+    assert not os.path.ismount(mnt)
+    lost = sum(int(n) for n in re.findall(r" (\d+) line\(s\) of the log were lost", said))
+    assert lost
+    assert said.count("missing") + lost >= lines
 
 
 def test_it_may_be_started_without_descriptors(shared_etcd: EtcdProcess, mnt: Path) -> None:

@@ -1,17 +1,24 @@
 """Mounts of several members, by TLS, and as a user (README, "Connecting")."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.mount.lab import MODES, sh
+from tests.mount.lab import MODES, Pool, sh
 from tests.support.cluster import Cluster
 from tests.support.etcd_process import EtcdProcess, find_etcds
 from tests.support.mounted import Mounted, run_etcdfs
-from tests.support.secured import Authority, add_user, short_tokens, switch_users_on
+from tests.support.secured import (
+    Authority,
+    add_user,
+    short_tokens,
+    switch_users_on,
+)
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
@@ -51,6 +58,46 @@ def secured(guarded: EtcdProcess, watched: None) -> EtcdProcess:
     guarded.etcdctl("del", "--prefix", "/")
     guarded.etcdctl("put", "/app/a", "1")
     return guarded
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_b46_where_roles_do_not_reach_the_side_keys_content_works(
+    pool: Pool, etcd_binary: Path, watched: None, mode: str
+) -> None:
+    """As etcd itself refuses it: nothing is kept, nobody is told that it was, and once is said."""
+    with EtcdProcess(etcd_binary, "--bcrypt-cost=4") as etcd:
+        add_user(etcd, "app", "secret", ("readwrite", b"/app/"))
+        etcd.etcdctl("put", "/app/a", "1")
+        etcd.etcdctl("put", "/.etcdfs/attrs//app/a", '{"mode":"0600"}')
+        switch_users_on(etcd)
+        with pool.private(etcd, mode, "--prefix=/app", "--user=app:secret") as mounted:
+            mounted.expect_log("attributes are not kept")
+            a = mounted.path / "a"
+            assert (a.read_text(), a.stat().st_mode & 0o7777) == ("1", 0o644)
+
+            def make_link() -> None:
+                (mounted.path / "link").symlink_to("a")
+
+            for change in (
+                partial(a.chmod, 0o640),
+                partial(os.chown, a, 1, 1),
+                make_link,
+                partial(os.mkfifo, mounted.path / "fifo"),
+            ):
+                with pytest.raises(PermissionError) as caught:
+                    change()
+                assert caught.value.errno == errno.EPERM
+            with pytest.raises(OSError, match=os.strerror(errno.ENOTSUP)):
+                os.setxattr(a, "user.x", b"1")
+            sh(
+                mounted.path,
+                "echo 2 >a; echo 3 >>a; mkdir -p d/e; cp a d/e/; mv d f; rm f/e/a; rmdir f/e",
+            )
+            assert sorted(os.listdir(mounted.path)) == ["a", "f"]
+            assert mounted.log.count("attributes are not kept") == 1
+        assert etcd.etcdctl("get", "--print-value-only", "/app/a") == b"2\n3\n\n"
+        found = etcd.etcdctl("get", "--keys-only", "--prefix", "/.etcdfs/")
+        assert found.split() == [b"/.etcdfs/attrs//app/a"]
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from etcdfs.sidekeys import side_key
 from tests.mount.client import Client
 from tests.mount.lab import Lab, Pool
 from tests.mount.test_faults import daemon
@@ -245,6 +247,33 @@ def test_b50_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
         assert log.count(" found 3 difference(s) from etcd, the first at ") == 1
 
 
+def test_b50_what_the_watch_of_the_attributes_lost_is_found_and_mended(cached: Lab) -> None:
+    """Where side keys have a watch of their own; it loses the same."""
+    for name in ("in/lost/deleted", "in/lost/changed", "in/lost/made", "in/same"):
+        cached.client.put(cached.key(name), b"")
+        if name != "in/lost/made":
+            cached.client.put(side_key(cached.key(name)), b'{"mode":"0600"}')
+    prefix = cached.key("in/")
+    with daemon(
+        cached.etcd, cache=True, program=_LOSE_EVENTS, audit_interval_s=0.3, prefix=prefix
+    ) as running:
+        lost, same = running.path / "lost", (running.path / "same").stat()
+        assert _mode(lost / "deleted") == 0o600
+        cached.client.put(side_key(cached.key("in/lost/changed")), b'{"mode":"0400"}')
+        cached.client.put(side_key(cached.key("in/lost/made")), b'{"mode":"0640"}')
+        cached.client.delete(side_key(cached.key("in/lost/deleted")))
+        modes = [("changed", 0o400), ("made", 0o640), ("deleted", 0o644)]
+        eventually(lambda: all(_mode(lost / name) == mode for name, mode in modes))
+        assert (running.path / "same").stat() == same
+        audit = json.loads(os.getxattr(running.path, "user.etcdfs.statistics"))["side_audit"]
+        assert audit["differences"] == 3
+        assert " difference(s) from etcd, the first at " in running.log_file.read_text()
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o7777
+
+
 # --- linearizable ---------------------------------------------------------------------------
 
 
@@ -276,6 +305,35 @@ def test_b52_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
             assert os.listdir(mounted.path) == ["file"]
         cached.client.put(cached.key("outside"), b"")
         assert not (mounted.path / "missing").exists()
+
+
+_LATE_WATCHES = """
+import trio
+from etcdfs.mirror import Mirror
+from etcdfs.mount import main
+from etcdfs.sidemirror import SideMirror
+for owner, name in ((Mirror, "_take"), (SideMirror, "_apply")):
+    async def late(*arguments, on_time=getattr(owner, name), **named):
+        await trio.sleep(0.1)
+        await on_time(*arguments, **named)
+    setattr(owner, name, late)
+"""
+
+
+@pytest.mark.parametrize("prefix", ["", "in/"], ids=["one watch", "two watches"])
+def test_b52_attributes_that_another_client_set_are_seen(cached: Lab, prefix: str) -> None:
+    """Where side keys come by the watch of the keys, and where they have one of their own."""
+    key = cached.key("in/file")
+    cached.client.put(key, b"")
+    shown = cached.key(prefix) if prefix else b"/"
+    with daemon(
+        cached.etcd, cache=True, program=_LATE_WATCHES, linearizable=True, prefix=shown
+    ) as running:
+        path = Path(os.fsdecode(os.fsencode(running.path) + b"/" + key.removeprefix(shown)))
+        for mode in range(0o600, 0o610):
+            cached.client.put(side_key(key), b'{"mode":"%04o"}' % mode)
+            cached.client.put((cached.key("in/other"), b"elsewhere")[mode % 2], b"")
+            assert _mode(path) == mode
 
 
 def test_b52_an_etcd_that_does_not_answer_is_an_error(pool: Pool, own_etcd: EtcdProcess) -> None:

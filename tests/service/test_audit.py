@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from typing import Any
 
 import pytest
 import trio
@@ -10,6 +11,8 @@ from trio.testing import MockClock
 
 from etcdfs import audit as audit_room
 from etcdfs.errors import StorePermissionError, StoreUnavailableError
+from etcdfs.sidekeys import is_side_key, side_key
+from etcdfs.steps import Apply, Message, Step
 from etcdfs.store import Delete, Put, Transaction
 from tests.service.mirrors import AGAIN, REFUSED, content, quiet
 from tests.support.fake_kernel import FakeMount, make_mount, open_mount
@@ -142,6 +145,137 @@ async def test_a_late_event_hastens_the_audit(autojump_clock: MockClock, store: 
         await trio.sleep(2 * audit_room.RECHECK_S + 1)
         assert found(mount)[1:] == (1, 1)
         assert await content(mount, (b"a",)) == b"1"
+
+
+# --- attributes -----------------------------------------------------------------------------
+
+
+async def mode(mount: FakeMount, *path: bytes) -> int:
+    return (await mount.kernel.stat(path)).mode & 0o7777
+
+
+def found_in_sides(mount: FakeMount) -> tuple[int, int, int]:
+    """Return what audits of the side keys found, wherever they are audited."""
+    if mount.mirror.sides is None:
+        return found(mount)
+    statistics = mount.mirror.sides.auditor.statistics()
+    return statistics.audits, statistics.differing, statistics.differences
+
+
+@pytest.mark.expect_log(AGAIN, "side keys: %s; listing them again")
+@pytest.mark.parametrize("prefix", [b"/", b"/app/"])
+async def test_lost_changes_of_attributes_are_found_and_mended(
+    autojump_clock: MockClock, store: FakeStore, prefix: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whether side keys are among the mirror's own keys or not."""
+    for name in (b"changed", b"deleted", b"forged", b"made", b"same"):
+        store.put_now(prefix + name, b"")
+        if name != b"made":
+            store.put_now(side_key(prefix + name), b'{"mode":"0600"}')
+    store.put_now(prefix + b"last", b"and the witness")
+    store.put_now(side_key(prefix + b"last"), b'{"mode":"0600"}')
+    async with open_mount(store, prefix=prefix, audit_interval_s=INTERVAL_S) as mount:
+        assert await mode(mount, b"deleted") == 0o600
+        same = await mount.kernel.stat((b"same",))
+        with store.losing_events():
+            store.put_now(side_key(prefix + b"changed"), b'{"mode":"0700"}')
+            store.delete_now(side_key(prefix + b"deleted"))
+            store.put_now(side_key(prefix + b"made"), b'{"mode":"0400"}')
+        store.forge_now(side_key(prefix + b"forged"), b'{"mode":"0440"}')
+        await quiet(mount)
+        assert await mode(mount, b"changed") == 0o600, "nobody knows yet"
+        await audited(mount)
+        assert found_in_sides(mount) == (1, 1, 4)
+        warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(warnings) == 1
+        assert "found 4 difference(s) from etcd, the first at " in warnings[0]
+        names = (b"changed", b"deleted", b"forged", b"made")
+        modes = [await mode(mount, name) for name in names]
+        assert modes == [0o700, 0o644, 0o440, 0o400]
+        assert await mount.kernel.stat((b"same",)) == same
+        await audited(mount)
+        assert found_in_sides(mount) == (2, 1, 4), "and now all is well"
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_attributes_that_change_while_it_runs_are_no_difference(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """Some come with their keys; then their own watch may bring them after the audit."""
+    for n in range(3 * audit_room.PAGE):
+        store.put_now(b"/app/%03d" % n, b"")
+        store.put_now(side_key(b"/app/%03d" % n), b'{"mode":"0600"}')
+    async with open_mount(store, prefix=b"/app/", audit_interval_s=INTERVAL_S) as mount:
+        sides, read = mount.mirror.sides, store.range
+        assert sides is not None
+        follow = sides._carry_out
+        pages: list[bytes] = []
+
+        async def changing_range(start: bytes, *args: Any, **kwargs: Any) -> Any:
+            if is_side_key(start) and kwargs["revision"]:
+                key = b"/app/%03d" % (3 * audit_room.PAGE - 1 - len(pages))
+                pages.append(start)
+                mode = Put(side_key(key), b'{"mode":"0640"}')
+                if late:
+                    store.commit_now(Transaction(then=(Delete(key), Delete(side_key(key)))))
+                    store.commit_now(Transaction(then=(Put(key, b""), mode)))
+                else:
+                    store.commit_now(Transaction(then=(mode,)))
+                await trio.sleep(1)
+            return await read(start, *args, **kwargs)
+
+        async def follow_late(step: Step) -> Message | None:
+            if late and isinstance(step, Apply):
+                await trio.sleep(60)
+            return await follow(step)
+
+        monkeypatch.setattr(store, "range", changing_range)
+        monkeypatch.setattr(sides, "_carry_out", follow_late)
+        await audited(mount)
+        assert len(pages) >= 2
+        assert found_in_sides(mount) == (1, 0, 0)
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_attributes_of_another_history_go_with_it(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """What is newer than all that etcd has now, too."""
+    store.put_now(b"/app/f", b"one")
+    before = store.revision
+    async with open_mount(store, prefix=b"/app/") as mount:
+        store.put_now(b"/app/g", b"two")
+        store.put_now(side_key(b"/app/f"), b'{"mode":"0600"}')
+        await quiet(mount)
+        assert await mode(mount, b"f") == 0o600
+        store.go_back_now(before)
+        await trio.sleep(20)
+        await quiet(mount)
+        assert await mode(mount, b"f") == 0o644
+
+
+@pytest.mark.expect_log("attributes are not kept: %s")
+async def test_attributes_that_may_no_longer_be_read_are_audited_no_more(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/app/f", b"one")
+    async with open_mount(store, prefix=b"/app/", audit_interval_s=INTERVAL_S) as mount:
+        assert mount.mirror.sides is not None
+        audit = mount.mirror.sides.auditor
+        allowed = store.range
+
+        async def guarded(start: bytes, *args: Any, **kwargs: Any) -> Any:
+            if is_side_key(start):
+                raise StorePermissionError("permission denied")
+            return await allowed(start, *args, **kwargs)
+
+        store.range = guarded  # type: ignore[method-assign]
+        await audited(mount)
+        assert (audit.statistics().failed, mount.tree.attributes) == (1, False)
+        assert await content(mount, (b"f",)) == b"one"
+        before = audit.statistics()
+        await audited(mount)
+        assert audit.statistics() == before
 
 
 # --- what is no difference ------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """`--consistency linearizable`: a reader sees what etcd held when it came, or an error."""
 
+from typing import Any
+
 import pytest
 import trio
 import trio.testing
 from trio.testing import MockClock
 
-from etcdfs.errors import StoreTimeoutError, StoreUnavailableError
+from etcdfs.errors import StorePermissionError, StoreTimeoutError, StoreUnavailableError
+from etcdfs.sidekeys import side_key
 from etcdfs.store import Delete, Put, Transaction
 from tests.service.mirrors import content, quiet
 from tests.support.fake_kernel import FakeMount, open_mount
@@ -90,6 +93,106 @@ async def test_other_peoples_revisions_do_not_hold_anybody(
         store.delete_now(b"/app/d/", b"/app/d0")
         store.put_now(b"/other", b"4")
         assert await read_late(mount, store, b"d") is None
+
+
+@pytest.mark.parametrize("prefix", [b"/", b"/app/"])
+async def test_attributes_that_others_set_before_are_seen(
+    autojump_clock: MockClock, store: FakeStore, prefix: bytes
+) -> None:
+    """Whether side keys come by the mirror's own watch or not, and whose revision is the newest."""
+    top = () if prefix == b"/app/" else (b"app",)
+    for key in (b"/app/d/", b"/app/d/f", b"/app/d/g"):
+        store.put_now(key, b"")
+    async with open_mount(store, prefix=prefix, linearizable=True, timeout_s=TIMEOUT_S) as mount:
+        seen: dict[tuple[bytes, ...], int] = {}
+
+        async def look(path: tuple[bytes, ...]) -> None:
+            seen[path] = (await mount.kernel.stat((*top, *path))).mode & 0o7777
+
+        async def look_all(*paths: tuple[bytes, ...]) -> list[int]:
+            seen.clear()
+            store.put_now(b"elsewhere", b"")  # in no mirror's reach
+            async with trio.open_nursery() as nursery:
+                for path in paths:
+                    nursery.start_soon(look, path)
+                await trio.sleep(1)
+                store.release_watches()
+            await quiet(mount)
+            return [seen[path] for path in paths]
+
+        file, other, directory = (b"d", b"f"), (b"d", b"g"), (b"d",)
+        assert await look_all(file, other, directory) == [0o644, 0o644, 0o755]
+        store.hold_watches()
+        store.put_now(side_key(b"/app/d/f"), b'{"mode":"0600"}')
+        store.put_now(side_key(b"/app/d/"), b'{"mode":"0700"}')
+        assert await look_all(file, other, directory) == [0o600, 0o644, 0o700]
+        store.hold_watches()
+        store.delete_now(side_key(b"/app/d/f"))
+        store.put_now(side_key(b"/app/d/g"), b'{"mode":"0400"}')
+        assert await look_all(file, other) == [0o644, 0o400]
+        # A listing has the attributes of what it lists.
+        store.hold_watches()
+        store.delete_now(side_key(b"/app/d/g"))
+        store.put_now(side_key(b"/app/d/f"), b'{"mode":"0440"}')
+        listed: list[int] = []
+
+        async def list_them() -> None:
+            node = await mount.kernel.stat((*top, *directory))
+            opened = await mount.filesystem.opendir(node.inode)
+            listed.extend(
+                mount.filesystem.attributes(entry.node).mode & 0o7777
+                for entry in await mount.filesystem.readdir(opened, 0)
+            )
+            await mount.filesystem.releasedir(opened)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(list_them)
+            await trio.sleep(1)
+            store.release_watches()
+        assert listed == [0o440, 0o644]
+
+
+async def test_attributes_whose_own_watch_is_late_are_seen(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mirror has reached etcd's revision, and its attributes have not."""
+    store.put_now(b"/app/f", b"")
+    async with open_mount(store, prefix=b"/app/", linearizable=True) as mount:
+        sides, come = mount.mirror.sides, trio.Event()
+        assert sides is not None
+        on_time = sides._apply
+
+        async def late(*arguments: Any, **named: Any) -> None:
+            await come.wait()
+            await on_time(*arguments, **named)
+
+        monkeypatch.setattr(sides, "_apply", late)
+        store.put_now(side_key(b"/app/f"), b'{"mode":"0600"}')
+        store.put_now(b"/app/g", b"")
+        await quiet(mount)
+        assert mount.mirror.revision == store.revision
+        seen: list[int] = []
+
+        async def look() -> None:
+            seen.append((await mount.kernel.stat((b"f",))).mode & 0o7777)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await trio.sleep(1)
+            assert seen == []
+            come.set()
+        assert seen == [0o600]
+
+
+@pytest.mark.expect_log("attributes are not kept: %s")
+async def test_rights_to_attributes_that_are_lost_hold_nobody(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/app/f", b"one")
+    async with open_mount(store, prefix=b"/app/", linearizable=True) as mount:
+        store.fail_next("commit", StorePermissionError("permission denied"))
+        assert await content(mount, (b"f",)) == b"one"
+        assert not mount.tree.attributes
 
 
 async def test_a_watch_that_does_not_come_is_an_error(

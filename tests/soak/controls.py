@@ -7,9 +7,10 @@ itself knows nothing of it. A checker that cannot fail proves nothing.
 Concurrency: see the conductor.
 """
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from tests.soak.conductor import Conductor
 from tests.soak.table import FAULTS
@@ -33,6 +34,20 @@ class Control:
     faults: tuple[str, ...]
     signs: tuple[str, ...]
     options: tuple[str, ...] = ()
+
+
+def soaks_defects() -> Any:
+    """Return the module in which the defects are, for whoever plants them in this process.
+
+    Its `replace` is to be replaced by one that can be undone.
+    """
+    path = Path(__file__).parent / "defects" / "sitecustomize.py"
+    spec = importlib.util.spec_from_file_location("soaks_defects", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_control(control: Control, releases: dict[str, Path], seed: int) -> bool:

@@ -13,8 +13,8 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -373,6 +373,23 @@ class Etcds:
         self.until_ready()
         return fresh
 
+    @contextmanager
+    def learner(self) -> Iterator[Member]:
+        """Yield a further member, which does not vote; it is taken out again."""
+        fresh = self._new_member()
+        ctl = ("etcdctl", f"--endpoints={self.url}", "member")
+        adding = (*ctl, "add", fresh.name, f"--peer-urls={fresh.peer_url}", "--learner")
+        until(lambda: self._reconfigured(*adding), "a learner is added", _START_S)
+        cluster = f"{self._cluster()},{fresh.name}={fresh.peer_url}"
+        fresh.start(cluster, *self._all_arguments(), state="existing")
+        try:
+            until(lambda: fresh.name in member_ids(self), "it has its name", _START_S)
+            yield fresh
+        finally:
+            removing = (*ctl, "remove", f"{member_ids(self)[fresh.name]:x}")
+            until(lambda: self._reconfigured(*removing), "it is removed", _START_S)
+            fresh.kill()
+
     def save(self, path: Path) -> None:
         """Save a snapshot."""
         run("etcdctl", f"--endpoints={self.members[0].url}", "snapshot", "save", path)
@@ -437,4 +454,4 @@ class Etcds:
 def member_ids(etcds: Etcds) -> dict[str, int]:
     """Return etcd's numbers of the members, by name."""
     text = run("etcdctl", f"--endpoints={etcds.url}", "member", "list", "-w", "json")
-    return {m["name"]: m["ID"] for m in json.loads(text)["members"]}
+    return {m.get("name", ""): m["ID"] for m in json.loads(text)["members"]}

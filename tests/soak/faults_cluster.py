@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Final
 
+from tests.soak import layout
 from tests.soak.arena import Arena, FaultError
 from tests.soak.control import nap, until
 from tests.soak.etcds import Member, Network, member_ids
@@ -184,3 +185,22 @@ def member_replaced(arena: Arena) -> None:
     member = in_use(arena, arena.reader)
     arena.etcds.replace(member)
     check(len(member_ids(arena.etcds)) == 3, "the cluster has not three members")
+
+
+@fault("+", "a learner is the first of the endpoints", "cluster", 15)
+def learner_first(arena: Arena) -> None:
+    """It serves no linearizable reads and no writes: it is passed over, and the mount works."""
+    with arena.etcds.learner() as learner:
+        mount = arena.mount("learning", f"{learner.url},{arena.etcds.url}")
+        try:
+            file = mount.path / "soak" / "learnt"
+            file.write_bytes(b"ours")
+            found = arena.etcds.ask(lambda client: client.get(layout.key("learnt")))
+            check(found is not None and found.value == b"ours", "what was written is not in etcd")
+            mount.wait(
+                arena.etcds.ask(lambda client: client.put((layout.key("learnt"), b"theirs")))
+            )
+            check(file.read_bytes() == b"theirs", "a change is not seen")
+        finally:
+            mount.close()
+    arena.etcds.ask(lambda client: client.delete(layout.key("learnt")))

@@ -52,10 +52,15 @@ class Fault:
 FAULTS: Final[list[Fault]] = []
 
 ELSEWHERE: Final = {
-    "DNS": "another address for a name: addresses are resolved by gRPC; not a matter of the mirror",
+    "another address for a name": "tests/integration/test_failover.py"
+    "::test_a_name_that_leads_elsewhere_is_followed",
+    "certificates that are replaced": "tests/integration/test_security.py"
+    "::test_certificates_are_rotated_under_a_store",
+    "a certificate that expires": "tests/integration/test_security.py::test_an_expired_certificate",
+    "memory runs out": "Linux then ends the daemon by SIGKILL, so it is as fault 29",
     "two watches on one stream": "etcdfs opens one watch per stream, so there is no such thing",
 }
-"""What is on the list and not made here, and why."""
+"""What is on the list and not made here: the test that does, or why there is none."""
 
 
 def fault(

@@ -6,6 +6,7 @@ Concurrency: each test is a process of its own, as `make soak` is.
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_every_fault_of_the_list_is_made_or_has_a_reason() -> None:
     assert {str(number) for number in range(1, 31)} <= numbers
 
 
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_is_made_elsewhere_is_there(name: str) -> None:
+    file, _, test = ELSEWHERE[name].partition("::")
+    assert not test or f"def {test}(" in (ROOT / file).read_text()
+    assert test or " so " in file, "why not"
+
+
 def test_every_fault_says_what_must_happen() -> None:
     titles = [(fault.title, fault.arena) for fault in FAULTS]
     assert len(set(titles)) == len(titles)
@@ -80,3 +88,13 @@ def test_there_are_ten_defects_at_least_and_each_has_its_faults() -> None:
     assert len(controls.CONTROLS) >= 10
     for control in controls.CONTROLS.values():
         assert set(control.faults) <= titles, control.name
+
+
+def test_each_defect_has_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a daemon with it does not even start, and whatever it then fails by proves nothing."""
+    defects = controls.soaks_defects()
+    defects.replace = monkeypatch.setattr  # which raises where there is nothing to replace
+    assert set(defects.DEFECTS) == set(controls.CONTROLS)
+    for module, patch in defects.DEFECTS.values():
+        patch(import_module(module))
+        monkeypatch.undo()

@@ -2,9 +2,10 @@
 
 A whole mount, with its kernel's caches, stands on an etcd to which everything may happen: it
 commits, compacts, loses events, repeats and reorders them, cuts the watch, holds it back, goes
-back to a snapshot. After each step everything is read through the kernel, and compared with what
-etcd held at the revision that the mirror says it shows. Each assertion bears the name of the
-guarantee (https://etcd.io/docs/v3.5/learning/api_guarantees/):
+back to a snapshot. Whenever the mirror advances, the tree is compared with what etcd held at the
+revision that the mirror says it shows; after each step everything is read through the kernel, and
+compared as well. Each assertion bears the name of the guarantee
+(https://etcd.io/docs/v3.5/learning/api_guarantees/):
 
 * *ordered*: the revision that is shown never goes back;
 * *unique*: a version of a key is one inode, however often it is told;
@@ -12,26 +13,37 @@ guarantee (https://etcd.io/docs/v3.5/learning/api_guarantees/):
 * *reliable*: when etcd is quiet, what is shown is its newest state;
 * *resumable*: after a break nothing is listed again while history reaches back;
 * *bookmarkable*: what is shown is the state of the very revision that is named.
+
+A checker that cannot fail proves nothing: at the end each guarantee is seen broken by defects that
+are planted for it, those of the soak among them.
 """
 
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import trio
 import trio.testing
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etcdfs.store import Delete, Put, Transaction
 from tests.service.mirrors import AGAIN, content
-from tests.support.fake_kernel import FakeMount, open_mount
+from tests.soak.controls import soaks_defects
+from tests.support.fake_kernel import FakeKernel, FakeMount, open_mount
 from tests.support.fake_store import FakeStore
 
 PATHS = ((b"a",), (b"d", b"b"), (b"d", b"c"), (b"d", b"e", b"f"))
 AUDIT_S = 60.0
 
 State = dict[tuple[bytes, ...], bytes]
+Versions = dict[tuple[bytes, ...], int]  # mod_revisions
 
 WHATS = (
     *("commit",) * 6,
@@ -57,7 +69,9 @@ class World:
     store: FakeStore
     mount: FakeMount
     histories: list[dict[int, State]] = field(default_factory=list)
+    versions: list[dict[int, Versions]] = field(default_factory=list)
     values: int = 0
+    put_at: dict[bytes, int] = field(default_factory=dict)  # the revision of each value
     shown: int = 0  # the revision
     lists: int = 1
     settled_lists: int = 1  # when it came to rest last
@@ -67,10 +81,12 @@ class World:
 
     def note(self) -> None:
         """Remember etcd's state at its revision."""
-        page = self.store.range_now(b"/", b"0")
-        self.histories[-1][self.store.revision] = {
-            tuple(entry.key[1:].split(b"/")): entry.value for entry in page.entries
-        }
+        entries = self.store.range_now(b"/", b"0").entries
+        paths = [tuple(entry.key[1:].split(b"/")) for entry in entries]
+        self.put_at.update((e.value, int(e.mod_revision)) for e in entries)
+        values, revisions = [e.value for e in entries], [int(e.mod_revision) for e in entries]
+        self.histories[-1][self.store.revision] = dict(zip(paths, values, strict=True))
+        self.versions[-1][self.store.revision] = dict(zip(paths, revisions, strict=True))
 
     # --- what happens -----------------------------------------------------------------------
 
@@ -151,10 +167,48 @@ class World:
         if revision <= self.store.compacted:
             return  # a snapshot of before the compaction would have no history at all
         self.histories.append({r: s for r, s in self.histories[-1].items() if r <= revision})
+        self.versions.append({r: s for r, s in self.versions[-1].items() if r <= revision})
         self.store.go_back_now(revision)
         self.must_list = True
 
     # --- what is seen -----------------------------------------------------------------------
+
+    async def observe(self) -> None:
+        """Look at the tree whenever the mirror has advanced, for ever."""
+        mirror, tree = self.mount.mirror, self.mount.tree
+        while True:
+            await mirror.advanced()
+            if self.lied:
+                continue
+            found = {path: tree.find(key_of(path)) for path in PATHS}
+            seen = {path: int(at[1].mod_revision) for path, at in found.items() if at is not None}
+            known = [versions.get(mirror.revision) for versions in self.versions]
+            assert seen in known, self._broken(
+                seen in [state for versions in self.versions for state in versions.values()]
+            )
+
+    async def sweep(self) -> None:
+        """Read everything through the kernel whenever the mirror has advanced, for ever.
+
+        Meanwhile it advances again: so what is read belongs to several revisions, each at least
+        as new as all that was read before.
+        """
+        while True:
+            await self.mount.mirror.advanced()
+            reached = 0
+            for path in PATHS:
+                value = await content(self.mount, path)
+                if self.lied or len(self.histories) > 1:
+                    break
+                states = self.histories[0].items()
+                since = [state.get(path) for revision, state in states if revision >= reached]
+                assert value in since, "atomic"
+                reached = max(reached, 0 if value is None else self.put_at[value])
+
+    @staticmethod
+    def _broken(is_whole: bool) -> str:
+        """Say which guarantee is broken if what is seen is not what it should be."""
+        return "bookmarkable" if is_whole else "atomic"
 
     async def check(self) -> None:
         await trio.testing.wait_all_tasks_blocked()
@@ -171,7 +225,9 @@ class World:
         seen = await self.see()
         if not self.lied:
             wanted = [h.get(mirror.revision) for h in self.histories]
-            assert seen in wanted, "atomic, bookmarkable"
+            assert seen in wanted, self._broken(
+                seen in [state for states in self.histories for state in states.values()]
+            )
         self.mount.kernel.check_coherence(self.mount.tree, self.mount.filesystem)
 
     async def see(self) -> State:
@@ -202,26 +258,192 @@ class World:
         await self.check()
         self.settled_lists = self.lists
         assert await self.see() == self.histories[-1][self.store.revision], "reliable"
-        self.histories = self.histories[-1:]
+        self.histories, self.versions = self.histories[-1:], self.versions[-1:]
         self.inodes.clear()
 
 
 async def _live(happenings: list[tuple[str, list[int], int]]) -> None:
     store = FakeStore()
     store.put_now(b"/a", b"first")
-    async with open_mount(store, audit_interval_s=AUDIT_S) as mount:
-        world = World(store, mount, [{}])
+    async with open_mount(store, audit_interval_s=AUDIT_S) as mount, trio.open_nursery() as nursery:
+        world = World(store, mount, [{}], [{}])
         world.note()
+        nursery.start_soon(world.observe)
+        nursery.start_soon(world.sweep)
         for number, (what, which, how) in enumerate(happenings):
             await world.happen(what, which, how)
             await world.check()
             if number % 10 == 9:
                 await world.settle()
         await world.settle()
+        nursery.cancel_scope.cancel()
+
+
+def live(happenings: list[tuple[str, list[int], int]]) -> None:
+    clock = trio.testing.MockClock(autojump_threshold=0.0)
+    trio.run(partial(_live, happenings), clock=clock)
+
+
+# The profile `nightly` takes some forty thousand steps.
+_IS_LONG = settings().max_examples >= 1000
+lives = st.lists(steps, min_size=25 if _IS_LONG else 10, max_size=60 if _IS_LONG else 40)
 
 
 @pytest.mark.expect_log(AGAIN)
-@given(st.lists(steps, min_size=10, max_size=40))
+@given(lives)
 def test_guarantees(happenings: list[tuple[str, list[int], int]]) -> None:
-    clock = trio.testing.MockClock(autojump_threshold=0.0)
-    trio.run(partial(_live, happenings), clock=clock)
+    live(happenings)
+
+
+# --- negative controls ----------------------------------------------------------------------
+
+
+Replace = Callable[[Any, str, Any], None]
+
+
+def relist_always(replica: Any, replace: Replace) -> None:
+    """A watch that was lost is never resumed."""
+    on_watch = replica.Replica._on_watch
+
+    def _on_watch(self: Any, message: Any) -> Any:
+        if isinstance(message, replica.WatchLost):
+            return self._relist("lost")
+        return on_watch(self, message)
+
+    replace(replica.Replica, "_on_watch", _on_watch)
+
+
+def boast(applier: Any, replace: Replace) -> None:
+    """A revision is named before it is shown."""
+    finish = applier.Applier._finish
+
+    def _finish(self: Any, batch: Any) -> None:
+        self.revision += 1
+        finish(self, batch)
+
+    replace(applier.Applier, "_finish", _finish)
+
+
+def forget_the_rest(replica: Any, replace: Replace) -> None:
+    """Of the keys of one revision the last is not applied."""
+    receive = replica.Replica.receive
+
+    def _receive(self: Any, message: Any) -> Any:
+        return tuple(
+            replica.Apply(step.events[:-1], step.revision)
+            if isinstance(step, replica.Apply) and len(step.events) > 1
+            else step
+            for step in receive(self, message)
+        )
+
+    replace(replica.Replica, "receive", _receive)
+
+
+def never_audit(audit: Any, replace: Replace) -> None:
+    """What the watch lost is never found."""
+
+    async def run(_self: Any, _doubt: Any, _deny: Any) -> None:
+        return
+
+    replace(audit.Auditor, "run", run)
+
+
+OWN_DEFECTS: dict[str, tuple[str, Callable[[Any, Replace], None]]] = {
+    "relist-always": ("etcdfs.replica", relist_always),
+    "boast": ("etcdfs.applier", boast),
+    "forget-the-rest": ("etcdfs.replica", forget_the_rest),
+    "never-audit": ("etcdfs.audit", never_audit),
+}
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a planted defect breaks, and in which lives that shows.
+
+    Attributes:
+        breaks: The guarantees, each of which may be the first that is seen broken.
+        whats: What happens in those lives.
+    """
+
+    breaks: set[str]
+    whats: tuple[str, ...] = ("commit",)
+
+
+STALE = {"atomic", "bookmarkable", "reliable"}
+
+CONTROLS = {
+    "no-deduplication": Control({"ordered", "unique"}, ("commit", "repeat")),
+    "out-of-order": Control({"ordered", "atomic", "bookmarkable"}),
+    "keep-cache-always": Control(STALE),
+    "split-revision": Control({"atomic"}),
+    "forget-the-rest": Control(STALE),
+    "early-publish": Control({"atomic"}),
+    "drop-notification": Control(STALE),
+    "negative-entries": Control(STALE),
+    "no-diff": Control(STALE, ("commit", "hold", "compact", "break")),
+    "no-witness": Control(STALE, ("commit", "snapshot", "wipe")),
+    "resume-too-late": Control(STALE, ("commit", "hold", "break")),
+    "relist-always": Control({"resumable"}, ("commit", "break")),
+    "never-audit": Control({"reliable"}, ("commit", "lose")),
+    "boast": Control({"bookmarkable"}),
+}
+
+LIVES = 200
+"""Lives in which a defect must show; most do in the first few."""
+
+
+def lives_of(control: Control) -> Iterator[list[tuple[str, list[int], int]]]:
+    chance = random.Random(1)
+    for _ in range(LIVES):
+        yield [
+            (
+                chance.choice(control.whats),
+                chance.sample(range(len(PATHS)), chance.randint(1, 3)),
+                chance.randint(0, 7),
+            )
+            for _ in range(20)
+        ]
+
+
+def broken_by(happenings: list[tuple[str, list[int], int]]) -> str | None:
+    """Return the guarantee that is broken in a life; None if none is."""
+    try:
+        live(happenings)
+    except BaseExceptionGroup as group:
+        failure: BaseException = group
+        while isinstance(failure, BaseExceptionGroup):
+            failure = failure.exceptions[0]
+        if not isinstance(failure, AssertionError):
+            raise
+        return str(failure).partition("\n")[0]
+    return None
+
+
+@pytest.mark.expect_log(AGAIN, "a batch could not be applied; this is a bug of etcdfs")
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_planted_defect_breaks_its_guarantee(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    soak = soaks_defects()
+    soak.replace = monkeypatch.setattr
+    if name in OWN_DEFECTS:
+        module, plant = OWN_DEFECTS[name]
+        plant(import_module(module), monkeypatch.setattr)
+    else:
+        module, patch = soak.DEFECTS[name]
+        # The kernel here is a fake one, and so is the door to it.
+        is_door = module == "etcdfs.kernel"
+        patch(SimpleNamespace(KernelCache=FakeKernel) if is_door else import_module(module))
+    control, seen = CONTROLS[name], Counter[str | None]()
+    for life in lives_of(control):
+        broken = broken_by(life)
+        seen[broken] += 1
+        if broken in control.breaks:
+            break
+    else:
+        pytest.fail(f"it survived: {seen}")
+    monkeypatch.undo()
+    assert broken_by(life) is None, "and without the defect all is well"
+
+
+def test_each_guarantee_is_seen_broken() -> None:
+    guarantees = {"ordered", "unique", "atomic", "reliable", "resumable", "bookmarkable"}
+    assert set[str]().union(*(control.breaks for control in CONTROLS.values())) == guarantees

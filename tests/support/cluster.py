@@ -25,6 +25,7 @@ from tests.support.etcd_process import (
     Secured,
     free_port,
 )
+from tests.support.wires import Wires
 
 LEADER_TIMEOUT_S: Final = 30
 """How long an election may take on a busy machine."""
@@ -32,6 +33,9 @@ LEADER_TIMEOUT_S: Final = 30
 ELECTION_MS: Final = 1000
 """etcd's own default. A member is without a leader after up to twice that, and tells its watches
 (`hasleader`) three times that later."""
+
+_ELECTIONS: Final = 10
+"""So often in turn a leader may be lost just after it was found."""
 
 _PROBE: Final = "etcdfs-test-probe"
 """A key to ask for; it need not be there."""
@@ -53,6 +57,7 @@ class Cluster:
         own: Mapping[int, Iterable[str]] | None = None,
         election_ms: int = ELECTION_MS,
         secured: Secured = PLAIN,
+        wired: bool = False,
     ) -> None:
         """Start the members and wait until each of them answers.
 
@@ -63,10 +68,12 @@ class Cluster:
             own: Further options of single members, by their number from 0 on.
             election_ms: How long a member waits for the leader's heartbeat.
             secured: How the members are reached, if not in plain text.
+            wired: Whether they hear one another by wires that can be silenced (`cut_off`).
 
         Raises:
             EtcdProcessError: One did not start.
         """
+        self._wires = Wires() if wired else None
         self._binary = binary
         self._arguments = (
             f"--heartbeat-interval={max(election_ms // 10, 1)}",
@@ -78,12 +85,17 @@ class Cluster:
         self._secured = secured
         self._made = 0
         self.members: list[EtcdProcess] = []
-        peer_urls = {f"m{number}": _peer_url() for number in range(size)}
+        own_urls = {f"m{number}": _peer_url() for number in range(size)}
+        peer_urls = {name: self._wired(url) for name, url in own_urls.items()}
         cluster = ",".join(f"{name}={url}" for name, url in peer_urls.items())
         try:
             for number, (name, peer_url) in enumerate(peer_urls.items()):
                 seat = Seat(
-                    name=name, endpoint=_client_address(), peer_url=peer_url, cluster=cluster
+                    name=name,
+                    endpoint=_client_address(),
+                    peer_url=peer_url,
+                    cluster=cluster,
+                    listens_at=own_urls[name],
                 )
                 self._make(seat, *(own or {}).get(number, ()))
             self.start()
@@ -121,11 +133,35 @@ class Cluster:
             member.wait_until_ready()
 
     def heal(self) -> None:
-        """Let frozen members go on, start those that are down, and wait for a leader."""
+        """Let frozen members go on, start those that are down, and wait for a leader.
+
+        Those that were cut off hear the others again.
+        """
+        if self._wires is not None:
+            self._wires.heal()
         for member in self.members:
             member.resume()
         self.start()
         self.leader()
+
+    def cut_off(self, member: EtcdProcess, *, deaf_only: bool) -> None:
+        """Keep a member from the others, not from its clients; the cluster must be wired.
+
+        Args:
+            member: The member, which runs.
+            deaf_only: It does not hear the others, and they hear it.
+        """
+        assert self._wires is not None, "the cluster is not wired"
+        ids = {m.peer_url: self.member_id(m) for m in self.members}
+        self._wires.members.update(ids)
+        own = ids[member.peer_url]
+        others = set(ids.values()) - {own}
+        self._wires.silenced |= {(other, own) for other in others}
+        if not deaf_only:
+            self._wires.silenced |= {(own, other) for other in others}
+
+    def _wired(self, url: str) -> str:
+        return url if self._wires is None else self._wires.to(int(url.rpartition(":")[2]))
 
     # --- who leads --------------------------------------------------------------------------
 
@@ -139,9 +175,14 @@ class Cluster:
             EtcdProcessError: There is none in time: no majority runs.
         """
         asked = next(member for member in self.running if member is not besides)
-        # It returns when a leader has confirmed that it leads; until then etcdctl tries again.
-        asked.etcdctl(f"--command-timeout={LEADER_TIMEOUT_S}s", "get", _PROBE)
-        led_by = _status(asked)["leader"]
+        for _ in range(_ELECTIONS):
+            # It returns when a leader has confirmed that it leads; until then etcdctl tries again.
+            asked.etcdctl(f"--command-timeout={LEADER_TIMEOUT_S}s", "get", _PROBE)
+            led_by = _status(asked).get("leader")
+            if led_by is not None:
+                break
+        else:
+            raise EtcdProcessError("each leader was gone at once")
         for member in self.running:
             if _status(member)["header"]["member_id"] == led_by:
                 return member
@@ -204,6 +245,8 @@ class Cluster:
     def close(self) -> None:
         """Kill every member and delete its data."""
         with contextlib.ExitStack() as stack:
+            if self._wires is not None:
+                stack.callback(self._wires.close)
             for member in self.members:
                 stack.callback(member.close)
 

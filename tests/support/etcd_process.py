@@ -110,6 +110,7 @@ class Seat:
         peer_url: Where the other members find it.
         cluster: All members, as `--initial-cluster` takes them.
         state: `new`, or `existing` for one that was added later.
+        listens_at: Where it listens to them, if that is elsewhere.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Seat:
     peer_url: str
     cluster: str
     state: str = "new"
+    listens_at: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +197,11 @@ class EtcdProcess:
         """Return the URL that `etcdctl --endpoints` and `etcdfs mount` take."""
         scheme = "http" if self.secured.context is None else "https"
         return f"{scheme}://{self.endpoint.host}:{self.endpoint.port}"
+
+    @property
+    def peer_url(self) -> str:
+        """Return where the other members find it."""
+        return self._peer_url
 
     @property
     def pid(self) -> int:
@@ -361,7 +368,7 @@ class EtcdProcess:
             f"--data-dir={self.data_dir}",
             f"--listen-client-urls={self.client_url}",
             f"--advertise-client-urls={self.client_url}",
-            f"--listen-peer-urls={self._peer_url}",
+            f"--listen-peer-urls={(seat and seat.listens_at) or self._peer_url}",
             f"--initial-advertise-peer-urls={self._peer_url}",
             *(
                 (f"--initial-cluster=test={self._peer_url}", *_TIMERS)

@@ -1,19 +1,28 @@
 """Where the log goes."""
 
+import fcntl
 import logging
 import os
 import re
 import resource
+import select
 import socket
-import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import etcdfs.logs
 from etcdfs.handshake import LogSettings
-from etcdfs.logs import LEVELS, LogFileHandler, SyslogHandler, setup_logging
+from etcdfs.logs import (
+    LEVELS,
+    LINES_MAX,
+    LogFileHandler,
+    StderrHandler,
+    SyslogHandler,
+    setup_logging,
+)
 
 log = logging.getLogger("etcdfs.test")
 
@@ -104,13 +113,56 @@ def test_a_mistake_in_a_log_call_is_shown(
     assert "--- Logging error ---" in capsys.readouterr().err
 
 
-def test_foreground_goes_to_stderr(
-    root: logging.Logger, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_foreground_goes_to_stderr(root: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:
     setup_logging(LogSettings(), foreground=True)
-    log.info("here")
-    sys.stderr.flush()
-    assert capsys.readouterr().err.endswith(" INFO etcdfs.test: here\n")
+    log.info("here %s", ODD)
+    root.handlers[-1].flush()
+    assert capfd.readouterr().err.endswith(" INFO etcdfs.test: here odd \\udcff\n")
+
+
+def test_a_reader_of_stderr_that_stops_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What there is no room for is lost, and counted, once there is room to say so."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr(etcdfs.logs, "_STDERR", writing)
+    monkeypatch.setattr(etcdfs.logs, "PARTING_S", 0.01)
+    room = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    handler = StderrHandler()
+    handler.handle(record("%s", "x" * room))
+    select.select([reading], [], [])  # its thread waits for room from here on
+    for n in range(2 * LINES_MAX):
+        handler.handle(record("line %d", n))
+    handler.flush()
+    monkeypatch.setattr(etcdfs.logs, "PARTING_S", 60.0)
+    with os.fdopen(reading, "rb") as file, ThreadPoolExecutor(1) as pool:
+        read = pool.submit(file.read)
+        handler.flush()
+        os.close(writing)
+        first, *kept = read.result().decode().splitlines()
+    assert first == "x" * room
+    *kept, last = kept
+    assert kept == [f"line {n}" for n in range(len(kept))]
+    lost = 2 * LINES_MAX - len(kept)
+    assert lost >= LINES_MAX - 1
+    assert last == f"{lost} line(s) of the log were lost: nobody read them"
+
+
+def test_a_reader_of_stderr_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(etcdfs.logs, "_STDERR", writing)
+    handler = StderrHandler()
+    handler.handle(record("lost"))
+    handler.flush()
+    os.close(writing)
+
+
+def test_a_mistake_in_a_log_call_is_shown_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    handler = StderrHandler()
+    handler.handle(record("%d", "no number"))
+    handler.flush()
+    assert "TypeError" in capfd.readouterr().err
 
 
 @pytest.mark.expect_log("%s")

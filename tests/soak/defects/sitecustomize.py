@@ -105,7 +105,7 @@ def keep_cache_always(module: Any) -> None:
 # --- the replica ----------------------------------------------------------------------------
 
 
-@defect("no-deduplication", "etcdfs.switch")
+@defect("no-deduplication", "etcdfs.planner")
 def no_deduplication(module: Any) -> None:
     """Events that were applied before are applied again."""
     replica: Any = importlib.import_module("etcdfs.replica")
@@ -118,7 +118,7 @@ def no_deduplication(module: Any) -> None:
         return (replica.Apply(events, events[-1].mod_revision),)
 
     replace(replica.Replica, "_on_events", on_events)
-    replace(module._Planner, "_is_behind", lambda _self, _event, _known: False)
+    replace(module.Planner, "_is_behind", lambda _self, _event, _known: False)
 
 
 @defect("out-of-order", "etcdfs.replica")

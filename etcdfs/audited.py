@@ -1,0 +1,170 @@
+"""What a mirror holds, as an audit goes through it.
+
+What this room knows: how all keys that are held are gone through while they change, and when what
+is held under a key is what etcd has there. What it must not know: etcd, when an audit is due.
+
+There are two of these: the keys of the mount's prefix, and the side keys of that prefix where
+they are not among them (`sidemirror`).
+
+Concurrency: trio thread. Between two slices anything may change.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final, Protocol, final
+
+from etcdfs.contents import Contents
+from etcdfs.keys import Keyspace
+from etcdfs.sidekeys import encode, is_side_key, owner_of, side_key
+from etcdfs.sides import find_facts, side_facts, side_of
+from etcdfs.store import KeyValue
+from etcdfs.tree import Directory, Facts, File, Tree, facts_of
+
+SLICE: Final = 100
+"""Keys looked at at a time; well below a millisecond."""
+
+Holder = Directory | File | bytes
+"""Who stands for a key: its node, for a marker the directory, for a side key itself."""
+
+
+class Audited(Protocol):
+    """What is audited."""
+
+    @property
+    def keyspace(self) -> Keyspace:
+        """The keys that are compared."""
+        ...
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is still to be audited."""
+        ...
+
+    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+        """Iterate over all that is held, a slice at a time."""
+        ...
+
+    def key_of(self, holder: Holder) -> bytes | None:
+        """Return the key that somebody stands for now; None if he is gone."""
+        ...
+
+
+@final
+class HeldKeys:
+    """The keys of a tree, side keys among them if they come with the others."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self.keyspace = tree.keyspace
+        self.is_kept = True
+
+    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+        """See `Audited`."""
+        for directory in self._tree.directories():
+            found: list[tuple[Holder, Facts]] = []
+            if directory.marker is not None:
+                found.append((directory, directory.marker))
+            # A list, as the directory may change between two slices.
+            children = list(directory.children.values())
+            for first in range(0, len(children) or 1, SLICE):
+                found += [
+                    (child, child.facts)
+                    for child in children[first : first + SLICE]
+                    if isinstance(child, File) and child.facts is not None
+                ]
+                yield found
+                found = []
+        yield from _sliced(list(side_facts(self._tree)))
+
+    def key_of(self, holder: Holder) -> bytes | None:
+        """See `Audited`."""
+        if isinstance(holder, bytes):
+            return holder
+        if not self._tree.is_attached(holder):
+            return None
+        if isinstance(holder, Directory):
+            return None if holder.marker is None else self._tree.prefix_of(holder)
+        key = self._tree.key_of(holder)
+        # A marker's value: its directory counts.
+        return None if key is None or key.endswith(b"/") else key
+
+
+@final
+class HeldSides:
+    """The side keys of a prefix, where they come by a watch of their own."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self.keyspace = Keyspace(side_key(tree.keyspace.prefix))
+
+    @property
+    def is_kept(self) -> bool:
+        """See `Audited`: not where etcd's roles do not let us have attributes."""
+        return self._tree.attributes
+
+    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+        """See `Audited`."""
+        yield from _sliced([(side_key(key), side.facts) for key, side in self._tree.sides.items()])
+
+    def key_of(self, holder: Holder) -> bytes | None:
+        """See `Audited`."""
+        return holder if isinstance(holder, bytes) else None
+
+
+def _sliced(
+    found: Sequence[tuple[Holder, Facts]],
+) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+    for first in range(0, len(found), SLICE):
+        yield found[first : first + SLICE]
+
+
+# --- comparing ------------------------------------------------------------------------------
+
+
+def holder_of(tree: Tree, key: bytes) -> Holder | None:
+    """Return who stands for a key; None if nobody does."""
+    if is_side_key(key):
+        return key if find_facts(tree, key) is not None else None
+    found = tree.find(key)
+    return None if found is None else found[0]
+
+
+def is_as(tree: Tree, contents: Contents, entry: KeyValue) -> bool:
+    """Tell whether what is held under a key is what etcd has there, as far as values are held."""
+    found = find_facts(tree, entry.key)
+    if found is None or found[1] != facts_of(entry):
+        return False
+    if is_side_key(entry.key):
+        return tree.sides[owner_of(entry.key)] == side_of(entry)
+    return contents.peek(entry.key, entry.mod_revision) in {None, entry.value}
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What etcd has under a key: None if nothing; `digest` is its value's."""
+
+    facts: Facts | None
+    digest: int = 0
+
+
+NOTHING: Final = Expected(None)
+
+
+def expected_of(entry: KeyValue) -> Expected:
+    """Return what is to be held for an entry of etcd's; its value is not kept."""
+    if is_side_key(entry.key):
+        return Expected(facts_of(entry), hash(encode(side_of(entry).record)))
+    return Expected(facts_of(entry), hash(entry.value))
+
+
+def agrees(tree: Tree, contents: Contents, key: bytes, expected: Expected) -> bool:
+    """Tell whether what is held under a key is what is expected, as far as values are held."""
+    found = find_facts(tree, key)
+    if found is None or expected.facts is None:
+        return found is None and expected.facts is None
+    if found[1] != expected.facts:
+        return False
+    if is_side_key(key):
+        return hash(encode(tree.sides[owner_of(key)].record)) == expected.digest
+    held = contents.peek(key, expected.facts.mod_revision)
+    return held is None or hash(held) == expected.digest
