@@ -191,7 +191,8 @@ class Version:
             return {"append"}
         kept = len(self.base)
         if self.origin[:kept] == list(range(kept)):
-            return {"append", "partial"}
+            # Nothing of an empty file is kept by who cannot have read it.
+            return {"append", "partial"} | ({"whole"} if self.is_blind and not kept else set())
         kept_any = any(o is not None for o in self.origin) or not self.is_blind
         return {"partial"} if kept_any else {"whole", "partial"}
 
