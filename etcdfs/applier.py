@@ -257,7 +257,7 @@ class Applier:
         self._switch.publish(plan)
         for file, key, revision in before:
             # Or a key that is always written would fill the memory with what nobody asks for.
-            is_past = file.directory is None or revision != _revision_of(file)
+            is_past = file.directory is None or revision != file.version
             if is_past and not file.handles:
                 self._let_go(key, revision)
         self._switch.tree.switching.clear()
@@ -282,7 +282,7 @@ class Applier:
         tree = self._switch.tree
         files = [before for _, _, before, _ in plan.changes() if isinstance(before, File)]
         keys = ((file, tree.key_of(file)) for file in (*files, *plan.facts))
-        return [(file, key, _revision_of(file)) for file, key in keys if key is not None]
+        return [(file, key, file.version) for file, key in keys if key is not None]
 
     def _finish(self, batch: _Batch) -> None:
         self._now = None

@@ -270,6 +270,8 @@ class Direct:
         elif value is None:
             if child is not None:
                 self._observe_missing(directory, name, child)
+            else:
+                self.switch.tree.times.drop(self.switch.tree.names(directory, name))
         else:
             self._contents.put(value.key, value.mod_revision, value.value)
             self._observe_file(directory, name, value)
@@ -355,8 +357,13 @@ class Direct:
             if isinstance(old, Directory):
                 self._empty(old)
             self.switch.tree.detach(directory, name, gone=gone)
-        if node is not None:
-            self.switch.tree.attach(directory, name, node)
+        tree = self.switch.tree
+        names = tree.names(directory, name)
+        if node is None:
+            tree.times.drop(names)
+        else:
+            is_known = tree.times.restore(names, node)
+            tree.attach(directory, name, node, as_version=is_known)
 
     def _empty(self, directory: Directory) -> None:
         """Detach all below a directory that etcd has no more: its files' keys are gone.

@@ -22,7 +22,7 @@ from typing import final
 from etcdfs.planner import Intent, Plan, Planner, Relocation
 from etcdfs.sides import put_on
 from etcdfs.store import Event, KeyValue
-from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
+from etcdfs.tree import Cached, Directory, Entry, File, Listing, Node, Tree
 
 
 @final
@@ -99,7 +99,9 @@ class Switch:
             touched.add(Entry(directory.inode, name))
             if not plan.is_version(before, after):
                 touched.add(self.tree.listing_of(directory))
-            touched |= self._orphaned(plan, before)
+            touched |= _orphaned(plan, before)
+            if isinstance(before, Directory):
+                touched.add(self.tree.listing_of(before))
         for node in plan.dressed:
             listing = self.tree.listing_of(node)
             touched.add(listing)
@@ -112,21 +114,15 @@ class Switch:
         stale: set[Cached] = set()
         for directory, name, before, after in plan.changes():
             entry = Entry(directory.inode, name)
+            stale |= _orphaned(plan, before)
             if entry in self.locked:
                 continue
             if self.tree.is_told(directory, name):
                 stale.add(entry)
             if directory.told and not plan.is_version(before, after):
                 stale.add(self.tree.listing_of(directory))
-            stale |= self._orphaned(plan, before)
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
-
-    def _orphaned(self, plan: Plan, node: Node | None) -> set[Cached]:
-        """Return the attributes of what leaves the tree and may be in use: it has no links then."""
-        if node is None or node in plan.moved or (isinstance(node, File) and not node.handles):
-            return set()
-        return {self.tree.listing_of(node)}
 
     def publish(self, plan: Plan) -> None:
         """Make the plan true. No `await` may lie between `plan` and this."""
@@ -208,3 +204,13 @@ class Switch:
         """Forget what was applied ahead of the watch and is behind it now."""
         if self._ahead:
             self._ahead = {k: r for k, r in self._ahead.items() if r > revision}
+
+
+def _orphaned(plan: Plan, node: Node | None) -> set[Cached]:
+    """Return the attributes of what leaves the tree and may be in use: it has no links then.
+
+    Without its name: nobody's lock is needed, not even of a call that is taking it away as well.
+    """
+    if node is None or node in plan.moved or (isinstance(node, File) and not node.handles):
+        return set()
+    return {Listing(node.inode, None)}

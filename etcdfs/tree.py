@@ -34,90 +34,18 @@ from etcdfs.facts import Facts as Facts  # noqa: PLC0414
 from etcdfs.facts import Side as Side  # noqa: PLC0414
 from etcdfs.facts import facts_of as facts_of  # noqa: PLC0414
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
+from etcdfs.nodes import Directory as Directory  # noqa: PLC0414
+from etcdfs.nodes import File as File  # noqa: PLC0414
+from etcdfs.nodes import Node as Node  # noqa: PLC0414
+from etcdfs.nodes import is_within as is_within  # noqa: PLC0414
 from etcdfs.store import Clock
+from etcdfs.times import Times
 
 ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
 MAX_NEGATIVES: Final = 65_536
 """Missing names remembered as told to the kernel; past it, further ones are not cached."""
 SUPERSEDED_GRACE_NS: Final = 1_000_000_000
 """How long a call may take from looking a path up to using the inode, before it looks again."""
-
-
-@final
-class File:
-    """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services."""
-
-    __slots__ = (
-        "ctime_ns",
-        "directory",
-        "draft",
-        "facts",
-        "gone",
-        "handles",
-        "inode",
-        "lookups",
-        "lost_key",
-        "mtime_ns",
-        "name",
-        "side",
-        "stored",
-        "told",
-        "value",
-    )
-
-    def __init__(self, inode: Inode, facts: Facts | None, now_ns: int) -> None:
-        self.inode = inode
-        self.facts = facts  # None: created here, not yet in etcd
-        self.directory: Directory | None = None
-        self.name = b""
-        self.lost_key: bytes | None = None
-        self.gone = False  # its name was taken away: no path leads here, an O_PATH may
-        self.mtime_ns = now_ns
-        self.ctime_ns = now_ns
-        self.side: Side | None = None
-        self.lookups = 0
-        self.told = False  # the kernel may have the name cached
-        self.stored = False  # the kernel was given the content
-        self.handles = 0
-        self.value: bytes | None = None  # pinned while there are handles
-        self.draft: object | None = None
-
-
-@final
-class Directory:
-    """A prefix of keys. `marker` is what etcd says of its marker key, None without one."""
-
-    __slots__ = (
-        "children",
-        "ctime_ns",
-        "directory",
-        "inode",
-        "lookups",
-        "marker",
-        "mtime_ns",
-        "name",
-        "side",
-        "subdirectories",
-        "told",
-        "witness",
-    )
-
-    def __init__(self, inode: Inode, now_ns: int) -> None:
-        self.inode = inode
-        self.directory: Directory | None = None
-        self.name = b""
-        self.children: dict[bytes, Node] = {}
-        self.marker: Facts | None = None
-        self.mtime_ns = now_ns
-        self.ctime_ns = now_ns
-        self.side: Side | None = None
-        self.witness: bytes | None = None  # a key below it, when etcd was last asked
-        self.subdirectories = 0
-        self.lookups = 0
-        self.told = False
-
-
-Node = File | Directory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,6 +100,7 @@ class Tree:
         # all are told for the same time.
         self._negatives: OrderedDict[Entry, int] = OrderedDict()
         self.switching: set[Cached] = set()
+        self.times = Times()  # only in a tree that is not complete
 
     # --- finding ----------------------------------------------------------------------------
 
@@ -293,7 +222,8 @@ class Tree:
             if node.children if isinstance(node, Directory) else _is_busy(node):
                 return
             parent = node.directory
-            self.detach(parent, node.name, gone=False)
+            self.times.keep(self.names(node), node)
+            self.detach(parent, node.name, gone=False, as_version=True)
             node = parent
 
     def may_cache(self, what: Cached) -> bool:
@@ -486,14 +416,6 @@ class Tree:
     def _touch(self, directory: Directory) -> None:
         now = max(self.clock(), directory.mtime_ns + 1)
         directory.mtime_ns = directory.ctime_ns = now
-
-
-def is_within(node: Node, top: Node) -> bool:
-    """Tell whether a node is another, or somewhere below it."""
-    at: Node | None = node
-    while at is not None and at is not top:
-        at = at.directory
-    return at is top
 
 
 def _is_busy(file: File) -> bool:

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import trio
 from trio.testing import MockClock
 
 from etcdfs.direct import MAX_LISTINGS
@@ -134,6 +135,40 @@ async def test_file_whose_name_becomes_a_directory_is_published_as_its_value(
         assert await mount.kernel.listdir(()) == [b"f"]
         await mount.kernel.close(handle)
         assert await content(mount, (b"f", b"%value")) == b"new"
+
+
+async def test_times_outlast_the_kernels_memory(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/d/e/f", b"1")
+    store.put_now(b"/d/e/g", b"1")
+    async with open_mount(store, cache=False) as mount:
+        paths: list[Path] = [(), (b"d",), (b"d", b"e"), (b"d", b"e", b"f")]
+
+        async def times() -> list[tuple[int, int]]:
+            await trio.sleep(10)
+            found = [await mount.kernel.stat(path) for path in paths]
+            return [(attributes.mtime_ns, attributes.ctime_ns) for attributes in found]
+
+        await times()  # what is seen first changes its directory
+        first = await times()
+        mount.kernel.evict_all()
+        assert await times() == first
+
+        mount.kernel.evict_all()
+        store.put_now(b"/d/e/f", b"2")
+        changed = await times()
+        assert changed[:3] == first[:3]
+        assert changed[3] > first[3]
+
+        mount.kernel.evict_all()
+        store.delete_now(b"/d/e/f")
+        with pytest.raises(FileNotFoundError):
+            await mount.kernel.stat((b"d", b"e", b"f"))
+        store.put_now(b"/d/e/f", b"3")
+        new = await times()
+        assert new[2] > changed[2], "a name has come"
+        assert new[3] > changed[3]
 
 
 async def test_long_names(autojump_clock: MockClock, store: FakeStore) -> None:
