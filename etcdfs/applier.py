@@ -269,7 +269,8 @@ class Applier:
         """Return the files that a plan replaces or changes, their keys and mod_revisions."""
         tree = self._switch.tree
         files = [before for _, _, before, _ in plan.changes() if isinstance(before, File)]
-        keys = ((file, tree.key_of(file)) for file in (*files, *plan.facts))
+        known = plan.keys  # making keys of paths would take longer than all the rest
+        keys = ((f, known.get(f) or tree.key_of(f)) for f in (*files, *plan.facts))
         return [(file, key, _revision_of(file)) for file, key in keys if key is not None]
 
     def _finish(self, batch: _Batch) -> None:
