@@ -22,7 +22,7 @@ from typing import final
 from etcdfs.planner import Intent, Plan, Planner, Relocation
 from etcdfs.sides import put_on
 from etcdfs.store import Event, KeyValue
-from etcdfs.tree import Cached, Directory, Entry, File, Listing, Node, Tree
+from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 
 
 @final
@@ -100,6 +100,7 @@ class Switch:
             touched.add(Entry(directory.inode, name))
             if not plan.is_version(before, after):
                 directories.add(directory)
+            touched |= self._orphaned(plan, before)
         touched.update(map(self.tree.listing_of, directories))
         for node in plan.dressed:
             listing = self.tree.listing_of(node)
@@ -119,11 +120,16 @@ class Switch:
                 stale.add(Entry(directory.inode, name))
             if directory.told and not plan.is_version(before, after):
                 directories.add(directory)
-            if before is not None and before not in plan.moved and _may_be_open(before):
-                stale.add(Listing(before.inode, None))  # it has no links any more
+            stale |= self._orphaned(plan, before)
         stale.update(map(self.tree.listing_of, directories))
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
+
+    def _orphaned(self, plan: Plan, node: Node | None) -> set[Cached]:
+        """Return the attributes of what leaves the tree and may be in use: it has no links then."""
+        if node is None or node in plan.moved or (isinstance(node, File) and not node.handles):
+            return set()
+        return {self.tree.listing_of(node)}
 
     def publish(self, plan: Plan) -> None:
         """Make the plan true. No `await` may lie between `plan` and this."""
@@ -205,7 +211,3 @@ class Switch:
         """Forget what was applied ahead of the watch and is behind it now."""
         if self._ahead:
             self._ahead = {k: r for k, r in self._ahead.items() if r > revision}
-
-
-def _may_be_open(node: Node) -> bool:
-    return isinstance(node, Directory) or node.handles > 0
