@@ -281,7 +281,8 @@ class Applier:
         """Return the files that a plan replaces or changes, their keys and mod_revisions."""
         tree = self._switch.tree
         files = [before for _, _, before, _ in plan.changes() if isinstance(before, File)]
-        keys = ((file, tree.key_of(file)) for file in (*files, *plan.facts))
+        known = plan.keys  # making keys of paths would take longer than all the rest
+        keys = ((f, known.get(f) or tree.key_of(f)) for f in (*files, *plan.facts))
         return [(file, key, file.version) for file, key in keys if key is not None]
 
     def _finish(self, batch: _Batch) -> None:
@@ -298,10 +299,6 @@ class Applier:
         self._is_broken = True
         self._finish(batch)
         self._failed()
-
-
-def _revision_of(file: File) -> int:
-    return 0 if file.facts is None else file.facts.mod_revision
 
 
 def _size(event: Event) -> int:

@@ -79,6 +79,7 @@ class Plan:
         sides: What becomes of the side keys, by the key that each belongs to.
         dressed: Nodes whose own attributes change, and to what.
         moved: Directories that change their place, and keep what is below them.
+        keys: Of files that go or are replaced, the key each has until then, if it is known.
     """
 
     entries: dict[Directory, dict[bytes, Node | None]] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Plan:
     sides: dict[bytes, Side | None] = field(default_factory=dict)
     dressed: dict[Node, Side | None] = field(default_factory=dict)
     moved: set[Node] = field(default_factory=set)
+    keys: dict[File, bytes] = field(default_factory=dict)
 
     def changes(self) -> Iterator[tuple[Directory, bytes, Node | None, Node | None]]:
         """Yield (directory, name, before, after) of each name that really changes."""
@@ -168,6 +170,8 @@ class Planner:
         old = child if isinstance(child, File) else None
         if old is not None and self._is_behind(event, (old.facts or NOT_IN_ETCD).mod_revision):
             return
+        if old is not None:
+            self._plan.keys[old] = event.key
         facts = facts_of(event)
         intent = self._own_intent(event, directory, name)
         if intent is not None and intent.file is not None:
@@ -268,6 +272,7 @@ class Planner:
         intent = self._intents.get(event.key)
         if intent is None or intent.file is not child:
             self._plan.deleted.add(child)
+        self._plan.keys[child] = event.key
         self._set(directory, name, None)
         self._doubtful.add(directory)
 

@@ -95,13 +95,15 @@ class Switch:
     def untold(self, plan: Plan) -> set[Cached]:
         """Return what must not be answered with a lifetime while the switch is under way."""
         touched: set[Cached] = set()
+        directories: set[Directory] = set()  # one may have 200 000 changes in it
         for directory, name, before, after in plan.changes():
             touched.add(Entry(directory.inode, name))
             if not plan.is_version(before, after):
-                touched.add(self.tree.listing_of(directory))
+                directories.add(directory)
             touched |= _orphaned(plan, before)
             if isinstance(before, Directory):
-                touched.add(self.tree.listing_of(before))
+                directories.add(before)
+        touched.update(map(self.tree.listing_of, directories))
         for node in plan.dressed:
             listing = self.tree.listing_of(node)
             touched.add(listing)
@@ -112,15 +114,16 @@ class Switch:
     def invalidations(self, plan: Plan) -> set[Cached]:
         """Return which of the kernel's cached answers the plan makes untrue."""
         stale: set[Cached] = set()
+        directories: set[Directory] = set()
         for directory, name, before, after in plan.changes():
-            entry = Entry(directory.inode, name)
             stale |= _orphaned(plan, before)
-            if entry in self.locked:
+            if self.locked and Entry(directory.inode, name) in self.locked:
                 continue
             if self.tree.is_told(directory, name):
-                stale.add(entry)
+                stale.add(Entry(directory.inode, name))
             if directory.told and not plan.is_version(before, after):
-                stale.add(self.tree.listing_of(directory))
+                directories.add(directory)
+        stale.update(map(self.tree.listing_of, directories))
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
 

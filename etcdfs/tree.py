@@ -253,8 +253,8 @@ class Tree:
         if directory.lookups == 0:
             return False
         child = directory.children.get(name)
-        is_shown = child is not None and child.told
-        return is_shown or Entry(directory.inode, name) in self._negatives
+        # What is there is no missing name.
+        return Entry(directory.inode, name) in self._negatives if child is None else child.told
 
     def listing_of(self, node: Node) -> Listing:
         """Return how to tell the kernel of a node's changed attributes."""
