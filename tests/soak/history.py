@@ -183,6 +183,8 @@ class _Timeline:
         match read.kind:
             case Kind.SEEN:
                 return self.values.get((read.key, read.writer, read.counter), ())
+            case Kind.MISSING if read.key not in self.by_key:
+                return (_Span(0, FOREVER),)  # nobody ever put it
             case Kind.MISSING:
                 return self.absences.get(read.key, ())
             case Kind.SIZED:

@@ -159,6 +159,13 @@ def test_missing_names_and_listings() -> None:
     assert look(Kind.PRESENT, 7).counts == {"stale": 1}
 
 
+def test_a_name_that_nobody_ever_put_is_missing() -> None:
+    """As in a run too short for every key to have its turn."""
+    events = [Event(5, 0, 0, 1)]
+    reads = [Read(0, 1, Kind.MISSING, 0, 0, 1, 2, floor) for floor in (0, 5)]
+    assert judge(events, [], reads, first=5).clean
+
+
 def test_sizes_told_by_stat() -> None:
     events = [Event(5, 0, 0, 1, size=10), Event(7, 0, 0, 2, size=20)]
 
