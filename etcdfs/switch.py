@@ -117,6 +117,8 @@ class Switch:
                 stale.add(entry)
             if directory.told and not plan.is_version(before, after):
                 stale.add(self.tree.listing_of(directory))
+            if before is not None and _is_held(before):  # fstat(2) says how many links it has
+                stale.add(self.tree.listing_of(before))
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
 
@@ -200,3 +202,8 @@ class Switch:
         """Forget what was applied ahead of the watch and is behind it now."""
         if self._ahead:
             self._ahead = {k: r for k, r in self._ahead.items() if r > revision}
+
+
+def _is_held(node: Node) -> bool:
+    """Tell whether the kernel may answer for a node that has no name any more."""
+    return node.told and (isinstance(node, Directory) or node.handles > 0)

@@ -152,6 +152,24 @@ def test_b24_an_open_file_keeps_its_version(lab: Lab) -> None:
         os.close(fd)
 
 
+@pytest.mark.parametrize("how", ["deleted", "put", "directory"])
+def test_b24_what_lost_its_name_has_no_links(lab: Lab, how: str) -> None:
+    lab.put("d/file", b"value")
+    opened = lab.path / "d" if how == "directory" else lab.path / "d" / "file"
+    fd = os.open(opened, os.O_RDONLY)
+    try:
+        before = os.fstat(fd)
+        if how == "put":
+            lab.put("d/file", b"other")
+        else:
+            lab.delete("d/file")
+        after = os.fstat(fd)
+    finally:
+        os.close(fd)
+    assert before.st_nlink > 0
+    assert (after.st_ino, after.st_nlink) == (before.st_ino, 0)
+
+
 def test_b24_a_memory_map_keeps_its_version(lab: Lab) -> None:
     lab.put("file", b"old value " * 1000)
     with (lab.path / "file").open("rb") as opened:
