@@ -92,7 +92,7 @@ class Machine(LocalRules):
         if not self.is_real(path) or self.kind(path) in {0, stat.S_IFDIR}:
             return
         self.publish()
-        self.client.delete(self.lab.key(path))
+        self.deleted[self.lab.key(path)] = self.client.delete(self.lab.key(path))
         value = self.data(size)
         self.lab.put(path, value)
         inode = os.lstat(self.at(path)).st_ino
