@@ -30,6 +30,7 @@ from operator import attrgetter
 from typing import Final, final
 
 import trio
+from cachetools import LRUCache
 
 from etcdfs.contents import Contents
 from etcdfs.letting import KernelCache, Letting
@@ -52,6 +53,9 @@ BATCH_BYTES: Final = 4 << 20
 
 WAITING_MAX: Final = 4
 """Merged batches that may wait; they and one response of etcd's are all that memory holds."""
+
+PAST_MAX: Final = 1024
+"""Keys of which the value before the present one is known to be held; of others it may be."""
 
 GRACE_S: Final = 0.002
 """How long the kernel mostly takes to let go of a name, and more; it is 0.2 ms when it is idle."""
@@ -138,6 +142,7 @@ class Applier:
         self._rounds = 0
         self._round = 0
         self._numbers = count(1)
+        self._past: LRUCache[bytes, int] = LRUCache(PAST_MAX)
         self._is_broken = False  # nothing is taken until everything is listed again
         self._advanced = trio.Event()
 
@@ -254,7 +259,7 @@ class Applier:
             # Or a key that is always written would fill the memory with what nobody asks for.
             is_past = file.directory is None or revision != _revision_of(file)
             if is_past and not file.handles:
-                self._contents.discard(key, Revision(revision))
+                self._let_go(key, revision)
         self._switch.tree.switching.clear()
         self.letting.submit(late)
         self.batches += 1
@@ -264,6 +269,13 @@ class Applier:
             self.revision = batch.revision
             self._switch.reached(batch.revision)
         self._finish(batch)
+
+    def _let_go(self, key: bytes, revision: int) -> None:
+        """Let go of the value before the one that is past now: a call under way may want that."""
+        before = self._past.pop(key, 0)
+        if before:
+            self._contents.discard(key, Revision(before))
+        self._past[key] = revision
 
     def _versions(self, plan: Plan) -> list[tuple[File, bytes, int]]:
         """Return the files that a plan replaces or changes, their keys and mod_revisions."""

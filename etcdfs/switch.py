@@ -99,6 +99,7 @@ class Switch:
             touched.add(Entry(directory.inode, name))
             if not plan.is_version(before, after):
                 touched.add(self.tree.listing_of(directory))
+            touched |= self._orphaned(plan, before)
         for node in plan.dressed:
             listing = self.tree.listing_of(node)
             touched.add(listing)
@@ -117,10 +118,15 @@ class Switch:
                 stale.add(entry)
             if directory.told and not plan.is_version(before, after):
                 stale.add(self.tree.listing_of(directory))
-            if before is not None and _is_held(before):  # fstat(2) says how many links it has
-                stale.add(self.tree.listing_of(before))
+            stale |= self._orphaned(plan, before)
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
+
+    def _orphaned(self, plan: Plan, node: Node | None) -> set[Cached]:
+        """Return the attributes of what leaves the tree and may be in use: it has no links then."""
+        if node is None or node in plan.moved or (isinstance(node, File) and not node.handles):
+            return set()
+        return {self.tree.listing_of(node)}
 
     def publish(self, plan: Plan) -> None:
         """Make the plan true. No `await` may lie between `plan` and this."""
@@ -202,8 +208,3 @@ class Switch:
         """Forget what was applied ahead of the watch and is behind it now."""
         if self._ahead:
             self._ahead = {k: r for k, r in self._ahead.items() if r > revision}
-
-
-def _is_held(node: Node) -> bool:
-    """Tell whether the kernel may answer for a node that has no name any more."""
-    return node.told and (isinstance(node, Directory) or node.handles > 0)

@@ -9,8 +9,8 @@ Concurrency: trio thread.
 from collections.abc import Sequence
 
 from etcdfs.contents import Contents
-from etcdfs.errors import CompactedError, StaleError, StoreFullError
-from etcdfs.store import Committed, Get, Page, Store, Transaction
+from etcdfs.errors import CompactedError, StaleError, StoreError, StoreFullError
+from etcdfs.store import Committed, Get, Page, Revision, Store, Transaction
 from etcdfs.tree import File, Tree
 
 
@@ -18,8 +18,9 @@ async def value_of(store: Store, contents: Contents, tree: Tree, file: File) -> 
     """Return the value of the version that `file` is, from memory or at its own revision.
 
     Raises:
-        StaleError: The version is no longer in etcd's history, nor the newest.
-        StoreError: etcd cannot be asked.
+        StaleError: The version is not the newest, and no longer in etcd's history, or etcd cannot
+            be asked: the kernel looks the path up again, and finds a newer one.
+        StoreError: etcd cannot be asked for the newest.
     """
     if file.value is not None:
         return file.value
@@ -33,15 +34,25 @@ async def value_of(store: Store, contents: Contents, tree: Tree, file: File) -> 
     if kept is not None:
         return kept
     try:
-        page = await store.range(key, revision=facts.mod_revision)
-    except CompactedError:
-        # A compaction takes old versions, never the newest one of a key that is there.
-        page = await store.range(key)
+        page = await _version(store, key, facts.mod_revision)
+    except StoreError as exc:
+        if file.directory is not None:
+            raise
+        msg = f"revision {facts.mod_revision} of {key!r} is old, and etcd does not tell it: {exc}"
+        raise StaleError(msg) from exc
     if not page.entries or page.entries[0].mod_revision != facts.mod_revision:
         msg = f"revision {facts.mod_revision} of {key!r} has been compacted away"
         raise StaleError(msg)
     contents.put(key, facts.mod_revision, page.entries[0].value)
     return page.entries[0].value
+
+
+async def _version(store: Store, key: bytes, revision: Revision) -> Page:
+    try:
+        return await store.range(key, revision=revision)
+    except CompactedError:
+        # A compaction takes old versions, never the newest one of a key that is there.
+        return await store.range(key)
 
 
 async def read_together(store: Store, gets: Sequence[Get]) -> Committed:

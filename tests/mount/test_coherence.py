@@ -11,6 +11,7 @@ import os
 import pytest
 
 from tests.mount.lab import Lab, Pool
+from tests.mount.posix.calls import opened
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
@@ -152,22 +153,21 @@ def test_b24_an_open_file_keeps_its_version(lab: Lab) -> None:
         os.close(fd)
 
 
-@pytest.mark.parametrize("how", ["deleted", "put", "directory"])
-def test_b24_what_lost_its_name_has_no_links(lab: Lab, how: str) -> None:
+@pytest.mark.parametrize("how", ["delete", "replace"])
+def test_b24_what_is_open_and_has_no_name_any_more_has_no_links(lab: Lab, how: str) -> None:
     lab.put("d/file", b"value")
-    opened = lab.path / "d" if how == "directory" else lab.path / "d" / "file"
-    fd = os.open(opened, os.O_RDONLY)
-    try:
-        before = os.fstat(fd)
-        if how == "put":
-            lab.put("d/file", b"other")
-        else:
+    with (
+        opened(lab.path / "d/file", os.O_RDONLY) as file,
+        opened(lab.path / "d", os.O_RDONLY | os.O_DIRECTORY) as directory,
+    ):
+        assert os.fstat(file).st_nlink == 1
+        assert os.fstat(directory).st_nlink == 2
+        if how == "delete":
             lab.delete("d/file")
-        after = os.fstat(fd)
-    finally:
-        os.close(fd)
-    assert before.st_nlink > 0
-    assert (after.st_ino, after.st_nlink) == (before.st_ino, 0)
+        else:
+            lab.put("d/file", b"other")
+        assert os.fstat(file).st_nlink == 0
+        assert os.fstat(directory).st_nlink == (0 if how == "delete" else 2)
 
 
 def test_b24_a_memory_map_keeps_its_version(lab: Lab) -> None:

@@ -79,7 +79,8 @@ async def test_values_that_nobody_can_ask_for_are_let_go(autojump_clock: MockClo
     for revision in range(3, 20):
         await rig.applier.take([put(b"hot", revision)])
     await rig.applier.take([put(b"open", 20), gone(b"deleted", 20)])
-    kept = [(b"hot", 19), (b"open", 2), (b"open", 20)]
+    # The one before may be wanted by a call that has found it already.
+    kept = [(b"hot", 19), (b"hot", 18), (b"open", 2), (b"open", 20), (b"deleted", 2)]
     for name in (b"hot", b"open", b"deleted"):
         for revision in range(1, 21):
             value = rig.contents.get(b"/" + name, Revision(revision))

@@ -9,6 +9,7 @@ from trio.testing import MockClock
 
 from etcdfs.errors import BadHandleError, ReadOnlyError, StaleError, StoreUnavailableError
 from etcdfs.openfiles import STORE_MAX
+from etcdfs.store import Revision
 from etcdfs.tree import File
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore
@@ -152,6 +153,24 @@ async def test_old_version_whose_value_is_gone(autojump_clock: MockClock, store:
         with pytest.raises(StaleError):
             await mount.files.open(old, os.O_RDONLY)
         assert old.handles == 0
+
+
+async def test_old_version_while_etcd_is_away(autojump_clock: MockClock, store: FakeStore) -> None:
+    """The kernel has found it, and then there is a newer one: it is to look again, not to fail."""
+    async with open_mount(store) as mount:
+        old = file_of(mount)
+        store.put_now(KEY, b"two")
+        store.put_now(KEY, b"three")
+        await trio.testing.wait_all_tasks_blocked()
+        assert old is not file_of(mount)
+        mount.contents.discard(KEY, Revision(2))
+        store.fail_next("range", StoreUnavailableError("away"))
+        with pytest.raises(StaleError):
+            await mount.files.open(old, os.O_RDONLY)
+        assert old.handles == 0
+        handle = await mount.files.open(file_of(mount), os.O_RDONLY)
+        assert mount.files.read(handle, 0, 9) == b"three"
+        await mount.files.release(handle)
 
 
 async def test_newest_value_survives_compaction(

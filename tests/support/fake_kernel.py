@@ -264,6 +264,7 @@ class FakeKernel:
     def check_coherence(self, tree: Tree, filesystem: Filesystem) -> None:
         """Assert that what would be answered from the caches is what the tree says."""
         now = trio.current_time()
+        self._check_what_is_open(tree, filesystem)
         pending: list[tuple[Directory, Path]] = [(tree.root, ())]
         while pending:
             directory, path = pending.pop()
@@ -287,6 +288,12 @@ class FakeKernel:
                 if isinstance(child, File) and child.draft is None and child.value is not None:
                     pages = dentry.inode.pages
                     assert pages is None or pages == child.value, f"{where}: older pages"
+
+    def _check_what_is_open(self, tree: Tree, filesystem: Filesystem) -> None:
+        for inode in [inode for inode in self.inodes.values() if inode.opens]:
+            if inode.attributes is not None and inode.fresh_until > trio.current_time():
+                current = filesystem.attributes(tree.node(inode.number))
+                _same(inode.attributes, current, (b"what is open",))
 
     # --- names ------------------------------------------------------------------------------
 

@@ -1,28 +1,39 @@
-"""Children of the POSIX suite: each runs its function once, whatever becomes of the fork."""
+"""Children of the POSIX suite: what becomes of the function, and of what the parent has left."""
 
+import gc
 import os
 import signal
-
-import pytest
 
 from tests.mount.posix import calls
 
 
-def test_a_child_that_does_not_come_to_life_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    fork, children = os.fork, []
+class Left:
+    """Garbage that only a collection finds."""
 
-    def stuck_at_first() -> int:
-        children.append(fork())
-        if children == [0]:
-            signal.pause()
-        return children[-1]
+    def __init__(self, collected: list[int]) -> None:
+        self._myself = self
+        self._collected = collected
 
-    monkeypatch.setattr(calls, "PATIENCE_S", 0.2)
-    monkeypatch.setattr(os, "fork", stuck_at_first)
-    assert calls.in_child(os.getpid) == children[1]
-    with pytest.raises(ProcessLookupError):
-        os.kill(children[0], 0)
+    def __del__(self) -> None:
+        self._collected.append(os.getpid())
 
 
-def test_a_child_that_dies_is_not_replaced() -> None:
+def test_a_child_does_not_collect_its_parents_garbage() -> None:
+    collected: list[int] = []
+
+    def work() -> list[int]:
+        containers = [[i] for i in range(1_000_000)]  # more than any threshold
+        assert containers
+        return [pid for pid in collected if pid == os.getpid()]
+
+    gc.disable()
+    Left(collected)
+    gc.enable()
+    assert calls.in_child(work) == []
+    assert gc.isenabled()
+    gc.collect()
+    assert collected == [os.getpid()]
+
+
+def test_a_child_that_dies_is_told_by_its_signal() -> None:
     assert calls.in_child(lambda: os.kill(os.getpid(), signal.SIGTERM)) == -signal.SIGTERM

@@ -8,18 +8,16 @@ not touch what the parent's threads own.
 
 import ctypes
 import errno
+import gc
 import os
 import pickle
-import select
-import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# Not os._exit: coverage wraps that to save its data first, which raises in a child that may not
-# write files - and the child would go on with the parent's tests.
+# Not os._exit: coverage makes that save its data first, and a child has none of its own.
 from posix import _exit
 from typing import Any, Final
 
@@ -30,13 +28,6 @@ FALLOC_FL_PUNCH_HOLE: Final = 2
 AT_FDCWD: Final = -100
 
 NOBODY: Final = 65534
-
-ALIVE: Final = b"!"
-FORKS: Final = 3
-PATIENCE_S: Final = 15.0
-"""How long a child may take until it runs Python again. In one of some thousands of forks it never
-does: what gRPC's threads were doing is taken down in the child, and waits there for those threads,
-which it does not have. Nothing of the test has run by then, so that another child may do it."""
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long)
@@ -117,28 +108,17 @@ class Child:
     """A function that runs in a forked process; `result` waits for what it returned or raised."""
 
     def __init__(self, function: Callable[[], Any]) -> None:
-        for _ in range(FORKS):
-            self._reader, writer = os.pipe()
-            with warnings.catch_warnings():
-                # Python 3.12 warns of threads: the child touches nothing of theirs.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                self._pid = os.fork()
+        self._reader, writer = os.pipe()
+        # The child must not collect the parent's garbage: what grpc.aio left waits there, in a
+        # loop without end, for threads that only the parent has.
+        with _no_collections(), warnings.catch_warnings():
+            # Python 3.12 warns of threads: the child touches nothing of theirs.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._pid = os.fork()
             if not self._pid:
                 os.close(self._reader)
                 _report(function, writer)
-            os.close(writer)
-            if self._has_begun():
-                return
-            os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
-            os.close(self._reader)
-        raise TimeoutError(f"none of {FORKS} children came to life")
-
-    def _has_begun(self) -> bool:
-        if not select.select([self._reader], [], [], PATIENCE_S)[0]:
-            return False
-        os.read(self._reader, len(ALIVE))  # nothing, if it has died
-        return True
+        os.close(writer)
 
     def result(self) -> Any:
         """Return what the function returned."""
@@ -152,8 +132,16 @@ class Child:
         return value
 
 
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def _report(function: Callable[[], Any], writer: int) -> None:
-    os.write(writer, ALIVE)
     try:
         answer = pickle.dumps((function(), None))
     except BaseException:  # noqa: BLE001 - the parent is to hear of it, whatever it is
