@@ -235,10 +235,16 @@ class Metadata:
         """Take over what another client has made of the attributes."""
         own, sides = (page_of(result).entries for result in committed.results)
         known = facts_of_node(node)
+        is_made_anew = known is not None and (
+            not own or own[0].create_revision != known.create_revision
+        )
+        if isinstance(node, File) and node.handles and is_made_anew:
+            self._lose_name(node)
+            return
         if not own and isinstance(node, File):
             msg = f"{key!r} was deleted by another client"
             raise NotFoundError(msg)
-        if known is not None and (not own or own[0].create_revision != known.create_revision):
+        if is_made_anew:
             msg = f"{key!r} was made anew by another client"
             raise StaleError(msg)
         events = [*own, *sides] if isinstance(node, Directory) else [*sides]
@@ -246,6 +252,12 @@ class Metadata:
             await self._view.settle(max(e.mod_revision for e in events), events)
         side = side_of(sides[0]) if sides else None
         node.side = side if holds(side, facts_of_node(node)) else None
+
+    def _lose_name(self, file: File) -> None:
+        """Let an open file go on without its name, which another client has taken."""
+        if file.directory is not None:
+            stale = self._view.switch.withdraw(file.directory, file.name, gone=True)
+            self._view.let_go(stale)
 
     def _key_of(self, node: Node) -> bytes | None:
         """Return the key whose attributes are those of a node, None if it has none."""

@@ -30,6 +30,8 @@ Handle = NewType("Handle", int)
 STORE_MAX: Final = 128 * 1024
 """Bytes of a value that the kernel is given at open: as many as it asks for in one READ."""
 
+PAGE: Final = os.sysconf("SC_PAGE_SIZE")
+
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
@@ -169,7 +171,9 @@ class OpenFiles:
         file = opened.file
         async with self._publisher.lock(file):
             draft = self._draft(file)
-            end = draft.end_of_write(offset, len(data), append=opened.append)
+            is_mapped = opened.append and _may_be_of_map(offset, len(data), len(draft))
+            append = opened.append and not is_mapped
+            end = draft.end_of_write(offset, len(data), append=append)
             if end > len(draft):
                 try:
                     self._publisher.check_size(file, end)
@@ -179,9 +183,9 @@ class OpenFiles:
             draft.write(
                 offset,
                 data,
-                append=opened.append,
+                append=append,
                 now_ns=self._now(file),
-                blind=not opened.readable,
+                blind=not opened.readable and not is_mapped,
             )
         return len(data)
 
@@ -361,3 +365,13 @@ class OpenFiles:
 
 def _is_refused(file: File) -> bool:
     return isinstance(file.draft, Draft) and file.draft.is_refused
+
+
+def _may_be_of_map(offset: int, size: int, length: int) -> bool:
+    """Tell whether a write through an O_APPEND handle is of pages that a memory map has changed.
+
+    The kernel writes them back through any handle that can write. pyfuse3 does not tell us that it
+    does; but these are whole pages, or end where the file does, and an append is behind that.
+    """
+    end = offset + size
+    return offset % PAGE == 0 and end <= length and (end % PAGE == 0 or end == length)

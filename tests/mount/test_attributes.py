@@ -580,3 +580,28 @@ def test_attributes_are_one_command_of_etcdctl(lab: Lab) -> None:
     (lab.path / "file").chmod(0o640)
     key = side_key(lab.key("file")).decode()
     assert lab.etcd.etcdctl("get", "--print-value-only", key).strip() == b'{"mode":"0640"}'
+
+
+@pytest.mark.parametrize("how", ["deleted", "made anew"])
+def test_b16_an_open_file_that_another_client_deleted_keeps_its_own_attributes(
+    lab: Lab, how: str
+) -> None:
+    calls: list[Callable[[int], None]] = [
+        lambda fd: os.fchmod(fd, 0o600),
+        lambda fd: os.fchown(fd, 1000, 7) if os.geteuid() == 0 else None,
+        lambda fd: os.utime(fd, ns=(1, 2)),
+        lambda fd: os.setxattr(fd, "user.a", b"value"),
+    ]
+    for number, call in enumerate(calls):
+        name = f"file{number}"
+        lab.put(name, b"value")
+        with (lab.path / name).open("rb") as opened:
+            revision = lab.client.delete(lab.key(name))
+            if how == "made anew":
+                revision = lab.client.put(lab.key(name), b"other")
+            call(opened.fileno())
+            lab.shown(revision)
+            assert opened.read() == b"value"
+            assert os.fstat(opened.fileno()).st_nlink == 0
+        assert (lab.path / name).exists() == (how == "made anew")
+    assert lab.client.below(b"/.etcdfs/attrs/" + lab.prefix) == []

@@ -119,21 +119,21 @@ class Census:
         """Return objects by type, the sizes of tables, descriptors, and the mount's statistics."""
         self._place.unlink(missing_ok=True)
         os.kill(self._mounted.daemon, signal.SIGUSR2)
-        counted = json.loads(_until(self._read))
+        counted = json.loads(until(self._read))
         for name in ("types", "tables"):
             counted[name] = Counter(counted[name])
         return {**counted, **self._mounted.statistics()}
 
     def settled(self, inodes: int) -> dict[str, Any]:
         """Return the census once the kernel has let go of all but so many inodes."""
-        _until(lambda: self._mounted.statistics()["tree"]["inodes_known"] <= inodes)
+        until(lambda: self._mounted.statistics()["tree"]["inodes_known"] <= inodes)
         return self.take()
 
     def _read(self) -> str:
         return self._place.read_text() if self._place.exists() else ""
 
 
-def _until(found: Callable[[], Any]) -> Any:
+def until(found: Callable[[], Any]) -> Any:
     """Ask until the answer is true; what the kernel forgets, it tells in its own time."""
     deadline = time.monotonic() + _PATIENCE_S
     while time.monotonic() < deadline:

@@ -298,6 +298,22 @@ def test_two_maps_share_their_pages(file: Path) -> None:
     assert file.read_bytes() == b"a12345678z"
 
 
+@pytest.mark.parametrize("flags", [RW | os.O_APPEND, W | os.O_APPEND])
+def test_a_shared_map_of_what_is_open_for_appending(file: Path, flags: int) -> None:
+    """The kernel may write pages back through any handle; they are not appended."""
+    size = 2 * PAGE + 10
+    file.write_bytes(DIGITS.ljust(size, b"."))
+    with opened(file, flags) as appending, opened(file, RW) as fd:
+        mapped = appending if flags & RW else fd
+        with mmap.mmap(mapped, size) as memory:
+            memory[1] = memory[PAGE] = memory[size - 1] = ord("!")
+            memory.flush()
+        os.write(appending, b"more")
+    expected = bytearray(DIGITS.ljust(size, b"."))
+    expected[1] = expected[PAGE] = expected[size - 1] = ord("!")
+    assert file.read_bytes() == bytes(expected) + b"more"
+
+
 def test_a_private_map_keeps_its_writes(file: Path) -> None:
     with opened(file, R) as fd, mmap.mmap(fd, 10, access=mmap.ACCESS_COPY) as mapped:
         mapped[0:2] = b"ab"
