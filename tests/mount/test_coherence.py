@@ -10,7 +10,7 @@ import os
 
 import pytest
 
-from tests.mount.lab import Lab, Pool
+from tests.mount.lab import Lab, Pool, sh
 from tests.mount.posix.calls import opened
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
@@ -91,6 +91,16 @@ def test_b23_link_counts_and_times_of_directories_follow(lab: Lab) -> None:
         assert after.st_mtime_ns > before.st_mtime_ns
         lab.delete("d/file")
         assert lab.path.stat().st_nlink == 2
+
+
+def test_a_link_count_is_of_the_subdirectories_that_were_seen(lab: Lab) -> None:
+    lab.put("d/e/f", b"")
+    directory = lab.path / "d"
+    mirrored = bool(lab.mounted.statistics().get("mirror"))
+    assert directory.stat().st_nlink == (3 if mirrored else 2)
+    found = sh(lab.path, "find . | sort").split()  # trusts no link count
+    assert found == [".", "./d", "./d/e", "./d/e/f"]
+    assert directory.stat().st_nlink == 3
 
 
 def test_b23_a_file_becomes_a_directory_and_back(lab: Lab) -> None:

@@ -2,12 +2,14 @@
 
 import mailbox
 import os
+import shelve
 import shutil
 import sqlite3
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dbm import dumb
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,20 @@ def test_sed_and_other_editors_in_place(place: Path) -> None:
     sh(place, "sort -r f -o f; awk -i inplace '{print NR, $0}' f 2>/dev/null || true")
     assert (place / "f").read_text().split()[-1] == "2"
     assert set(os.listdir(place)) == {"f", "f.bak"}
+
+
+@pytest.mark.programs("patch")
+def test_patch(place: Path) -> None:
+    (place / "f").write_text("one\ntwo\nthree\n")
+    (place / "f").chmod(0o640)
+    sh(place, "sed s/two/2/ f > g; diff -u f g > p || true; patch -b f p; cmp f g; patch -R f p")
+    assert (place / "f").read_text() == (place / "f.orig").read_text() == "one\ntwo\nthree\n"
+    assert (place / "f").stat().st_mode & 0o777 == 0o640
+    (place / "p").write_text("--- /dev/null\n+++ b/x/new\n@@ -0,0 +1 @@\n+hi\n")
+    sh(place, "patch -p1 < p")
+    assert (place / "x" / "new").read_text() == "hi\n"
+    sh(place, "patch -p1 -R < p")
+    assert not (place / "x" / "new").exists()
 
 
 @pytest.mark.programs("jq", "yq")
@@ -226,7 +242,34 @@ def test_sqlite_of_two_connections(place: Path) -> None:
         assert db.execute("select n from t").fetchone() == (15,)
 
 
+# --- locks ----------------------------------------------------------------------------------
+
+
+@pytest.mark.programs("flock")
+def test_flock_lets_one_in_at_a_time(place: Path) -> None:
+    (place / "n").write_text("0")
+    add = "n=$(cat n); echo $((n + 1)) > n"
+    sh(place, f"for i in 1 2 3 4; do flock lock sh -euc '{add}; {add}; {add}' & done; wait")
+    assert (place / "n").read_text() == "12\n"
+    sh(place, "( flock 9; ! flock --nonblock --shared lock true ) 9> lock")
+
+
 # --- Python ---------------------------------------------------------------------------------
+
+
+def test_dbm_and_shelve(place: Path) -> None:
+    with closing(dumb.open(str(place / "dumb"), "c")) as db:
+        for n in range(50):
+            db[str(n)] = b"value" * n
+        del db["7"]
+    with closing(dumb.open(str(place / "dumb"), "r")) as db:
+        assert sorted(map(int, db.keys())) == [n for n in range(50) if n != 7]
+        assert db["49"] == b"value" * 49
+    with shelve.open(str(place / "shelf"), writeback=True) as shelf:
+        shelf["list"] = [1]
+        shelf["list"].append(2)
+    with shelve.open(str(place / "shelf"), flag="r") as shelf:
+        assert shelf["list"] == [1, 2]
 
 
 def test_shutil(place: Path, source: Path) -> None:
