@@ -235,7 +235,7 @@ def test_a_log_file_is_appended_to(shared_etcd: EtcdProcess, mnt: Path, home: Pa
     assert log.count(f" INFO __main__: mounted {mnt}\n") == 2
 
 
-def test_b62_a_log_that_is_gone_does_not_end_the_mount(
+def test_b64_a_log_that_is_gone_does_not_end_the_mount(
     shared_etcd: EtcdProcess, mnt: Path, home: Path
 ) -> None:
     logs = home / "logs"
@@ -263,7 +263,7 @@ def killed_after(bound_s: float, daemon: "subprocess.Popen[str]") -> Iterator[No
         watchdog.cancel()
 
 
-def test_b230_a_log_that_nobody_reads_does_not_hold_the_mount_up(
+def test_b65_a_log_that_nobody_reads_does_not_hold_the_mount_up(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     """In the foreground stderr may be a pipe, whose reader stops."""
@@ -379,7 +379,7 @@ def test_a_kernel_that_refuses_is_reported(shared_etcd: EtcdProcess, mnt: Path) 
     assert not os.path.ismount(mnt)
 
 
-def test_b61_of_many_mounts_on_one_directory_one_succeeds(
+def test_b63_of_many_mounts_on_one_directory_one_succeeds(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     command = [*COMMAND, "mount", str(mnt), "--cache", "--endpoints", shared_etcd.client_url]
@@ -394,7 +394,7 @@ def test_b61_of_many_mounts_on_one_directory_one_succeeds(
     umount(mnt)  # and nothing is below it
 
 
-def test_b61_a_directory_that_another_daemon_is_about_to_mount_on(
+def test_b63_a_directory_that_another_daemon_is_about_to_mount_on(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     fd = os.open(mnt, os.O_RDONLY)

@@ -106,7 +106,7 @@ def write_once(path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b58_a_killed_daemon_and_the_next_mount(pool: Pool, cached: Lab, mode: str) -> None:
+def test_b60_a_killed_daemon_and_the_next_mount(pool: Pool, cached: Lab, mode: str) -> None:
     with pool.private(cached.etcd, mode) as mounted:
         path = mounted.path / cached.path.name / "file"
         path.write_bytes(b"published")
@@ -130,7 +130,7 @@ def test_b58_a_killed_daemon_and_the_next_mount(pool: Pool, cached: Lab, mode: s
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b57_sigterm_publishes_unmounts_and_exits_0(cached: Lab, mode: str) -> None:
+def test_b59_sigterm_publishes_unmounts_and_exits_0(cached: Lab, mode: str) -> None:
     with daemon(cached.etcd, cache=mode == "--cache") as running:
         fd = os.open(running.path / cached.path.name / "file", os.O_CREAT | os.O_WRONLY)
         os.write(fd, b"not yet closed")
@@ -144,7 +144,7 @@ def test_b57_sigterm_publishes_unmounts_and_exits_0(cached: Lab, mode: str) -> N
             os.close(fd)
 
 
-def test_b57_sigint_likewise(lab: Lab) -> None:
+def test_b59_sigint_likewise(lab: Lab) -> None:
     with daemon(lab.etcd, cache=True) as running:
         running.process.send_signal(signal.SIGINT)
         assert running.process.wait(_PATIENCE_S) == 0
@@ -152,7 +152,7 @@ def test_b57_sigint_likewise(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("command", ["umount", "fusermount3 -u", "fusermount3 -uz"])
-def test_b57_plain_unmounting_ends_the_daemon(pool: Pool, lab: Lab, command: str) -> None:
+def test_b59_plain_unmounting_ends_the_daemon(pool: Pool, lab: Lab, command: str) -> None:
     with pool.private(lab.etcd, "--cache") as mounted:
         (mounted.path / lab.path.name / "file").write_bytes(command.encode())
         with ended(mounted.daemon):
@@ -173,7 +173,7 @@ mount.watch_over = crash
 """
 
 
-def test_b58_a_daemon_that_crashes_unmounts_nothing(cached: Lab) -> None:
+def test_b60_a_daemon_that_crashes_unmounts_nothing(cached: Lab) -> None:
     with daemon(cached.etcd, cache=True, program=_CRASHING) as running:
         assert cached.path.name in os.listdir(running.path)
         cached.put("file", b"value")
@@ -204,7 +204,7 @@ OpenFiles.write = planted
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b59_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode: str) -> None:
+def test_b61_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode: str) -> None:
     cached.put("file", b"value")
     with daemon(cached.etcd, cache=mode == "--cache", program=_PLANTED) as running:
         path = running.path / cached.path.name
@@ -234,7 +234,7 @@ def test_b59_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode:
 
 
 @pytest.mark.every_etcd
-def test_b48_while_etcd_does_not_answer(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b50_while_etcd_does_not_answer(pool: Pool, own_etcd: EtcdProcess) -> None:
     with pool.private(own_etcd, "--cache", "--timeout", "0.5") as mounted:
         file = mounted.path / "d" / "file"
         mounted.put("/d/file", "value")
@@ -285,7 +285,7 @@ def _check_recovered(etcd: EtcdProcess, path: Path) -> None:
 
 
 @pytest.mark.every_etcd
-def test_b48_without_the_mirror_while_etcd_does_not_answer(
+def test_b50_without_the_mirror_while_etcd_does_not_answer(
     pool: Pool, own_etcd: EtcdProcess
 ) -> None:
     with pool.private(own_etcd, "--no-cache", "--timeout", "0.5") as mounted:
@@ -310,7 +310,7 @@ def test_b48_without_the_mirror_while_etcd_does_not_answer(
         _check_recovered(own_etcd, mounted.path)
 
 
-def test_b48_etcd_is_down_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b50_etcd_is_down_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> None:
     with pool.private(own_etcd, "--cache", "--timeout", "2") as mounted:
         mounted.put("/file", "value")
         mounted.expect_log("")
@@ -326,7 +326,7 @@ def test_b48_etcd_is_down_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> N
 
 @pytest.mark.every_etcd
 @pytest.mark.parametrize("compacted", [False, True], ids=["resumed", "compacted"])
-def test_b49_changes_made_while_disconnected_are_seen(
+def test_b51_changes_made_while_disconnected_are_seen(
     pool: Pool, own_etcd: EtcdProcess, *, compacted: bool
 ) -> None:
     """The daemon stands still while etcd restarts, so that it misses everything.

@@ -19,7 +19,7 @@ INODES = 2  # the root, and the directory that all rounds are in
 
 
 @pytest.mark.parametrize(("mode", "rounds"), [("--cache", 10), ("--no-cache", 3)])
-def test_b63_what_is_gone_leaves_nothing_in_the_daemon(
+def test_b66_what_is_gone_leaves_nothing_in_the_daemon(
     pool: Pool,
     own_etcd: EtcdProcess,
     mode: str,

@@ -343,7 +343,7 @@ def test_b22_what_may_not_be_changes_nothing(lab: Lab) -> None:
     assert (lab.own_keys(), lab.client.revision()) == before
 
 
-def test_b60_a_read_only_mount_moves_nothing(cached: Lab, pool: Pool) -> None:
+def test_b62_a_read_only_mount_moves_nothing(cached: Lab, pool: Pool) -> None:
     lab = cached
     sh(lab.path, "mkdir d e; echo 1 > d/f")
     before = lab.client.revision()

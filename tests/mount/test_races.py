@@ -42,7 +42,7 @@ def value_of(number: int) -> bytes:
 
 
 @pytest.mark.every_etcd
-def test_b24_b21_nothing_torn_and_nothing_older(lab: Lab) -> None:
+def test_b25_b21_nothing_torn_and_nothing_older(lab: Lab) -> None:
     file = lab.path / "file"
     lab.put("file", value_of(0))
     last = reads = 0
@@ -59,7 +59,7 @@ def test_b24_b21_nothing_torn_and_nothing_older(lab: Lab) -> None:
     assert file.read_bytes() == value_of(UPDATES)
 
 
-def test_b24_a_file_that_is_replaced_all_the_time_is_always_there(lab: Lab) -> None:
+def test_b25_a_file_that_is_replaced_all_the_time_is_always_there(lab: Lab) -> None:
     lab.put("file", b"0")
     with writing(lab, lambda client, n: client.put(lab.key("file"), b"%d" % n)) as done:
         last = (0, 0)
@@ -71,7 +71,7 @@ def test_b24_a_file_that_is_replaced_all_the_time_is_always_there(lab: Lab) -> N
 
 
 @pytest.mark.every_etcd
-def test_b25_two_keys_of_one_transaction_are_never_inverted(cached: Lab) -> None:
+def test_b26_two_keys_of_one_transaction_are_never_inverted(cached: Lab) -> None:
     """Whoever has read the new value of one never reads the old one of the other."""
     pair = [cached.key("one/a"), cached.key("two/b")]
 
@@ -91,7 +91,7 @@ def test_b25_two_keys_of_one_transaction_are_never_inverted(cached: Lab) -> None
     assert pairs
 
 
-def test_b25_names_that_come_and_go_together(cached: Lab) -> None:
+def test_b26_names_that_come_and_go_together(cached: Lab) -> None:
     """A key moves between two names; it is never at neither, and never at both."""
     names = [cached.key("here"), cached.key("there")]
     cached.put("here", b"")

@@ -166,6 +166,7 @@ async def test_times_outlast_the_kernels_memory(
         with pytest.raises(FileNotFoundError):
             await mount.kernel.stat((b"d", b"e", b"f"))
         store.put_now(b"/d/e/f", b"3")
+        await times()
         new = await times()
         assert new[2] > changed[2], "a name has come"
         assert new[3] > changed[3]

@@ -297,7 +297,7 @@ async def test_times_go_along_with_what_was_written(
 
 @pytest.mark.expect_log("attributes are not kept: %s")
 @pytest.mark.parametrize("reading", [True, False])
-async def test_b46_without_rights_to_side_keys_content_still_works(
+async def test_b48_without_rights_to_side_keys_content_still_works(
     autojump_clock: MockClock,
     store: FakeStore,
     cache: bool,
