@@ -43,7 +43,7 @@ from tests.mount.posix.calls import renameat2
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
-SHARES: Final = {"--cache": 6, "--no-cache": 25}
+SHARES: Final = {"--cache": 3, "--no-cache": 14}
 """Which part of a profile's examples a mode has: one of a real mount takes a second."""
 
 
