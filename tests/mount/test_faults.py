@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from etcdfs.handshake import Handover, LogSettings, Ready, read_reports, send_handover
+from etcdfs.openfiles import STORE_MAX
 from etcdfs.options import MountOptions
 from tests.mount.client import Client
 from tests.mount.lab import MODES, Lab, Pool, sh
@@ -206,6 +207,7 @@ OpenFiles.write = planted
 @pytest.mark.parametrize("mode", MODES)
 def test_b61_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode: str) -> None:
     cached.put("file", b"value")
+    cached.put("large", b"v" * (STORE_MAX + 1))  # the small one comes with its open
     with daemon(cached.etcd, cache=mode == "--cache", program=_PLANTED) as running:
         path = running.path / cached.path.name
         for attempt in (
@@ -216,7 +218,7 @@ def test_b61_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode:
             lambda: os.statvfs(path),
             lambda: os.open(path / "new", os.O_CREAT | os.O_WRONLY),
             lambda: os.listdir(path),
-            (path / "file").read_bytes,
+            (path / "large").read_bytes,
             lambda: write_once(path / "file"),
         ):
             with pytest.raises(OSError, match="Input/output error") as caught:

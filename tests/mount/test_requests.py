@@ -210,8 +210,9 @@ def test_listing_a_level_never_depends_on_what_is_below(lab: Lab) -> None:
             list_level(top)
             found[top] = traffic_of(lab, lambda top=top: list_level(top))  # type: ignore[misc]
         assert found["many"].requests == found["some"].requests
-        # What is below fits into the page that found its first key, or is jumped over.
-        assert found["some"].requests <= found["few"].requests + 1
+        # What is below fits into the page that found its first key, or is jumped over: then the
+        # range is narrow and widened until there is something, which takes a few requests.
+        assert found["some"].requests <= found["few"].requests + 4
         for traffic in found.values():
             assert traffic.sent < 50_000, "there are 2 MB of values below"
 
