@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.lab import MODES, Lab, Pool, memory_directory
+from tests.mount.lab import LONG_S, MODES, PATIENCE_S, Lab, Pool, memory_directory
 from tests.support.etcd_process import EtcdProcess
 
 
@@ -27,8 +27,9 @@ def pool() -> Iterator[Pool]:
 
 
 @pytest.fixture
-def watched(pool: Pool) -> Iterator[None]:
-    with pool.watched():
+def watched(request: pytest.FixtureRequest, pool: Pool) -> Iterator[None]:
+    many_calls = request.node.get_closest_marker("many_calls") is not None
+    with pool.watched(LONG_S if many_calls else PATIENCE_S):
         yield
 
 

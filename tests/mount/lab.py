@@ -28,6 +28,9 @@ PATIENCE_S: Final = 50.0
 """Less than pytest-timeout's 60 s: a call that hangs in a mount cannot be interrupted, so the
 daemon is killed, and the call fails with ENOTCONN."""
 
+LONG_S: Final = 280.0
+"""The same for a test of many calls, each of which asks etcd; less than its 300 s."""
+
 MODES: Final = ("--cache", "--no-cache")
 
 
@@ -136,9 +139,9 @@ class Pool:
             yield Lab(etcd, client, mounted, path, b"/%s/" % name.encode())
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self, patience_s: float = PATIENCE_S) -> Iterator[None]:
         """Kill every daemon if the body takes too long; check the shared mounts' logs after it."""
-        watchdog = threading.Timer(PATIENCE_S, self._kill)
+        watchdog = threading.Timer(patience_s, self._kill)
         watchdog.start()
         try:
             yield
@@ -175,7 +178,7 @@ def memory_directory() -> Iterator[Path]:
         shutil.rmtree(home)
 
 
-def sh(directory: Path, script: str) -> str:
+def sh(directory: Path, script: str, *, patience_s: float = PATIENCE_S) -> str:
     """Run a shell script in a directory; return what it prints. It must succeed."""
     done = subprocess.run(
         ["/bin/sh", "-euc", script],
@@ -185,7 +188,7 @@ def sh(directory: Path, script: str) -> str:
         env={**os.environ, "LC_ALL": "C"},
         text=True,
         errors="surrogateescape",
-        timeout=PATIENCE_S,
+        timeout=patience_s,
     )
     assert done.returncode == 0, f"{script!r}: {done.returncode} {done.stderr}"
     return done.stdout

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.lab import sh
+from tests.mount.lab import LONG_S, sh
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
@@ -199,6 +199,7 @@ def test_git_clones_and_collects_garbage(place: Path) -> None:
         git worktree add -q ../w branch; git worktree remove ../w
         git gc -q --prune=now --aggressive; git fsck --strict; test -z "$(git status --porcelain)"
         """,
+        patience_s=LONG_S,
     )
 
 
@@ -361,4 +362,5 @@ def test_stress_ng(place: Path) -> None:
         place,
         f"stress-ng --temp-path . {each} --dentries 50 --dir-dirs 64 --verify --timeout 30"
         " --oomable --quiet",
+        patience_s=LONG_S,
     )

@@ -7,6 +7,7 @@ belongs to has been imported, it is patched. etcdfs itself knows nothing of any 
 Concurrency: patches run where what they replace would run.
 """
 
+import dataclasses
 import importlib
 import importlib.abc
 import importlib.machinery
@@ -254,9 +255,11 @@ def lost_acknowledgement(module: Any) -> None:
 @defect("blind-overwrite", "etcdfs.publisher")
 def blind_overwrite(module: Any) -> None:
     """An append or a partial overwrite does not look whether the key has changed."""
+    original = module.unchanged
 
-    def unchanged(key: bytes, _mod_revision: int) -> Any:
-        return module.Compare(key, "version", ">", -1)
+    def unchanged(key: bytes, mod_revision: int) -> Any:
+        condition = original(key, mod_revision)
+        return dataclasses.replace(condition, field="version", operator=">", number=-1)
 
     replace(module, "unchanged", unchanged)
 
