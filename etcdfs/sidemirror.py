@@ -16,7 +16,6 @@ Concurrency: trio thread; one task follows.
 """
 
 import logging
-import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
@@ -56,16 +55,12 @@ from etcdfs.steps import (
 )
 from etcdfs.store import Event, Get, KeyValue, Store, Tombstone, Transaction
 from etcdfs.tree import Tree
-from etcdfs.watching import Watching
+from etcdfs.watching import Watching, pause
 
 log = logging.getLogger(__name__)
 
 MAX_GETS: Final = 128
 """Side keys read in one transaction (etcd's --max-txn-ops)."""
-
-BACKOFF_FIRST_S: Final = 0.05
-BACKOFF_CAP_S: Final = 5.0
-BACKOFF_DOUBLINGS: Final = 7
 
 Publish = Callable[[Sequence[Event], bool], Awaitable[None]]
 """Makes changes visible; by force, if the bool says so."""
@@ -217,9 +212,7 @@ class SideMirror:
                 await self._watching.aclose()
             case BackOff():
                 log.info("side keys: %s (attempt %d)", step.reason, step.attempt + 1)
-                doublings = min(step.attempt, BACKOFF_DOUBLINGS)
-                longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2**doublings)
-                await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
+                await pause(step.attempt)
             case _ as never:
                 assert_never(never)
         return None

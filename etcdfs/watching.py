@@ -183,7 +183,7 @@ class Watching:
 
 
 async def back_off(step: BackOff) -> None:
-    """Wait before the next try, longer the more there were; say why."""
+    """Say why there is another try, and wait before it."""
     # Not each one is a warning: an outage may last for days.
     log.log(
         logging.WARNING if step.attempt.bit_count() <= 1 else logging.DEBUG,
@@ -192,6 +192,11 @@ async def back_off(step: BackOff) -> None:
         "listing everything again" if step.relist else "trying again",
         step.attempt + 1,
     )
-    longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(step.attempt, BACKOFF_DOUBLINGS))
+    await pause(step.attempt)
+
+
+async def pause(attempt: int) -> None:
+    """Wait before the next try, longer the more there were."""
+    longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(attempt, BACKOFF_DOUBLINGS))
     # Jittered, so that the mounts of a cluster do not come back all at once.
     await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret
