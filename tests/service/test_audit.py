@@ -22,11 +22,6 @@ INTERVAL_S = 100.0
 LONGEST_S = INTERVAL_S * (1 + audit_room.JITTER)
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
 async def audited(mount: FakeMount) -> None:
     """Let an audit happen, and what follows from it."""
     await trio.sleep(LONGEST_S + 10)

@@ -17,11 +17,6 @@ from tests.support.fake_store import FakeStore
 TIMEOUT_S = 5.0
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
 async def read_late(mount: FakeMount, store: FakeStore, *path: bytes) -> bytes | list[bytes] | None:
     """Read a file, or list a directory, while the watch comes a second late."""
     seen: list[bytes | list[bytes] | None] = []

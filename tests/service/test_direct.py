@@ -16,11 +16,6 @@ from tests.support.fake_store import FakeStore
 LONG = b"x" * 600  # shown as two names, one below the other
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
 async def content(mount: FakeMount, path: Path) -> bytes:
     handle = await mount.kernel.open(path, os.O_RDONLY)
     try:

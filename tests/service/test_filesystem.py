@@ -27,17 +27,6 @@ from tests.support.fake_store import FakeStore
 NOREPLACE = 1
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
-@pytest.fixture(params=[True, False], ids=["cache", "no-cache"])
-def cache(request: pytest.FixtureRequest) -> bool:
-    found: bool = request.param
-    return found
-
-
 def keys(store: FakeStore) -> dict[bytes, bytes]:
     return {kv.key: kv.value for kv in store.range_now(b"/", b"0").entries}
 

@@ -19,11 +19,6 @@ AWAY = StoreUnavailableError("away")
 DENIED = StorePermissionError("permission denied")
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
 def link(mount: FakeMount) -> LinkStatistics:
     return mount.mirror.link.statistics()
 

@@ -20,11 +20,6 @@ CALLER = Caller(7, 8)  # the default owner of a FakeMount
 LONG_AGO = 1_000_000_007
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
 @pytest.fixture(params=[True, False], ids=["cache", "direct"])
 def cache(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)

@@ -18,11 +18,6 @@ from tests.support.fake_store import FakeStore
 LATE = "the watch is over %.1f s late: revision %d is shown before it brings it"
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
 async def write(mount: FakeMount, path: Path, value: bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     handle = await mount.kernel.open(path, flags)

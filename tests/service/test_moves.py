@@ -22,17 +22,6 @@ EXCHANGE = 2
 WHITEOUT = 4
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
-@pytest.fixture(params=[True, False], ids=["cache", "no-cache"])
-def cache(request: pytest.FixtureRequest) -> bool:
-    found: bool = request.param
-    return found
-
-
 def keys(store: FakeStore) -> dict[bytes, bytes]:
     found = store.range_now(b"/", b"0").entries
     return {kv.key: kv.value for kv in found if not kv.key.startswith(b"/.etcdfs/")}

@@ -14,18 +14,6 @@ from etcdfs.store import Delete, Put, Transaction
 from tests.support.fake_kernel import FakeKernel, FakeMount, open_mount
 from tests.support.fake_store import FakeStore
 
-
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
-@pytest.fixture(params=[True, False], ids=["cache", "no-cache"])
-def cache(request: pytest.FixtureRequest) -> bool:
-    found: bool = request.param
-    return found
-
-
 Make = Callable[[FakeKernel], Awaitable[object]]
 X = (b"d", b"x")
 

@@ -27,17 +27,6 @@ APPEND = os.O_WRONLY | os.O_APPEND
 WHOLE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
-@pytest.fixture(params=[True, False], ids=["cache", "no-cache"])
-def cache(request: pytest.FixtureRequest) -> bool:
-    found: bool = request.param
-    return found
-
-
 def held(store: FakeStore, key: bytes = KEY) -> bytes | None:
     found = store.current(key)
     return None if found is None else found.value

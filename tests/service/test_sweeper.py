@@ -20,11 +20,6 @@ INTERVAL_S = 100.0
 RECORD = b'{"uid":5}'
 
 
-@pytest.fixture
-def store() -> FakeStore:
-    return FakeStore()
-
-
 @pytest.fixture(params=[b"/", b"/app/"], ids=["all", "prefix"])
 def prefix(request: pytest.FixtureRequest) -> bytes:
     found: bytes = request.param
