@@ -44,6 +44,8 @@ def _source_options(source: str) -> list[str]:
     shown = [] if set(source) & set(", \\") else ["-o", f"fsname={source}"]
     if ":" not in source:
         return shown
+    if source.startswith("unix://"):  # all of it is a path
+        return ["--endpoints", source, *shown]
     scheme = source.rfind("://")
     slash = source.find("/", 0 if scheme < 0 else scheme + 3)
     endpoints, prefix = (source, "") if slash < 0 else (source[:slash], source[slash:])

@@ -1,16 +1,23 @@
 """A private etcd for a mount that has none: `--embedded`.
 
-What this room knows: where an etcd binary can be found, how a single member is run on loopback
-with its data kept between runs, and how it is ended. What it must not know: what is stored.
+What this room knows: where an etcd binary can be found, how a single member is run with its data
+kept between runs, out of everybody else's reach, and how it is ended. What it must not know: what
+is stored.
 
 The data directory (mode 0700) holds
 
     lock       locked (flock) for as long as an etcdfs uses the directory
     etcd/      etcd's own data
     etcd.log   what etcd had to say in its last run
+    client:0   where etcd listens for clients, a Unix socket
+    peer:0     where it listens for other members, of which there are none
+    ready      where it says that it serves requests
 
-Client and peer port are free ones, new at every start: etcd keeps its membership in its data
-and a single member asks nobody, so that the peer URL of the first run does not matter later.
+All of it is on Unix sockets because a port of loopback is open to every local user, whose writes
+etcd would take, and who could bind a free port before etcd does. Who may pass the directory is
+its owner and root. That the names end in `:0` is because etcd wants a host and a port before 3.6.
+
+A single member asks nobody, so that its peer URL is but a word in its data.
 
 Concurrency: trio. etcd is started on the trio thread, which is the main thread, and not through
 trio's worker threads: Linux sends the parent-death signal when the *thread* that forked ends
@@ -25,6 +32,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -43,10 +51,18 @@ START_TIMEOUT_S: Final = 30.0
 """How long etcd may take to start: to replay its log, on a slow disk."""
 
 _STOP_TIMEOUT_S: Final = 10.0
-_START_ATTEMPTS: Final = 3
-"""A port that was free may be taken before etcd binds it."""
 
-_LOOPBACK: Final = "127.0.0.1"
+_CLIENT: Final = "client:0"
+_PEER: Final = "peer:0"
+_READY: Final = "ready"
+_PEER_URL: Final = "http://localhost:2380"  # nobody listens there, and nobody asks
+
+SOCKET_PATH_MAX: Final = 107
+"""Bytes of the path of a Unix socket (unix(7)), without the NUL at its end."""
+
+_CREDENTIALS: Final = struct.Struct("3i")
+"""`struct ucred`: process, user and group, as the kernel knows them (unix(7))."""
+
 _TAIL: Final = 64 * 1024
 
 _LEASH: Final = """
@@ -115,7 +131,7 @@ async def open_embedded(
         )
     with _locked(data_dir):
         member = await _start(binary, data_dir, timeout_s)
-        log.info("embedded etcd at http://%s, data in %s", member.endpoint, data_dir)
+        log.info("embedded etcd at %s", member.endpoint)
         try:
             async with _death_reported(member):
                 yield member.endpoint
@@ -136,6 +152,7 @@ def _locked(data_dir: Path) -> Iterator[None]:
     Raises:
         EmbeddedFailedError: It is in use, or cannot be used.
     """
+    _check_path(data_dir)
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(data_dir)
@@ -154,6 +171,24 @@ def _locked(data_dir: Path) -> Iterator[None]:
         ) from None
     finally:
         os.close(fd)
+
+
+def _check_path(data_dir: Path) -> None:
+    """Make sure that a socket in the directory can be named.
+
+    Raises:
+        EmbeddedFailedError: It cannot.
+    """
+    excess = len(os.fsencode(data_dir / _CLIENT)) - SOCKET_PATH_MAX
+    if excess > 0:
+        why = f"is {excess} bytes too long for the Unix sockets in it"
+    elif "," in str(data_dir):
+        why = "has a comma in it, which separates endpoints"
+    else:
+        return
+    raise EmbeddedFailedError(
+        f"the path of the data directory {data_dir} {why}: choose another one with --data-dir"
+    )
 
 
 def _check_private(data_dir: Path) -> None:
@@ -179,19 +214,14 @@ def _check_private(data_dir: Path) -> None:
 
 
 async def _start(binary: Path, data_dir: Path, timeout_s: float) -> "_Member":
-    for attempt in range(1, _START_ATTEMPTS + 1):
-        member = _Member(binary, data_dir)
-        try:
-            await member.wait_until_ready(timeout_s)
-        except BaseException as exc:
-            with trio.CancelScope(shield=True):
-                await member.stop()
-            taken = isinstance(exc, EmbeddedFailedError) and member.port_was_taken()
-            if not taken or attempt == _START_ATTEMPTS:
-                raise
-        else:
-            return member
-    raise AssertionError("the last attempt returns or raises")
+    member = _Member(binary, data_dir)
+    try:
+        await member.wait_until_ready(timeout_s)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await member.stop()
+        raise
+    return member
 
 
 @asynccontextmanager
@@ -223,19 +253,16 @@ class _Member:
     """One running etcd. Owned by `open_embedded`."""
 
     def __init__(self, binary: Path, data_dir: Path) -> None:
-        self.endpoint = Endpoint(_LOOPBACK, _free_port())
+        self.endpoint = Endpoint(str(data_dir / _CLIENT), 0)
+        self._data_dir = data_dir
         self._log_path = data_dir / "etcd.log"
-        ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        # An abstract name, chosen by the kernel (unix(7), autobind): a path may be too long.
-        ready.bind("")
-        name: bytes = ready.getsockname()
-        self._ready = trio.socket.from_stdlib_socket(ready)
+        self._ready = _ready_socket(data_dir / _READY)
         leash = [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid())]
         with _create(self._log_path) as output:
             self._process = subprocess.Popen(
-                [*leash, *_arguments(binary, data_dir, self.endpoint)],
-                cwd="/",
-                env=_environment("@" + name[1:].decode()),
+                [*leash, str(binary), *_OPTIONS],
+                cwd=data_dir,
+                env=_environment(data_dir / _READY),
                 start_new_session=True,  # Ctrl-C is for us; we stop it when we are done
                 stderr=output,
                 stdin=subprocess.DEVNULL,
@@ -247,13 +274,13 @@ class _Member:
         """Wait until etcd says that it serves requests, as it says to systemd (sd_notify(3)).
 
         Raises:
-            EmbeddedFailedError: It ended, or said nothing in time.
+            EmbeddedFailedError: It ended, said nothing in time, or somebody else listens for it.
         """
         ready = False
         with trio.move_on_after(timeout_s) as bound:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._cancel_at_end, nursery.cancel_scope)
-                while b"READY=1" not in await self._ready.recv(4096):
+                while not await self._hears_ready():
                     pass  # other news, of which there is none yet
                 ready = True
                 nursery.cancel_scope.cancel()
@@ -264,6 +291,43 @@ class _Member:
             )
         if not ready:
             raise EmbeddedFailedError(f"the embedded etcd did not start: {self.how_it_ended()}")
+        for name in (_CLIENT, _PEER):
+            self._check_listener(self._data_dir / name)
+
+    async def _hears_ready(self) -> bool:
+        """Wait for a message; tell whether our etcd says in it that it is ready."""
+        size = socket.CMSG_SPACE(_CREDENTIALS.size)
+        news, ancillary, _, _ = await self._ready.recvmsg(4096, size)
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_CREDENTIALS):
+                pid, uid, _ = _CREDENTIALS.unpack(data)
+                if pid == self._process.pid:
+                    return b"READY=1" in news
+                log.warning("not our etcd, but process %d of user %d says that it is", pid, uid)
+        return False
+
+    def _check_listener(self, path: Path) -> None:
+        """Make sure that our etcd, and nobody in its place, listens on a socket.
+
+        Raises:
+            EmbeddedFailedError: It does not.
+        """
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.setblocking(
+                False
+            )  # there is room in a new listener's queue, or something is wrong
+            try:
+                sock.connect(str(path))
+                who = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            except OSError as exc:
+                raise EmbeddedFailedError(
+                    f"the embedded etcd does not listen on {path}: {exc.strerror}"
+                ) from None
+        pid, uid, _ = _CREDENTIALS.unpack(who)
+        if pid != self._process.pid:
+            raise EmbeddedFailedError(
+                f"not the embedded etcd, but process {pid} of user {uid} listens on {path}"
+            )
 
     async def _cancel_at_end(self, scope: trio.CancelScope) -> None:
         await self.wait()
@@ -293,48 +357,41 @@ class _Member:
         last = self._log_tail().strip().rpartition("\n")[2]
         return f"{how}, {last or 'without a word'}"
 
-    def port_was_taken(self) -> bool:
-        """Tell whether it failed to start because somebody else was quicker."""
-        return "address already in use" in self._log_tail()
-
     def _log_tail(self) -> str:
         return self._log_path.read_bytes()[-_TAIL:].decode(errors="replace")
 
 
-def _arguments(binary: Path, data_dir: Path, client: Endpoint) -> list[str]:
-    peer_url = f"http://{_LOOPBACK}:{_free_port()}"
-    return [
-        str(binary),
-        "--name=embedded",
-        f"--data-dir={data_dir / 'etcd'}",
-        f"--listen-client-urls=http://{client}",
-        f"--advertise-client-urls=http://{client}",
-        f"--listen-peer-urls={peer_url}",
-        f"--initial-advertise-peer-urls={peer_url}",
-        f"--initial-cluster=embedded={peer_url}",
-        "--heartbeat-interval=50",  # a single member hears from nobody and only waits for
-        "--election-timeout=500",  # its own election, at every start
-        "--auto-compaction-mode=periodic",  # nobody else would compact it, and it would fill up
-        "--auto-compaction-retention=1h",
-        "--logger=zap",
-        "--log-outputs=stderr",
-    ]
+_OPTIONS: Final = (
+    "--name=embedded",
+    # Relative to the data directory, which may be called what it likes.
+    "--data-dir=etcd",
+    f"--listen-client-urls=unix://{_CLIENT}",
+    f"--advertise-client-urls=unix://{_CLIENT}",
+    f"--listen-peer-urls=unix://{_PEER}",
+    f"--initial-advertise-peer-urls={_PEER_URL}",
+    f"--initial-cluster=embedded={_PEER_URL}",
+    "--heartbeat-interval=50",  # a single member hears from nobody and only waits for
+    "--election-timeout=500",  # its own election, at every start
+    "--auto-compaction-mode=periodic",  # nobody else would compact it, and it would fill up
+    "--auto-compaction-retention=1h",
+    "--logger=zap",
+    "--log-outputs=stderr",
+)
 
 
-def _environment(ready_name: str) -> dict[str, str]:
-    """Return the environment of etcd: it reads every option from ETCD_*, too.
-
-    In NOTIFY_SOCKET (sd_notify(3)) an abstract name begins with `@`.
-    """
+def _environment(ready: Path) -> dict[str, str]:
+    """Return the environment of etcd: it reads every option from ETCD_*, too."""
     ours = {name: text for name, text in os.environ.items() if not name.startswith("ETCD")}
-    return {**ours, "NOTIFY_SOCKET": ready_name}
+    return {**ours, "NOTIFY_SOCKET": str(ready)}
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind((_LOOPBACK, 0))
-        port: int = sock.getsockname()[1]
-        return port
+def _ready_socket(path: Path) -> trio.socket.SocketType:
+    """Return a socket to be told on, with the kernel's word for who tells (SCM_CREDENTIALS)."""
+    path.unlink(missing_ok=True)  # of an earlier run
+    ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ready.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    ready.bind(str(path))
+    return trio.socket.from_stdlib_socket(ready)
 
 
 def _create(path: Path) -> BinaryIO:

@@ -217,7 +217,7 @@ async def _open_rooms(
     if options.embedded:
         directory = default_data_dir() if options.data_dir is None else Path(options.data_dir)
         embedded = await stack.enter_async_context(open_embedded(directory))
-        endpoints, client_url = (embedded,), f"http://{embedded}"
+        endpoints, client_url = (embedded,), str(embedded)
 
     async def connect() -> Store:
         with _store_errors():

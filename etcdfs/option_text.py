@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from etcdfs.errors import EndpointError, PrefixError, TlsError, UsageError
 from etcdfs.options import OPEN, Endpoint, MountOptions
@@ -61,7 +61,9 @@ def parse_endpoints(text: str, *, tls: str | None = None) -> tuple[Endpoint, ...
 
 
 def parse_endpoint(text: str, *, tls: str | None = None) -> Endpoint:
-    """Read `http://host:port`, `https://...` or `host:port`; an IPv6 address is in brackets.
+    """Read `http://host:port`, `https://...`, `host:port` or `unix:///path`.
+
+    An IPv6 address is in brackets.
 
     There is no default port, as with etcdctl: a forgotten one must not lead to another etcd.
 
@@ -82,6 +84,8 @@ def parse_endpoint(text: str, *, tls: str | None = None) -> Endpoint:
     scheme, separator, rest = text.partition("://")
     if not separator:
         scheme, rest = "http" if tls is None else "https", text
+    if scheme.lower() == "unix":
+        return _unix_socket(rest, text, tls)
     secure = _is_secure(scheme, text)
     if tls is not None and not secure:
         raise TlsError(f"the endpoint {text!r} is plain text, and {tls} asks for TLS; say https://")
@@ -93,15 +97,27 @@ def parse_endpoint(text: str, *, tls: str | None = None) -> Endpoint:
     return Endpoint(_host(parts, text), _port(parts, text), secure)
 
 
+def _unix_socket(quoted: str, text: str, tls: str | None) -> Endpoint:
+    """Read what follows `unix://`, an absolute path in which `%` stands for odd characters."""
+    path = unquote(quoted, errors="surrogateescape")
+    if tls is not None:
+        raise TlsError(f"the endpoint {text!r} is a Unix socket, and {tls} asks for TLS")
+    if not path.strip("/") or not path.startswith("/") or "\0" in path:
+        raise EndpointError(f"the endpoint {text!r} is no absolute path; expected unix:///PATH")
+    if "," in path:  # gRPC would take it for two
+        raise EndpointError(f"the endpoint {text!r} has a comma in its path")
+    return Endpoint(path, 0)
+
+
 def _is_secure(scheme: str, text: str) -> bool:
     match scheme.lower():
         case "http":
             return False
         case "https":
             return True
-        case "unix" | "unixs":
+        case "unixs":
             raise EndpointError(
-                f"the endpoint {text!r} is a Unix socket; etcdfs connects by TCP (http://HOST:PORT)"
+                f"the endpoint {text!r} is a Unix socket with TLS; without it, say unix:///PATH"
             )
         case _:
             raise EndpointError(

@@ -12,6 +12,7 @@ Concurrency: none; pure functions and frozen values.
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 DEFAULT_CACHE_SIZE = 256 * 1024 * 1024
 DEFAULT_TIMEOUT_S = 5.0
@@ -27,8 +28,8 @@ class Endpoint:
     """One etcd client address.
 
     Attributes:
-        host: A name or an address.
-        port: Its port.
+        host: A name or an address, or the absolute path of a Unix socket.
+        port: Its port; 0 for a Unix socket.
         secure: Whether it is reached by TLS.
     """
 
@@ -37,6 +38,8 @@ class Endpoint:
     secure: bool = False
 
     def __str__(self) -> str:
+        if self.host.startswith("/"):  # as gRPC and etcdctl have it
+            return f"unix://{quote(self.host, safe='/:', errors='surrogateescape')}"
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{host}:{self.port}"
 

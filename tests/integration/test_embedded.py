@@ -1,6 +1,6 @@
 """The private etcd of `--embedded`, on every etcd release at hand."""
 
-import errno
+import contextlib
 import fcntl
 import os
 import select
@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ import trio.testing
 import etcdfs.embedded
 from etcdfs.embedded import default_data_dir, find_etcd, open_embedded
 from etcdfs.errors import EmbeddedFailedError, EmbeddedMissingError
+from etcdfs.etcd import open_store
 from etcdfs.options import Endpoint
+from tests.support.nobody import needs_root, public_directory, run_as_nobody
 
 pytestmark = pytest.mark.etcd
 
@@ -44,36 +47,88 @@ async def etcdctl(endpoint: Endpoint, *arguments: str) -> str:
 
 def answers(endpoint: Endpoint) -> bool:
     """Tell whether anybody listens there."""
-    with socket.socket() as sock:
-        return sock.connect_ex((endpoint.host, endpoint.port)) != errno.ECONNREFUSED
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(endpoint.host) == 0
 
 
 # --- running --------------------------------------------------------------------------------
 
 
 @pytest.mark.every_etcd
-async def test_data_is_kept_between_runs_on_changing_ports(tmp_path: Path) -> None:
+async def test_data_is_kept_between_runs(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     async with open_embedded(data_dir) as first:
         await etcdctl(first, "put", "key", "value")
     assert not answers(first)
-    with socket.socket() as occupant:
-        occupant.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        occupant.bind((first.host, first.port))  # so that it has to move
-        async with open_embedded(data_dir) as second:
-            assert second.port != first.port
-            assert await etcdctl(second, "get", "key") == "key\nvalue\n"
+    async with open_embedded(data_dir) as second:
+        assert await etcdctl(second, "get", "key") == "key\nvalue\n"
 
 
 @pytest.mark.every_etcd
-async def test_it_listens_on_loopback_only_and_its_data_is_private(tmp_path: Path) -> None:
+async def test_b130_it_listens_in_its_private_directory_and_nowhere_else(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
-    async with open_embedded(data_dir) as endpoint:
-        assert endpoint.host == "127.0.0.1"
-        assert not answers(Endpoint("127.0.0.2", endpoint.port))
-    for path in (data_dir, data_dir / "etcd"):
-        assert stat.S_IMODE(path.stat().st_mode) == 0o700
-    assert stat.S_IMODE((data_dir / "etcd.log").stat().st_mode) == 0o600
+    async with open_embedded(data_dir):
+        pid = _etcd_below(os.getpid())
+        assert _listening(pid) == {str(data_dir / "client:0"), str(data_dir / "peer:0")} or (
+            _listening(pid) == {"client:0", "peer:0"}
+        )
+        for path in (data_dir, data_dir / "etcd"):
+            assert stat.S_IMODE(path.stat().st_mode) == 0o700
+        assert stat.S_IMODE((data_dir / "etcd.log").stat().st_mode) == 0o600
+
+
+def _listening(pid: int) -> set[str]:
+    """Return where a process listens, in any family of addresses."""
+    links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    sockets = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+    found = set()
+    for family in ("tcp", "tcp6"):
+        rows = [line.split() for line in Path(f"/proc/{pid}/net/{family}").read_text().splitlines()]
+        found |= {row[1] for row in rows[1:] if row[3] == "0A" and row[9] in sockets}
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/unix").read_text().splitlines()]
+    return found | {row[7] for row in rows[1:] if row[3] == "00010000" and row[6] in sockets}
+
+
+@needs_root
+@pytest.mark.every_etcd
+async def test_b130_other_users_cannot_reach_it() -> None:
+    code = """
+for address in sys.argv[1:]:
+    try:
+        socket.socket(socket.AF_UNIX).connect(address)
+    except PermissionError:
+        print("refused")
+"""
+    with public_directory() as home:
+        async with open_embedded(home / "data") as endpoint:
+            places = [endpoint.host, endpoint.host.replace("client", "peer")]
+            places.append(f"/proc/{_etcd_below(os.getpid())}/root{endpoint.host}")
+            run = partial(run_as_nobody, code, *places)
+            assert (await trio.to_thread.run_sync(run)).split() == ["refused"] * len(places)
+            assert answers(endpoint)
+
+
+@pytest.mark.parametrize("name", ["a b", "100%", "ü@:"])
+async def test_its_directory_may_be_called_what_it_likes(tmp_path: Path, name: str) -> None:
+    async with (
+        open_embedded(tmp_path / name) as endpoint,
+        open_store([endpoint], timeout_s=_COMMAND_TIMEOUT_S) as store,
+    ):
+        assert await etcdctl(endpoint, "put", "key", "value") == "OK\n"
+        assert [kv.value for kv in (await store.range(b"key")).entries] == [b"value"]
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("x" * 100, "bytes too long for the Unix sockets in it"), ("a,b", "has a comma in it")],
+)
+async def test_a_path_that_no_socket_can_have_is_refused(
+    tmp_path: Path, name: str, complaint: str
+) -> None:
+    with pytest.raises(EmbeddedFailedError, match=complaint):
+        async with open_embedded(tmp_path / name):
+            pass
+    assert not (tmp_path / name).exists()
 
 
 async def test_the_bodys_error_comes_out_as_it_is(tmp_path: Path) -> None:
@@ -123,14 +178,14 @@ def test_it_does_not_outlive_a_killed_daemon(tmp_path: Path, etcd_binary: Path) 
         "etcdfs.embedded.find_etcd = lambda: Path(sys.argv[2])\n"
         "async def run():\n"
         "    async with etcdfs.embedded.open_embedded(Path(sys.argv[1])) as endpoint:\n"
-        "        print(endpoint.port, flush=True)\n"
+        "        print(endpoint.host, flush=True)\n"
         "        await trio.sleep_forever()\n"
         "trio.run(run)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "data"), str(etcd_binary)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as daemon:
         assert daemon.stdout is not None
-        endpoint = Endpoint("127.0.0.1", int(daemon.stdout.readline()))
+        endpoint = Endpoint(daemon.stdout.readline().rstrip("\n"), 0)
         etcd = os.pidfd_open(_etcd_below(daemon.pid))
         daemon.kill()
     poll = select.poll()
@@ -222,33 +277,57 @@ async def test_an_etcd_that_does_not_stop_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(etcdfs.embedded, "_STOP_TIMEOUT_S", 0.1)
-    code = (
-        "import os, signal, socket\n"
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "name = '\\0' + os.environ['NOTIFY_SOCKET'][1:]\n"
-        "socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b'READY=1', name)\n"
-        "signal.pause()\n"
-    )
-    (tmp_path / "fake.py").write_text(code)
-    _fake(tmp_path, monkeypatch, f"exec {sys.executable} {tmp_path / 'fake.py'}")
+    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{_STAND_IN}"
+    _fake(tmp_path, monkeypatch, f"exec {sys.executable} -c '{code}'")
     async with open_embedded(tmp_path / "data"):
         pass
 
 
-async def test_a_port_that_is_taken_meanwhile_is_replaced(
+# --- somebody else in its place -------------------------------------------------------------
+
+_STAND_IN = """
+import os, signal, socket
+listeners = []
+for name in ("client:0", "peer:0"):
+    listeners.append(socket.socket(socket.AF_UNIX))
+    listeners[-1].bind(name)
+    listeners[-1].listen()
+ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+ready.sendto(b"READY=1", os.environ["NOTIFY_SOCKET"])
+signal.pause()
+"""
+
+
+@pytest.mark.expect_log("not our etcd, but process %d of user %d says that it is")
+async def test_b130_another_process_is_not_believed_to_be_ready(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = f"{sys.executable} -c '{_STAND_IN}' & trap \"kill $!\" TERM; wait"
+    _fake(tmp_path, monkeypatch, script)
+    with pytest.raises(EmbeddedFailedError, match="not ready within"):
+        async with open_embedded(tmp_path / "data", timeout_s=1):
+            pass
+    assert "says that it is" in caplog.text
+
+
+async def test_b130_another_process_is_not_taken_for_the_listener(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free_port = etcdfs.embedded._free_port
-    with socket.socket() as occupant:
-        occupant.bind(("127.0.0.1", 0))
-        occupant.listen()
-        ports = [occupant.getsockname()[1]]
-        monkeypatch.setattr(
-            etcdfs.embedded, "_free_port", lambda: ports.pop() if ports else free_port()
-        )
-        async with open_embedded(tmp_path / "data") as endpoint:
-            assert "OK" in await etcdctl(endpoint, "put", "a", "b")
-    assert not ports
+    data_dir = tmp_path / "data"
+    data_dir.mkdir(mode=0o700)
+    bound = _STAND_IN.replace("signal.pause()", "").partition("ready = ")
+    told = f"{bound[1]}{bound[2]}signal.pause()"
+    _fake(tmp_path, monkeypatch, f"exec {sys.executable} -c 'import os, signal, socket\n{told}'")
+    with contextlib.chdir(data_dir):
+        stand_ins = [socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)]
+        for stand_in, name in zip(stand_ins, ("client:0", "peer:0"), strict=True):
+            stand_in.bind(name)
+            stand_in.listen()
+    with pytest.raises(EmbeddedFailedError, match=f"process {os.getpid()} of user .* listens"):
+        async with open_embedded(data_dir):
+            pass
+    for stand_in in stand_ins:
+        stand_in.close()
 
 
 # --- finding --------------------------------------------------------------------------------

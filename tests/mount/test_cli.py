@@ -531,14 +531,16 @@ def test_embedded_from_mount_to_unmount(mnt: Path, home: Path, etcd_binary: Path
     environment = {"PATH": f"{etcd_binary.parent}:{os.environ['PATH']}"}
     options = ("--embedded", "--data-dir", str(home / "data"), "--cache")
     url = mount(mnt, *options, **environment).strip()
-    assert url.startswith("http://127.0.0.1:")
+    assert url == f"unix://{home}/data/client:0"
     (mnt / "file").write_text("kept")
     got = run("env", "ETCDCTL_API=3", "etcdctl", "--endpoints", url, "get", "/file")
     assert got.stdout == "/file\nkept\n"
+    (home / "second").mkdir()
+    mount(home / "second", "--endpoints", url)
+    assert (home / "second" / "file").read_text() == "kept"
+    umount(home / "second")
     umount(mnt)
-    with socket.socket() as sock:
-        port = int(url.rpartition(":")[2])
-        assert sock.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+    assert not (home / "data" / "client:0").exists()
     mount(mnt, *options, **environment)
     assert (mnt / "file").read_text() == "kept"
     umount(mnt)

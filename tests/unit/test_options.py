@@ -69,7 +69,11 @@ def test_endpoint_is_understood(text: str, endpoint: Endpoint) -> None:
         ("[::g]:2379", "no valid IPv6"),
         (":2379", "no valid host name"),
         ("-x:2379", "no valid host name"),
-        ("unix:///run/etcd.sock", "Unix socket"),
+        ("unixs:///run/etcd.sock", "Unix socket with TLS"),
+        ("unix://run/etcd.sock", "no absolute path"),
+        ("unix:///", "no absolute path"),
+        ("unix:///a%00b", "no absolute path"),
+        ("unix:///a%2cb", "has a comma"),
         ("ftp://localhost:2379", "unknown scheme 'ftp'"),
         ("/run/etcd.sock", "is a path"),
         ("localhost:2379/v3", "goes on after the port"),
@@ -87,6 +91,17 @@ def test_endpoint_with_a_password_does_not_repeat_it() -> None:
     with pytest.raises(EndpointError) as caught:
         parse_endpoint("http://root:secret@localhost:2379")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/run/etcd.sock", "/a b/client:0", "/%/ü@\udcff"])
+def test_a_unix_socket_is_written_as_it_is_read(path: str) -> None:
+    endpoint = Endpoint(path, 0)
+    assert parse_endpoints(str(endpoint)) == (endpoint,)
+
+
+def test_a_unix_socket_has_no_tls() -> None:
+    with pytest.raises(TlsError, match="Unix socket, and --cacert asks for TLS"):
+        parse_endpoint("unix:///run/etcd.sock", tls="--cacert")
 
 
 @pytest.mark.parametrize("text", ["https://etcd:2379", "HTTPS://etcd:2379", "https://etcd:2379/"])
