@@ -3,10 +3,14 @@
 What this room knows: default owner and modes, sizes, link counts and times, and which attributes
 need not be kept because they are the default. What it must not know: how FUSE packs them.
 
+When in doubt, closed: what has a record that does not say who may have it is shown without the
+rights of group and others.
+
 Concurrency: none; pure functions.
 """
 
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, final
 
@@ -23,6 +27,7 @@ _FORMATS: Final[dict[Type | None, int]] = {
     "fifo": stat.S_IFIFO,
     "socket": stat.S_IFSOCK,
 }
+_CLOSED: Final = stat.S_IRWXG | stat.S_IRWXO | stat.S_ISUID
 _LINK_MODE: Final = 0o777  # of a symbolic link; nobody asks for it, and chmod(2) cannot change it
 
 
@@ -44,10 +49,7 @@ class Attributes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A change of attributes; None leaves one as it is.
-
-    With `is_now` the mtime is that of the call itself, as after UTIME_NOW.
-    """
+    """A change of attributes; None leaves one as it is."""
 
     size: int | None = None
     mode: int | None = None
@@ -55,7 +57,6 @@ class Change:
     gid: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
-    is_now: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +105,14 @@ class Defaults:
         )
 
     def _mode(self, node: Node, record: Record) -> int:
+        closed = _CLOSED if record.is_doubtful else 0
         if isinstance(node, Directory):
-            return self._directory_mode if record.mode is None else stat.S_IFDIR | record.mode
+            mode = self._directory_mode if record.mode is None else stat.S_IFDIR | record.mode
+            return mode & ~closed
         if record.type == "symlink":
             return stat.S_IFLNK | _LINK_MODE
         mode = stat.S_IMODE(self._file_mode) if record.mode is None else record.mode
-        return _FORMATS[record.type] | mode
+        return _FORMATS[record.type] | mode & ~closed
 
     def of_new(
         self, directory: Directory, caller: Caller, mode: int | None, kind: Type | None = None
@@ -134,8 +137,11 @@ class Defaults:
         return self.trimmed(record, is_directory=is_directory)
 
     def changed(self, node: Node, change: Change, *, mtime_holds: bool) -> Record:
-        """Return a node's own attributes after a change of mode, owner or times."""
-        record = record_of(node)
+        """Return a node's own attributes after a change of mode, owner or times.
+
+        Who sets a mode decides who may have the file: no doubt is left.
+        """
+        record = record_of(node).settled(*_set_by(change))
         if not mtime_holds:
             record = record.without_mtime()
         record = replace(
@@ -167,6 +173,17 @@ class Defaults:
             uid=None if record.uid == self._uid else record.uid,
             gid=None if record.gid == self._gid else record.gid,
         )
+
+
+def _set_by(change: Change) -> Iterator[str]:
+    """Iterate over the fields of a record that a change leaves nothing unread of."""
+    if change.mode is not None:
+        yield from ("mode", "uid", "gid", "type")
+    if change.mtime_ns is not None:
+        yield from ("mtime_ns", "mtime_revision")
+    for name in ("uid", "gid", "atime_ns"):
+        if getattr(change, name) is not None:
+            yield name
 
 
 def size_of(file: File) -> int:

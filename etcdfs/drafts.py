@@ -33,7 +33,8 @@ class Draft:
     Attributes:
         base: The published value the draft starts from.
         kind: What the changes since `base` amount to.
-        mtime_ns: When it was last changed.
+        changed_ns: When it was made or last changed.
+        mtime_ns: The same, or what utimens(2) set since.
         times: What utimens(2) set mtime and atime to (None: not atime); they hold for the
             version that is yet to be published, unless it was changed after that.
         tries: What was sent to etcd without an answer, to be recognised later, each with all
@@ -52,6 +53,7 @@ class Draft:
         "_buffer",
         "_overwritten",
         "base",
+        "changed_ns",
         "is_added",
         "is_bare",
         "is_refused",
@@ -66,7 +68,7 @@ class Draft:
         """Start from `base`; `whole` when nothing of it is to stay (a new or emptied file)."""
         self.base = base
         self.kind = Kind.WHOLE if whole else Kind.NONE
-        self.mtime_ns = 0
+        self.changed_ns = self.mtime_ns = 0
         self.times: tuple[int, int | None] | None = None
         self.tries: list[tuple[bytes, bytes]] = []
         self.is_added = False
@@ -132,7 +134,7 @@ class Draft:
         if offset > len(self._buffer):
             self._buffer.extend(bytes(offset - len(self._buffer)))
         self._buffer[offset : offset + len(data)] = data
-        self.mtime_ns = now_ns
+        self.changed_ns = self.mtime_ns = now_ns
 
     def truncate(self, size: int, now_ns: int) -> None:
         """Cut to `size`, or extend to it with NUL."""
@@ -145,7 +147,7 @@ class Draft:
             del self._buffer[size:]
         else:
             self._buffer.extend(bytes(size - len(self._buffer)))
-        self.mtime_ns = now_ns
+        self.changed_ns = self.mtime_ns = now_ns
 
     def published(self, value: bytes) -> None:
         """Note that `value`, the draft as it was when it was sent, has been published."""

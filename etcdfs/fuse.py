@@ -15,7 +15,6 @@ import errno
 import functools
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -54,13 +53,6 @@ SECTOR_SIZE: Final = 512  # the unit of st_blocks (stat(2))
 MAX_TASKS: Final = 1024
 """Requests handled at once. A writer that waits for etcd holds one; pyfuse3's default of 99
 would let a hundred of them stop cached stats as well (FACTS.md 7, worker limit)."""
-
-MAX_TICKS: Final = 5
-"""Ticks of the coarse clock, of 1 to 10 ms, that a request may take to reach us."""
-
-TICK_ERROR_NS: Final = 1000
-
-_REALTIME_COARSE: Final = 5  # include/uapi/linux/time.h; Python lacks it
 
 _asked: ContextVar[tuple[RequestContext, bool] | None] = ContextVar("_asked", default=None)
 """The last request for an extended attribute in this task, and whether there was one.
@@ -227,7 +219,6 @@ class Operations(pyfuse3.Operations):
             gid=attr.st_gid if fields.update_gid else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
-            is_now=fields.update_mtime and _is_now(attr.st_mtime_ns),
         )
         return _pack(await self._filesystem.setattr(inode, change))
 
@@ -417,18 +408,6 @@ def _listening_to_stderr(said: list[str]) -> Iterator[None]:
 
 
 _DOTS: Final = 2  # "." and ".." come first in every listing
-
-
-def _is_now(time_ns: int) -> bool:
-    """Say whether a time is the one that Linux gives to a call that was just made.
-
-    It sends UTIME_NOW together with the time, and pyfuse3 then passes on only that. It is the
-    time of a tick of the coarse clock: the last one, or one shortly before.
-    """
-    age_ns = time.clock_gettime_ns(_REALTIME_COARSE) - time_ns
-    tick_ns = round(time.clock_getres(_REALTIME_COARSE) * 1e9)
-    ticks = round(age_ns / tick_ns)
-    return 0 <= ticks <= MAX_TICKS and abs(age_ns - ticks * tick_ns) < TICK_ERROR_NS
 
 
 def _caller(ctx: RequestContext) -> Caller:

@@ -21,6 +21,7 @@ from typing import Final, final
 
 from etcdfs.answers import events_of, page_of
 from etcdfs.attributes import Change, Defaults
+from etcdfs.drafts import Draft
 from etcdfs.errors import (
     AttributesFullError,
     CallerError,
@@ -35,7 +36,7 @@ from etcdfs.errors import (
 from etcdfs.keys import MARKER_NAME
 from etcdfs.openfiles import OpenFiles
 from etcdfs.records import change_record
-from etcdfs.sidekeys import Record, encode
+from etcdfs.sidekeys import XATTR_LIST_MAX, Record, clamped, encode, xattr_list_size
 from etcdfs.sides import facts_of_node, holds, is_mtime_true, record_of, side_of
 from etcdfs.store import Committed, Store
 from etcdfs.tree import NOT_IN_ETCD, Directory, Entry, File, Node, Side, Tree
@@ -44,11 +45,17 @@ from etcdfs.view import View
 MAX_RETRIES: Final = 16
 """Lost races before a change gives up; each loss means that somebody changed the attributes."""
 
-MAX_NAMES_SIZE: Final = 64 * 1024
-"""Bytes of all names of a file's xattrs: more cannot be listed (XATTR_LIST_MAX)."""
-
 MAX_RECORD_SIZE: Final = 256 * 1024
 """Bytes of a record. Each change writes all of it, and every mount keeps it in memory."""
+
+TICK_NS: Final = 10_000_000
+"""How far behind the kernel's coarse clock may be, which stamps calls (CONFIG_HZ=100).
+
+With UTIME_NOW, Linux sends the time of the call; pyfuse3 does not pass on that it is that, nor is
+it always a tick (multigrain timestamps, Linux 6.13). So what lies between the last write and this
+moment counts as now, however long the request took to reach us. A program that sets such a time
+itself gets it, too, but only as long as this mount shows it: it is not kept in etcd.
+"""
 
 Edit = Callable[[Node], Record]
 """What a node's record becomes, from what it is at that moment."""
@@ -78,9 +85,10 @@ class Metadata:
             NotPermittedError: A mode or an owner cannot be kept.
             StaleError: Another client has replaced the file meanwhile.
         """
+        change = _clamped(change)
         if isinstance(node, File) and self._set_times(node, change):
             change = replace(change, mtime_ns=None, atime_ns=None)
-        if change == Change(size=change.size, is_now=change.is_now):
+        if change == Change(size=change.size):
             return
 
         def edit(node: Node) -> Record:
@@ -96,9 +104,14 @@ class Metadata:
 
         "Now" is what they have anyway: `touch` of a new file keeps nothing in etcd but the file.
         """
-        if change.mtime_ns is None or not self._files.is_being_written(file):
+        draft = file.draft
+        if change.mtime_ns is None or not isinstance(draft, Draft) or not draft.is_dirty:
             return False
-        self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=not change.is_now)
+        now_ns = self._tree.clock()
+        since_ns = min(draft.changed_ns, now_ns) - TICK_NS
+        times = (change.mtime_ns, change.atime_ns)
+        is_now = all(since_ns <= time_ns <= now_ns for time_ns in times if time_ns is not None)
+        self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=not is_now)
         file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
         return True
 
@@ -148,8 +161,8 @@ class Metadata:
                 raise no_attribute(name) if is_there else _there_already(name)
             found = {**record.xattrs, name: value}
             record = replace(record, xattrs=found)
-            names_size = sum(len(each) + 1 for each in found)
-            if names_size > MAX_NAMES_SIZE or len(encode(record)) > MAX_RECORD_SIZE:
+            names_size = sum(map(xattr_list_size, found))
+            if names_size > XATTR_LIST_MAX or len(encode(record)) > MAX_RECORD_SIZE:
                 msg = f"{len(value)} bytes as {name!r} do not fit beside the other attributes"
                 raise AttributesFullError(msg)
             return record
@@ -270,6 +283,16 @@ class Metadata:
         except CallerError:  # part of an escaped long name
             return None
         return None if node.facts is None or node.name == MARKER_NAME else key
+
+
+def _clamped(change: Change) -> Change:
+    """Return a change whose times can be kept."""
+    mtime_ns, atime_ns = change.mtime_ns, change.atime_ns
+    return replace(
+        change,
+        mtime_ns=None if mtime_ns is None else clamped(mtime_ns),
+        atime_ns=None if atime_ns is None else clamped(atime_ns),
+    )
 
 
 def no_attribute(name: bytes) -> NoAttributeError:

@@ -98,7 +98,7 @@ class OpenFiles:
         if file.facts is None:
             draft = Draft(b"", whole=True)
             draft.is_bare = draft.is_added = not flags & os.O_TRUNC
-            draft.mtime_ns = file.mtime_ns
+            draft.changed_ns = draft.mtime_ns = file.mtime_ns
             file.draft = draft
         else:
             file.value = b""
@@ -286,10 +286,6 @@ class OpenFiles:
             yield
         if not file.handles:
             self._publisher.release(file)
-
-    def is_being_written(self, node: Node) -> bool:
-        """Say whether there are writes of which etcd does not know yet."""
-        return isinstance(node, File) and isinstance(node.draft, Draft) and node.draft.is_dirty
 
     @property
     def max_file_size(self) -> int:

@@ -19,16 +19,25 @@ which need be there:
 ===================  ==========================================================================
 
 A record is *void* if it was written before the key was made: somebody who knows of no records
-deleted the key and made it anew. Fields of other names are kept as they are.
+deleted the key and made it anew.
+
+Whoever may write to etcd may write anything here, and so may a later version of etcdfs. What
+cannot be read never voids the rest: fields of other names, and values that are none, are kept as
+they are until they are set. When it is one of those that say who may have the file, the record is
+*doubtful*, and access is narrowed (`etcdfs.attributes`). So it is for a value that is no record
+at all. Every mount must come to the same verdict, so that none is left to limits of the process:
+not the depth of brackets (Python's stack), nor the length of numbers.
 
 Concurrency: none; pure functions and frozen values.
 """
 
 import json
+import re
 from base64 import b64decode, b64encode
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Final, Literal, final, get_args
+from operator import itemgetter
+from typing import Final, Literal, TypeVar, final, get_args
 
 from etcdfs.store import KeyValue, range_end
 
@@ -40,9 +49,27 @@ ATTRIBUTES_END: Final = range_end(ATTRIBUTES)
 Type = Literal["symlink", "fifo", "socket"]
 """What a key is, if not a file or a directory."""
 
-MODE_MAX: Final = 0o7777
+T = TypeVar("T")
+
 ID_MAX: Final = 2**32 - 2  # -1 is "do not change" (chown(2))
-TIME_MAX: Final = 2**63 - 1
+
+TIME_MAX: Final = 2**62 * 10**9
+"""Nanoseconds. The kernel takes and gives seconds of 64 bits; a bit less leaves room to add to."""
+
+REVISION_MAX: Final = 2**63 - 1
+
+DEPTH_MAX: Final = 16
+"""Brackets within brackets; a record of ours has two."""
+
+DIGITS_MAX: Final = 600
+"""Digits of a number; Python's own limit can be set, down to 640."""
+
+XATTR_NAME_MAX: Final = 255  # include/uapi/linux/limits.h, like the next two
+XATTR_SIZE_MAX: Final = 64 * 1024
+XATTR_LIST_MAX: Final = 64 * 1024
+XATTR_USER: Final = b"user."
+XATTR_RESERVED: Final = (b"user.etcd.", b"user.etcdfs.")
+"""What names of the user's own begin with, and must not begin with."""
 
 
 # --- keys -----------------------------------------------------------------------------------
@@ -92,7 +119,8 @@ class Record:
             record is written with.
         atime_ns: When it was read, as somebody set it.
         xattrs: The extended attributes, `user.` included in their names.
-        unknown: JSON of fields that this version does not know, by name.
+        unknown: JSON of fields that cannot be read, by name: those of which this version does
+            not know, and those whose value is none.
     """
 
     mode: int | None = None
@@ -109,6 +137,16 @@ class Record:
         """Whether it says anything; what does not is not kept."""
         return self != _NOTHING
 
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it cannot be told from it who may have the file."""
+        return not _DECISIVE.isdisjoint(self.unknown)
+
+    def settled(self, *names: str) -> "Record":
+        """Return the record without what could not be read under these names; they are set."""
+        unknown = {name: text for name, text in self.unknown.items() if name not in names}
+        return self if unknown == self.unknown else replace(self, unknown=unknown)
+
     def without_mtime(self) -> "Record":
         """Return the record without a time that no longer holds."""
         return replace(self, mtime_ns=None, mtime_revision=0)
@@ -120,6 +158,9 @@ class Record:
 
 _NOTHING: Final = Record()
 _KNOWN: Final = frozenset(f.name for f in fields(Record)) - {"unknown"}
+_DECISIVE: Final = frozenset(("mode", "uid", "gid", "type"))
+UNREADABLE: Final = Record(unknown={"mode": '"unreadable"'})
+"""What a value that is no record says."""
 
 
 def encode(record: Record) -> bytes:
@@ -134,7 +175,8 @@ def encode(record: Record) -> bytes:
     if record.mtime_ns is not None and record.mtime_revision:
         found["mtime_revision"] = record.mtime_revision
     if record.xattrs:
-        found["xattrs"] = {
+        unread = found.get("xattrs")
+        found["xattrs"] = (unread if isinstance(unread, dict) else {}) | {
             name.decode("utf-8", "surrogateescape"): b64encode(value).decode()
             for name, value in record.xattrs.items()
         }
@@ -142,7 +184,7 @@ def encode(record: Record) -> bytes:
 
 
 def decode(value: bytes, revision: int) -> Record:
-    """Return the record in a side key.
+    """Return the record in a side key, field by field.
 
     Args:
         value: The side key's value.
@@ -152,70 +194,166 @@ def decode(value: bytes, revision: int) -> Record:
         RecordError: It is none.
     """
     try:
-        found: object = json.loads(value)
-        if not isinstance(found, dict):
-            raise RecordError("not an object")
-        return _decode(found, revision)
-    except _UNREADABLE as exc:
+        text = value.decode()
+        if _depth(text) > DEPTH_MAX:
+            raise RecordError(f"more than {DEPTH_MAX} brackets within brackets")
+        found: object = json.loads(text, parse_int=_integer)
+    except ValueError as exc:
         raise RecordError(f"{value[:80]!r} is no record of attributes: {exc}") from exc
+    if not isinstance(found, dict):
+        raise RecordError(f"{value[:80]!r} is no record of attributes: it is no object")
+    return _Fields(found).record(revision)
 
 
-_UNREADABLE: Final = (ValueError, TypeError, RecursionError)
+def read(side: KeyValue) -> Record:
+    """Return the record in a side key, `UNREADABLE` if it is none."""
+    try:
+        return decode(side.value, side.mod_revision)
+    except RecordError:
+        return UNREADABLE
 
 
-def _decode(found: dict[str, object], revision: int) -> Record:
-    mtime_ns = _number(found, "mtime_ns", -TIME_MAX, TIME_MAX)
-    mtime_revision = _number(found, "mtime_revision", 1, TIME_MAX) or revision
-    return Record(
-        mode=_mode(found.get("mode")),
-        uid=_number(found, "uid", 0, ID_MAX),
-        gid=_number(found, "gid", 0, ID_MAX),
-        type=_type(found.get("type")),
-        mtime_ns=mtime_ns,
-        mtime_revision=0 if mtime_ns is None else mtime_revision,
-        atime_ns=_number(found, "atime_ns", -TIME_MAX, TIME_MAX),
-        xattrs=_xattrs(found.get("xattrs", {})),
-        unknown={name: json.dumps(v) for name, v in found.items() if name not in _KNOWN},
+def clamped(time_ns: int) -> int:
+    """Return the time nearest to this one that can be kept, as file systems do."""
+    return max(-TIME_MAX, min(time_ns, TIME_MAX))
+
+
+def is_xattr_name(name: bytes) -> bool:
+    """Tell whether an extended attribute of the user's own can have this name."""
+    return (
+        name.startswith(XATTR_USER)
+        and not name.startswith(XATTR_RESERVED)
+        and len(name) <= XATTR_NAME_MAX
+        and b"\0" not in name
     )
 
 
-def _number(found: dict[str, object], name: str, least: int, most: int) -> int | None:
-    number = found.get(name)
-    if number is None:
+def xattr_list_size(name: bytes) -> int:
+    """Return the bytes that a name takes in what listxattr(2) returns."""
+    return len(name) + 1
+
+
+_STRING: Final = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKETS: Final = re.compile(r"[\[{\]}]")
+
+
+def _depth(text: str) -> int:
+    """Return how deep the brackets of a JSON text go; of any other, at least as far as is read."""
+    if text.count("[") + text.count("{") <= DEPTH_MAX:
+        return 0  # as in every record of ours
+    depth = deepest = 0
+    for bracket in _BRACKETS.findall(_STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > DIGITS_MAX:
+        raise RecordError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True)
+
+
+class _Fields:
+    """The fields of one JSON object, each read for itself; what is none stays as it is."""
+
+    def __init__(self, found: dict[str, object]) -> None:
+        self._found = found
+        self._unknown = {name: _text(v) for name, v in found.items() if name not in _KNOWN}
+
+    def record(self, revision: int) -> Record:
+        mtime_ns = self._read("mtime_ns", _time)
+        mtime_revision = self._read("mtime_revision", _revision) or revision
+        if "mtime_revision" in self._unknown:
+            mtime_ns = None  # nobody knows what it holds for
+        return Record(
+            mode=self._read("mode", _mode),
+            uid=self._read("uid", _id),
+            gid=self._read("gid", _id),
+            type=self._read("type", _type),
+            mtime_ns=mtime_ns,
+            mtime_revision=0 if mtime_ns is None else mtime_revision,
+            atime_ns=self._read("atime_ns", _time),
+            xattrs=self._xattrs(),
+            unknown=self._unknown,
+        )
+
+    def _read(self, name: str, read_as: Callable[[object], T | None]) -> T | None:
+        value = self._found.get(name)
+        if value is None:
+            return None
+        found = read_as(value)
+        if found is None:
+            self._unknown[name] = _text(value)
+        return found
+
+    def _xattrs(self) -> dict[bytes, bytes]:
+        found = self._found.get("xattrs", {})
+        if not isinstance(found, dict):
+            self._unknown["xattrs"] = _text(found)
+            return {}
+        xattrs: dict[bytes, bytes] = {}
+        unread: dict[str, object] = {}
+        size = 0
+        for name, text in sorted(found.items(), key=itemgetter(0)):
+            own = _xattr(name, text)
+            size += 0 if own is None else xattr_list_size(own[0])
+            if own is None or size > XATTR_LIST_MAX:
+                unread[name] = text
+            else:
+                xattrs.update((own,))
+        if unread:
+            self._unknown["xattrs"] = _text(unread)
+        return xattrs
+
+
+def _number(value: object, least: int, most: int) -> int | None:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
         return None
-    if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
-        raise RecordError(f"{name} is {number!r}")
-    return number
+    return value
+
+
+def _id(value: object) -> int | None:
+    return _number(value, 0, ID_MAX)
+
+
+def _time(value: object) -> int | None:
+    return _number(value, -TIME_MAX, TIME_MAX)
+
+
+def _revision(value: object) -> int | None:
+    return _number(value, 1, REVISION_MAX)
 
 
 def _mode(text: object) -> int | None:
-    if text is None:
+    if not isinstance(text, str) or not _OCTAL.fullmatch(text):
         return None
-    if not isinstance(text, str) or not text.isascii() or not text.isdigit():
-        raise RecordError(f"mode is {text!r}")
-    mode = int(text, 8)
-    if mode > MODE_MAX:
-        raise RecordError(f"mode is {text!r}")
-    return mode
+    return int(text, 8)
+
+
+_OCTAL: Final = re.compile("[0-7]{1,4}", re.ASCII)
 
 
 def _type(name: object) -> Type | None:
-    if name is None:
-        return None
     for known in get_args(Type):
         if name == known:
             found: Type = known
             return found
-    raise RecordError(f"type is {name!r}")
+    return None
 
 
-def _xattrs(found: object) -> dict[bytes, bytes]:
-    if not isinstance(found, dict):
-        raise RecordError(f"xattrs is {found!r}")
-    return {
-        name.encode("utf-8", "surrogateescape"): b64decode(text, validate=True)
-        for name, text in found.items()
-    }
+def _xattr(name: str, text: object) -> tuple[bytes, bytes] | None:
+    if not isinstance(text, str):
+        return None
+    try:
+        own, value = name.encode("utf-8", "surrogateescape"), b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return (own, value) if is_xattr_name(own) and len(value) <= XATTR_SIZE_MAX else None
 
 
 def is_void(side: KeyValue, create_revision: int) -> bool:

@@ -13,15 +13,7 @@ Concurrency: synchronous; used on the trio thread only.
 import logging
 from collections.abc import Iterator
 
-from etcdfs.sidekeys import (
-    Record,
-    RecordError,
-    Type,
-    decode,
-    is_side_key,
-    owner_of,
-    side_key,
-)
+from etcdfs.sidekeys import Record, Type, is_side_key, owner_of, read, side_key
 from etcdfs.store import KeyValue
 from etcdfs.tree import Directory, Facts, File, Node, Side, Tree, facts_of
 
@@ -31,12 +23,8 @@ NOTHING = Record()
 
 
 def side_of(entry: KeyValue) -> Side:
-    """Return what is in a side key; what cannot be read says nothing."""
-    try:
-        record = decode(entry.value, entry.mod_revision)
-    except RecordError:
-        record = NOTHING
-    return Side(record, facts_of(entry))
+    """Return what is in a side key."""
+    return Side(read(entry), facts_of(entry))
 
 
 def record_of(node: Node) -> Record:

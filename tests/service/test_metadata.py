@@ -274,7 +274,8 @@ async def test_times_go_along_with_what_was_written(
         for data, times in ((b"1", True), (b"1", True), (b"2", False)):
             handle = await mount.filesystem.open(inode, os.O_WRONLY | os.O_TRUNC)
             await mount.files.write(handle, 0, data)
-            change = Change(mtime_ns=LONG_AGO, atime_ns=LONG_AGO, is_now=not times)
+            time_ns = LONG_AGO if times else mount.tree.clock()
+            change = Change(mtime_ns=time_ns, atime_ns=time_ns)
             await mount.filesystem.setattr(inode, change)
             before = store.revision
             await mount.files.flush(handle)
@@ -288,6 +289,25 @@ async def test_times_go_along_with_what_was_written(
                 assert (await stat_of(mount, b"f")).mtime_ns == LONG_AGO
             else:
                 assert side.value == b'{"mode":"0600"}', "what no longer holds is dropped"
+
+
+@pytest.mark.parametrize(
+    ("after_s", "kept"), [(-1, True), (0, False), (29, False), (31, True)], ids=str
+)
+async def test_b35_now_is_told_from_a_time_that_is_set(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, after_s: int, kept: bool
+) -> None:
+    """The request of a `touch` may be late by any time; it is stamped when it is made."""
+    async with open_mount(store, cache=cache) as mount:
+        await trio.sleep(100)
+        handle, made = await mount.filesystem.create(1, b"f", os.O_CREAT | os.O_WRONLY)
+        time_ns = mount.tree.clock() + after_s * 10**9
+        await trio.sleep(30)
+        await mount.filesystem.setattr(made.inode, Change(mtime_ns=time_ns, atime_ns=time_ns))
+        await mount.files.flush(handle)
+        await mount.files.release(handle)
+        assert (await stat_of(mount, b"f")).mtime_ns == time_ns
+        assert (record(store, b"/f") is not None) == kept
 
 
 @pytest.mark.expect_log("attributes are not kept: %s")
