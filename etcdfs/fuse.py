@@ -352,6 +352,7 @@ class FuseMount:
         self._operations = operations
         self._mountpoint = mountpoint
         self._options = options
+        self._is_abandoned = False
 
     def __enter__(self) -> Self:
         """Mount.
@@ -381,11 +382,16 @@ class FuseMount:
 
         A crash of another task arrives here as its cancellation of this one.
         """
-        pyfuse3.close(unmount=error is None)
+        if not self._is_abandoned:
+            pyfuse3.close(unmount=error is None)
 
     async def run(self) -> None:
         """Serve requests until unmounted or stopped."""
         await pyfuse3.main(max_tasks=MAX_TASKS)
+
+    def abandon(self) -> None:
+        """Leave the session as it is: a thread that cannot end goes on using it."""
+        self._is_abandoned = True
 
     def stop(self) -> None:
         """Make `run` return once the requests under way are answered."""

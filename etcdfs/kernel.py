@@ -5,14 +5,24 @@ something is to be forgotten.
 
 `invalidate_entry` waits for the directory's lock, which any LOOKUP, CREATE or READDIR in flight
 holds; called on the trio thread it would wait for a handler that only the trio thread can finish
-(FACTS.md 1.1, 7). So one thread of our own makes the calls, in order. Files are never invalidated
+(FACTS.md 1.1, 7). So a thread of our own makes the calls, in order. Files are never invalidated
 in place: each remote version has an inode of its own.
 
 When the kernel is slow, what waits does not grow with what happens: something that is waiting to be
 forgotten already is not queued again, so that at most everything the kernel knows waits once.
 
+The lock may be held for as long as somebody likes: getdents(2) holds it while it copies to the
+caller's memory, and that may be a page which a file system of the caller's never delivers. The
+call waits then where no signal reaches it (fs/fuse/dir.c, fuse_reverse_inval_entry). So a
+directory whose lock is not had within `STUCK_S` is *stuck*: the thread is left to it, with
+whatever is to be forgotten in it until then, and another thread goes on with the rest. Nobody
+waits for a stuck directory; who shows it must know that the kernel may have older names of it
+(`listen`). There is a thread for each of `STUCK_MAX` stuck directories; beyond that nobody
+waits for the kernel at all until one is free, as if all of them were stuck.
+
 Concurrency: `submit` is called on the trio thread and never blocks; its `done` is called there,
-too. The thread touches nothing but its queue and the set of what is in it.
+too. What threads and the trio thread share is guarded by a lock that nobody holds while waiting,
+but for the queue and the set of what is in it.
 """
 
 import logging
@@ -23,14 +33,31 @@ from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import Final, final
 
 import pyfuse3
 import trio
 
-from etcdfs.tree import Cached, Entry, Listing
+from etcdfs.tree import Cached, Entry, Inode, Listing
 
 log = logging.getLogger(__name__)
+
+STUCK_S: Final = 1.0
+"""How long the kernel may take to let go of one name; it is 0.2 ms, and as long as a call of this
+mount waits for etcd if that call holds the directory's lock."""
+
+LOOKS: Final = 4
+"""Times that is looked at a waiting thread in `STUCK_S`. What stops the whole process, or its
+machine, costs one of them, and makes nothing stuck."""
+
+STUCK_MAX: Final = 64
+"""Directories that may be stuck, each with a thread; a thread takes about 30 KiB."""
+
+CLOSE_S: Final = 1.0
+"""How long threads may take to end when the mount is taken down."""
+
+_THREAD_NAME: Final = "kernel-cache"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,10 +66,12 @@ class KernelStatistics:
 
     Attributes:
         submitted: Times that something was to be forgotten.
-        finished: Those that are done.
+        finished: Those that are done, but for what was stuck.
         invalidated: Entries and attributes that the kernel has let go of.
         waiting: Those that it still has to.
         stored: Values that it was given when their file was opened.
+        stuck: Directories whose lock somebody holds, so that the kernel cannot let go.
+        stuck_ever: Times that one was stuck.
     """
 
     submitted: int
@@ -50,12 +79,30 @@ class KernelStatistics:
     invalidated: int
     waiting: int
     stored: int
+    stuck: int
+    stuck_ever: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    cached: tuple[Cached, ...]
+@dataclass(eq=False, slots=True)
+class _Mark:
+    """The end of what was submitted at one time; `done` is called once."""
+
     done: Callable[[], None] | None
+
+
+@dataclass(eq=False, slots=True)
+class _Worker:
+    """One thread.
+
+    Attributes:
+        directory: Whose lock it waits for; 0: nobody's.
+        turn: How many locks it has waited for.
+        stuck: The stuck directory that it is left to; 0: it does what comes.
+    """
+
+    directory: int = 0
+    turn: int = 0
+    stuck: int = 0
 
 
 @final
@@ -63,51 +110,85 @@ class KernelCache:
     """The kernel's caches of this mount, as seen from the daemon."""
 
     def __init__(self) -> None:
-        # --- mutable state
-        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._done: deque[Callable[[], None]] = deque()
+        # --- dependencies
+        self._listener: Callable[[Inode | None, float | None], None] = _nobody
+        # --- mutable state, of the trio thread
         self._bell = -1  # rung when something is done; open until the process ends
-        self._thread: threading.Thread | None = None
-        # INVARIANT: each of these will be invalidated by a job that has not come to it yet.
+        self._stir = trio.lowlevel.ParkingLot()
+        self._ended = trio.Event()
+        self._marks: dict[_Mark, None] = {}  # not reached yet, oldest first
+        self._is_overrun = False  # more is stuck than there may be threads
+        self._submitted = self._stored = self._stuck_ever = 0
+        # --- mutable state, shared
+        self._work: queue.SimpleQueue[Cached | _Mark | None] = queue.SimpleQueue()
+        self._done: deque[Callable[[], None]] = deque()
+        # INVARIANT: each of these will be invalidated by a thread that has not come to it yet.
         self._waiting: set[Cached] = set()
-        self._submitted = 0
-        self._finished = 0
+        self._lock = threading.Lock()
+        self._main: _Worker | None = None  # who does what comes
+        self._threads = 0
+        self._stuck: dict[int, deque[Entry]] = {}  # by directory: what is left to its thread
         self._invalidated = 0
-        self._stored = 0
+        self._is_closed = False
+
+    def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
+        """Have `listener` told, on the trio thread, since when a directory is stuck.
+
+        Until it is told that it is no longer (None), the kernel may show older names in it. No
+        directory (None) stands for all there are.
+        """
+        self._listener = listener
 
     def start(self, tasks: trio.Nursery) -> None:
-        """Start the thread, and a task that hears of it; once the file system is mounted."""
+        """Start the thread, and tasks that hear of it; once the file system is mounted."""
         # trio's own way from a thread to its loop takes a turn of the loop more, which is a
         # twentieth of what a change takes from etcd to a reader.
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        tasks.start_soon(self._listen)
-        # A daemon thread: it may sit in the kernel waiting for a lock when we have to go.
-        self._thread = threading.Thread(target=self._run, name="kernel-cache", daemon=True)
-        self._thread.start()
+        tasks.start_soon(self._hear)
+        tasks.start_soon(self._look)
+        self._main = self._start_worker()
 
-    def stop(self) -> None:
-        """Let the thread end after what is queued; does not wait for it."""
-        if self._thread is not None:
-            self._jobs.put(None)
-            self._thread = None
+    async def aclose(self) -> bool:
+        """Have the threads end, within `CLOSE_S`; return whether they have.
+
+        What the kernel has not been told by then, it is not told any more. Call it while requests
+        are still answered, which may hold the locks that are waited for, and before the file
+        system is unmounted: a thread that does not end must go on finding its session.
+        """
+        if self._main is None:
+            return True
+        self._is_closed = True
+        self._work.put(None)
+        self._reach_all()
+        with trio.move_on_after(CLOSE_S):
+            await self._ended.wait()
+        return self._ended.is_set()
 
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         """Have the kernel forget `cached`; call `done` on the trio thread afterwards.
 
         Before `start` nothing is mounted and the kernel has nothing to forget.
         """
-        if self._thread is None or not cached:
+        if self._main is None or self._is_closed or not cached:
             if done is not None:
                 done()
             return
-        # Jobs are done in order: what waits already is let go of before `done` is called. The
+        # All is done in order: what waits already is let go of before `done` is called. A
         # thread takes something out of the set before it tells the kernel, never afterwards.
         fresh = [entry for entry in cached if entry not in self._waiting]
         if not fresh and done is None:
             return
+        if not self._marks:
+            self._stir.unpark_all()
         self._submitted += 1
         self._waiting.update(fresh)
-        self._jobs.put(_Job(tuple(fresh), done))
+        for entry in fresh:
+            self._work.put(entry)
+        mark = _Mark(done)
+        self._marks[mark] = None
+        self._work.put(mark)
+        if self._is_overrun:
+            _reach(mark)
 
     def store(self, inode: int, value: bytes) -> None:
         """Give the kernel all of a file's content; it does not ask for it then.
@@ -123,54 +204,189 @@ class KernelCache:
         self._stored += 1
 
     def statistics(self) -> KernelStatistics:
-        """Count jobs and invalidations."""
+        """Count what was submitted, and what became of it."""
         return KernelStatistics(
             submitted=self._submitted,
-            finished=self._finished,
+            finished=self._submitted - len(self._marks),
             invalidated=self._invalidated,
             waiting=len(self._waiting),
             stored=self._stored,
+            stuck=len(self._stuck) + self._is_overrun,
+            stuck_ever=self._stuck_ever,
         )
 
-    def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            for cached in job.cached:
-                self._waiting.discard(cached)
-                try:
-                    _invalidate(cached)
-                except Exception:  # the thread must live; the kernel's timeout bounds what is lost
-                    log.exception("could not invalidate %s", cached)
-                self._invalidated += 1
-            self._finished += 1
-            if job.done is not None:
-                self._done.append(job.done)
-                os.eventfd_write(self._bell, 1)
+    # --- the trio thread --------------------------------------------------------------------
 
-    async def _listen(self) -> None:
+    async def _hear(self) -> None:
         while True:
             await trio.lowlevel.wait_readable(self._bell)
             os.eventfd_read(self._bell)
             while self._done:
                 self._done.popleft()()
 
+    def _finish(self, mark: _Mark) -> None:
+        del self._marks[mark]
+        _reach(mark)
+        if self._is_overrun and not self._marks:
+            self._is_overrun = False
+            self._listener(None, None)
 
-def _invalidate(cached: Cached) -> None:
-    match cached:
-        case Entry(directory, name):
-            _invalidate_entry(directory, name)
-        case Listing(inode, within):
-            try:
-                # Attributes only: directories have no cached pages (pyfuse3 cannot ask for
-                # FOPEN_CACHE_DIR), and this form never waits for a lock.
-                pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
-            except FileNotFoundError:
+    def _reach_all(self) -> None:
+        """Let nobody wait any longer."""
+        for mark in list(self._marks):
+            _reach(mark)
+
+    async def _look(self) -> None:
+        """Look at the thread now and then, while there is something to be done."""
+        seen, looks = 0, 0
+        while True:
+            if not self._marks:
+                await self._stir.park()
+            await trio.sleep(STUCK_S / LOOKS)
+            assert self._main is not None
+            turn = self._main.turn if self._main.directory else 0
+            seen, looks = turn, looks + 1 if turn and turn == seen else 0
+            if looks >= LOOKS and self._leave(self._main, turn):
+                seen, looks = 0, 0
+
+    def _leave(self, worker: _Worker, turn: int) -> bool:
+        """Leave a thread to its directory, and have another one do the rest, if there may be one.
+
+        Returns:
+            Whether there is another one.
+        """
+        with self._lock:
+            directory = worker.directory
+            if not directory or worker.turn != turn:
+                return False
+            may_start = len(self._stuck) < STUCK_MAX
+            if may_start:
+                worker.stuck = directory
+                self._stuck[directory] = deque()
+        since = trio.current_time() - STUCK_S
+        if may_start:
+            self._stuck_ever += 1
+            self._main = self._start_worker()
+            self._listener(Inode(directory), since)
+        elif not self._is_overrun:
+            self._stuck_ever += 1
+            self._is_overrun = True
+            self._listener(None, since)
+            self._reach_all()
+        return may_start
+
+    def _free(self, directory: int) -> None:
+        if directory not in self._stuck:  # nor again
+            self._listener(Inode(directory), None)
+
+    def _start_worker(self) -> _Worker:
+        worker = _Worker()
+        with self._lock:
+            self._threads += 1
+        # A daemon thread: it may sit in the kernel waiting for a lock when we have to go.
+        target = partial(self._run, worker)
+        threading.Thread(target=target, name=_THREAD_NAME, daemon=True).start()
+        return worker
+
+    # --- the threads ------------------------------------------------------------------------
+
+    def _run(self, worker: _Worker) -> None:
+        while not worker.stuck and (task := self._work.get()) is not None:
+            if isinstance(task, _Mark):
+                self._ring(partial(self._finish, task))
+            else:
+                self._tell(worker, task)
+        while worker.stuck and (entry := self._next_left(worker)) is not None:
+            self._tell(worker, entry)
+        with self._lock:
+            self._threads -= 1
+            is_last = not self._threads
+        if is_last:
+            self._ring(self._ended.set)
+
+    def _ring(self, done: Callable[[], None]) -> None:
+        self._done.append(done)
+        os.eventfd_write(self._bell, 1)
+
+    def _next_left(self, worker: _Worker) -> Entry | None:
+        """Return what is still to be forgotten in a stuck directory; None, and it is not stuck."""
+        with self._lock:
+            left = self._stuck[worker.stuck]
+            if left:
+                return left.popleft()
+            del self._stuck[worker.stuck]
+        self._ring(partial(self._free, worker.stuck))
+        return None
+
+    def _tell(self, worker: _Worker, cached: Cached) -> None:
+        if self._is_closed:
+            return
+        try:
+            self._invalidate(worker, cached)
+        except Exception:  # the thread must live; the kernel's timeout bounds what is lost
+            if not self._is_closed:
+                log.exception("could not invalidate %s", cached)
+
+    def _invalidate(self, worker: _Worker, cached: Cached) -> None:
+        match cached:
+            case Entry():
+                self._invalidate_entry(worker, cached)
+            case Listing(inode, within):
+                with self._lock:
+                    self._waiting.discard(cached)
+                    self._invalidated += 1
                 # Not an inode yet: a LOOKUP answered with the old attributes may still be on
-                # its way into the caches. This waits for it (FACTS.md 8).
-                if within is not None:
-                    _invalidate_entry(within.directory, within.name)
+                # its way into the caches. Its name waits for it (FACTS.md 8).
+                if not invalidate_attributes(inode) and within is not None:
+                    self._invalidate_entry(worker, within)
+
+    def _invalidate_entry(self, worker: _Worker, entry: Entry) -> None:
+        with self._lock:
+            left = self._stuck.get(entry.directory)
+            if left is not None and worker.stuck != entry.directory:
+                left.append(entry)
+                return
+            self._waiting.discard(entry)
+            self._invalidated += 1
+            worker.directory = entry.directory
+            worker.turn += 1
+        try:
+            invalidate_entry(entry)
+        finally:
+            with self._lock:
+                worker.directory = 0
 
 
-def _invalidate_entry(directory: int, name: bytes) -> None:
+def is_in_kernel() -> bool:
+    """Say whether a thread of ours waits in the kernel, when all of them should have ended."""
+    return any(thread.name == _THREAD_NAME for thread in threading.enumerate())
+
+
+def _nobody(_directory: Inode | None, _since: float | None) -> None:
+    """Who is told of stuck directories where nobody listens."""
+
+
+def _reach(mark: _Mark) -> None:
+    done, mark.done = mark.done, None
+    if done is not None:
+        done()
+
+
+def invalidate_attributes(inode: int) -> bool:
+    """Have the kernel forget the attributes of an inode; False if it does not have it.
+
+    Attributes only: directories have no cached pages (pyfuse3 cannot ask for FOPEN_CACHE_DIR),
+    and this form never waits for a lock.
+    """
+    try:
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def invalidate_entry(entry: Entry) -> None:
+    """Have the kernel forget a name; waits for the lock of its directory."""
     # ENOENT: the kernel has already let go of it.
     with suppress(FileNotFoundError):
-        pyfuse3.invalidate_entry(pyfuse3.InodeT(directory), pyfuse3.FileNameT(name))
+        pyfuse3.invalidate_entry(pyfuse3.InodeT(entry.directory), pyfuse3.FileNameT(entry.name))

@@ -19,7 +19,7 @@ from typing import Protocol, final
 
 import trio
 
-from etcdfs.tree import Cached, Entry
+from etcdfs.tree import Cached, Entry, Inode
 
 
 class KernelCache(Protocol):
@@ -27,6 +27,13 @@ class KernelCache(Protocol):
 
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         """Have the kernel forget; never blocks; call `done` on the trio thread afterwards."""
+        ...
+
+    def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
+        """Have `listener` told which directory (None: all) is stuck, since when; None: no longer.
+
+        `done` does not wait for what is to be forgotten in a stuck directory.
+        """
         ...
 
 

@@ -1,8 +1,8 @@
 """What is known of the way to etcd, and whether what the mirror holds may be shown.
 
 What this room knows: when etcd was last heard, whether it allows us to read, and for how long
-what the mirror holds is good enough while nothing is heard (`--max-stale`). What it must not
-know: watches, requests, the tree.
+what the mirror holds is good enough while nothing is heard (`--max-stale`); and since when the
+kernel may show what is older than the mirror. What it must not know: watches, requests, the tree.
 
 The mirror may be shown, or it is *refused*: as too old, or as no longer permitted. Refused is
 judged at each question, by the time, so that no reader is ever given more than the limit; the
@@ -30,7 +30,8 @@ class LinkStatistics:
         connected: Whether a confirmed watch stands, and etcd has answered when last asked.
         state_s: Seconds since `connected` last changed.
         silent_s: Seconds since etcd was last heard.
-        stale_s: How old what is shown may be: 0 while connected, else `silent_s`.
+        stale_s: How old what is shown may be: 0 while connected, else `silent_s`; in any case as
+            long as a directory has been stuck (`etcdfs.kernel`).
         refused: Why nothing is shown, "" when it is.
         losses: Times that the connection was lost.
         refusals: Times that showing was stopped.
@@ -58,6 +59,7 @@ class Link:
         self._denied: StorePermissionError | None = None
         self._heard: float | None = None  # trio's time; None: never
         self._turned: float | None = None
+        self._stuck: dict[int | None, float] = {}  # directories, and since when
         self._stir = trio.Event()
         self._losses = self._refusals = 0
 
@@ -99,6 +101,17 @@ class Link:
         if self._denied is not None:
             self._denied = None
             self._wake()
+
+    def stick(self, directory: int | None, *, since: float | None) -> None:
+        """Note since when the kernel may show older names of a directory; None: no longer.
+
+        One stuck directory is no reason to refuse all others: whoever has made it stuck could
+        have that at will. So `--max-stale` does not count it.
+        """
+        if since is None:
+            self._stuck.pop(directory, None)
+        else:
+            self._stuck[directory] = since
 
     # --- what follows -----------------------------------------------------------------------
 
@@ -144,7 +157,10 @@ class Link:
             connected=self.connected,
             state_s=0.0 if self._turned is None else now - self._turned,
             silent_s=silent_s,
-            stale_s=0.0 if self.connected else silent_s,
+            stale_s=max(
+                0.0 if self.connected else silent_s,
+                now - min(self._stuck.values(), default=now),
+            ),
             refused="" if refusal is None else str(refusal),
             losses=self._losses,
             refusals=self._refusals,

@@ -54,6 +54,7 @@ from etcdfs.steps import (
     WatchLost,
 )
 from etcdfs.store import Event, KeyValue, Revision, Store
+from etcdfs.stuck import StuckDirectories
 from etcdfs.sweeper import Sweeper
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
@@ -120,6 +121,7 @@ class Mirror:
         self._applier = Applier(self.switch, contents, kernel, self._on_failure)
         self._letting = self._applier.letting
         self.link = Link(max_stale_s=max_stale_s)
+        kernel.listen(StuckDirectories(tree, self.link).note)
         self.auditor = Auditor(
             store,
             contents,

@@ -26,7 +26,7 @@ from contextlib import AsyncExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, NoReturn, TypeVar, final
 
 import trio
 
@@ -59,11 +59,11 @@ from etcdfs.handshake import (
     open_reporter,
     read_options,
 )
-from etcdfs.kernel import KernelCache
+from etcdfs.kernel import KernelCache, is_in_kernel
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
 from etcdfs.mirror import Mirror
-from etcdfs.mountpoint import SUBTYPE, claimed, find_mounted
+from etcdfs.mountpoint import SUBTYPE, Mounted, claimed, find_mounted, tear_down
 from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.publisher import Publisher
@@ -200,13 +200,31 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
                 mounted = find_mounted(options.mountpoint)
                 rooms.operations.openers.device = None if mounted is None else mounted.device
                 rooms.kernel.start(tasks)
-                stack.callback(rooms.kernel.stop)
                 tasks.start_soon(_announce, rooms, reporter, client_url)
                 ending.begin(rooms, mount)
                 await mount.run()
                 await rooms.flush()
+                await _leave_kernel(rooms.kernel, mount, mounted)
             log.info("unmounted %s", options.mountpoint)
         nursery.cancel_scope.cancel()
+
+
+async def _leave_kernel(kernel: KernelCache, mount: FuseMount, mounted: Mounted | None) -> None:
+    """End what talks to the kernel, before the session is gone that it talks through.
+
+    A thread may be waiting for a lock which a request holds that nobody answers any more, or
+    which a user holds for as long as he likes (`etcdfs.kernel`).
+    """
+    if await kernel.aclose() or mounted is None:
+        return
+    tear_down(mounted)  # all requests end, and let go of their locks
+    if not await kernel.aclose():
+        mount.abandon()
+        log.error(
+            "a thread waits in the kernel for a directory's lock that some process holds; what is "
+            "left of this one (%d) ends when that process does",
+            os.getpid(),
+        )
 
 
 async def _open_rooms(
@@ -329,6 +347,7 @@ class _Ending:
                     log.info("%s: taking down the mount", signal.Signals(number).name)
                     rooms, mount = self._serving
                     await rooms.flush()
+                    await rooms.kernel.aclose()  # while requests are answered: they hold locks
                     mount.stop()
 
 
@@ -427,5 +446,18 @@ def _fail(reporter: Reporter, error: CommandError) -> int:
     return error.exit_code
 
 
+def _end(exit_code: int) -> NoReturn:
+    """End the process, as far as it can.
+
+    A thread that waits in the kernel keeps its files open, and with them connections, and pipes
+    that somebody reads to the end.
+    """
+    if is_in_kernel():
+        logging.shutdown()
+        os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _end(main())

@@ -12,6 +12,7 @@ Concurrency: plain blocking calls of the command line, each bounded.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import logging
@@ -46,6 +47,9 @@ _TYPE: Final = f"fuse.{SUBTYPE}"
 _DEVICE: Final = Path("/dev/fuse")
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _MOUNT_NAMESPACE: Final = Path("/proc/self/ns/mnt")
+_CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
+_MNT_FORCE: Final = 1  # mount(2); Python has neither
+_MNT_DETACH: Final = 2
 _COMMAND_TIMEOUT_S: Final = 30.0
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
@@ -330,6 +334,26 @@ def unmount(mountpoint: str, timeout_s: float) -> None:
                 f"{mountpoint} is unmounted, but its daemon (process {pid}) "
                 f"did not end within {timeout_s:g} s; a container may have a copy of the mount"
             )
+
+
+def tear_down(mounted: Mounted) -> None:
+    """Take a mount of this process away whoever is in it, and have all that wait in it go on.
+
+    Only the last is sure to happen for everybody: unmounting leaves alone who is in it already,
+    and whoever waits there may be waiting for this very process. Neither waits for anybody.
+    """
+    _, _, minor = mounted.device.partition(":")
+    with contextlib.suppress(OSError):  # it is mounted where systemd is; the mount's owner may
+        (_CONNECTIONS / minor / "abort").write_text("1")
+    if os.geteuid() == 0:
+        # Not by umount(8), which looks at the place before.
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.umount2(os.fsencode(mounted.path), _MNT_FORCE | _MNT_DETACH)
+        return
+    try:
+        _unmount(mounted.path, lazy=True)
+    except UnmountError as exc:
+        log.warning("%s", exc)
 
 
 @contextlib.contextmanager

@@ -100,6 +100,9 @@ class Tree:
         # all are told for the same time.
         self._negatives: OrderedDict[Entry, int] = OrderedDict()
         self.switching: set[Cached] = set()
+        # Directories of which the kernel may have older names for as long as somebody holds their
+        # lock; None: all of them. What it asks of one meanwhile, it must not keep.
+        self.stuck: set[Inode | None] = set()
         self.times = Times()  # only in a tree that is not complete
 
     # --- finding ----------------------------------------------------------------------------
@@ -228,7 +231,13 @@ class Tree:
 
     def may_cache(self, what: Cached) -> bool:
         """Return whether an answer about `what` may be cached by the kernel."""
-        return self.complete and what not in self.switching
+        return self.complete and what not in self.switching and not self._is_stuck(what)
+
+    def _is_stuck(self, what: Cached) -> bool:
+        entry = what if isinstance(what, Entry) else what.within
+        return bool(self.stuck) and (
+            None in self.stuck or (entry is not None and entry.directory in self.stuck)
+        )
 
     def tell_negative(self, directory: Directory, name: bytes, lifetime_ns: int) -> bool:
         """Note that the kernel is told a name is missing; False: it must not cache that."""

@@ -13,7 +13,7 @@ from etcdfs.keys import Keyspace
 from etcdfs.loader import load
 from etcdfs.store import Event, KeyValue, Revision, Tombstone
 from etcdfs.switch import Switch
-from etcdfs.tree import Cached, Entry, File, Tree
+from etcdfs.tree import Cached, Entry, File, Inode, Tree
 
 
 class SlowKernel:
@@ -28,6 +28,9 @@ class SlowKernel:
             self.asked.append((set(cached), done))
         elif done is not None:
             done()
+
+    def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
+        raise NotImplementedError
 
     def let_go(self) -> None:
         asked, self.asked = self.asked, []

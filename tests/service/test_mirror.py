@@ -8,13 +8,17 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from etcdfs.errors import CompactedError, StoreUnavailableError
+from etcdfs.errors import CompactedError, NotFoundError, StoreUnavailableError
 from etcdfs.store import Delete, Put, Transaction
 from etcdfs.tree import Entry, Listing
 from tests.service.mirrors import AGAIN, BOUND_S, content, quiet
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
 
+STUCK = (
+    "%s: the kernel may go on showing what is old, as some process has not let go of the "
+    "directory's lock for %.1f s"
+)
 LATE = "the watch is over %.1f s late: revision %d is shown before it brings it"
 
 
@@ -153,6 +157,43 @@ async def test_both_keys_of_a_revision_flip_together(
         for path in ((b"a",), (b"b",)):
             assert (await mount.kernel.stat(path)).timeout_s > 0
             assert await content(mount, path) == b"2"
+
+
+@pytest.mark.expect_log(STUCK)
+async def test_what_is_in_a_stuck_directory_is_not_kept(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/d/a", b"1")
+    store.put_now(b"/e/a", b"1")
+    async with open_mount(store) as mount:
+        for path in ((b"d", b"a"), (b"e", b"a")):
+            assert await content(mount, path) == b"1"
+        d, e = (mount.tree.root.children[name].inode for name in (b"d", b"e"))
+
+        async def lifetimes(directory: int) -> list[float]:
+            found = await mount.filesystem.lookup(directory, b"a")
+            assert found is not None
+            try:
+                missing = await mount.filesystem.lookup(directory, b"b")
+            except NotFoundError:
+                return [found.timeout_s, 0]
+            assert missing is None
+            return [found.timeout_s, mount.filesystem.kernel_timeout_s]
+
+        stick, link = mount.kernel.stick, mount.mirror.link
+        stick(d, trio.current_time() - 1)
+        assert (await lifetimes(d), await lifetimes(e)) == ([0, 0], [60, 60])
+        await trio.sleep(2)
+        assert link.statistics().stale_s == 3
+        stick(None, trio.current_time())
+        assert (await lifetimes(d), await lifetimes(e)) == ([0, 0], [0, 0])
+        stick(d, None)
+        await trio.sleep(2)
+        assert link.statistics().stale_s == 2
+        assert link.statistics().connected
+        stick(None, None)
+        assert (await lifetimes(d), await lifetimes(e)) == ([60, 60], [60, 60])
+        assert link.statistics().stale_s == 0
 
 
 async def test_a_name_that_appears_is_not_cached_as_missing_meanwhile(

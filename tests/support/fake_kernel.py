@@ -31,7 +31,7 @@ from etcdfs.mirror import Mirror
 from etcdfs.openfiles import OpenFiles
 from etcdfs.publisher import Publisher
 from etcdfs.store import Clock
-from etcdfs.tree import ROOT_INODE, Cached, Directory, Entry, File, Listing, Tree
+from etcdfs.tree import ROOT_INODE, Cached, Directory, Entry, File, Inode, Listing, Tree
 from tests.support.fake_store import FakeStore
 
 T = TypeVar("T")
@@ -139,6 +139,7 @@ class FakeKernel:
         self._wake = trio.Event()
         self._deaf: trio.Event | None = None
         self.is_idle = True
+        self.stick: Callable[[Inode | None, float | None], None]
 
     def mount(self, filesystem: Filesystem, files: OpenFiles, *, keep_cache: bool) -> None:
         """Serve a filesystem from now on."""
@@ -158,6 +159,10 @@ class FakeKernel:
         self._jobs.append((sorted(cached, key=repr), done))
         self.is_idle = False
         self._wake.set()
+
+    def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
+        """See `etcdfs.kernel.KernelCache.listen`; a test plays the kernel that is stuck."""
+        self.stick = listener
 
     def hold_notifications(self) -> None:
         """Let no notification through until `release_notifications`."""
