@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, final
 
 from etcdfs.contents import Contents
-from etcdfs.keys import Keyspace
+from etcdfs.keys import MARKER_NAME, Keyspace
 from etcdfs.sidekeys import encode, is_side_key, owner_of, side_key
 from etcdfs.sides import find_facts, side_facts, side_of
 from etcdfs.store import KeyValue
@@ -84,9 +84,8 @@ class HeldKeys:
             return None
         if isinstance(holder, Directory):
             return None if holder.marker is None else self._tree.prefix_of(holder)
-        key = self._tree.key_of(holder)
         # A marker's value: its directory counts.
-        return None if key is None or key.endswith(b"/") else key
+        return None if holder.name == MARKER_NAME else self._tree.key_of(holder)
 
 
 @final

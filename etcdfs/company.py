@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from etcdfs.drafts import Draft
+from etcdfs.keys import MARKER_NAME
 from etcdfs.records import same_record, write_record
 from etcdfs.sidekeys import Record
 from etcdfs.sides import record_of
@@ -36,7 +37,7 @@ ALONE: Final = Company()
 def company_of(tree: Tree, file: File, draft: Draft, key: bytes) -> Company:
     """Return what goes along with the publication of a draft; mostly nothing."""
     record, times = record_of(file), draft.times_set
-    if not tree.attributes or key.endswith(b"/"):  # a marker's are its directory's
+    if not tree.attributes or file.name == MARKER_NAME:  # a marker's are its directory's
         return ALONE
     if file.facts is None:
         changed = _timed(record, times, 0)

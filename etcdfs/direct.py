@@ -265,7 +265,7 @@ class Direct:
             if not isinstance(child, Directory):
                 made = self.switch.tree.new_directory()
                 self._replace(directory, name, made)
-                if child is not None and _is_unpublished(child):
+                if child is not None and self._is_unpublished(child):
                     self.switch.tree.attach(made, VALUE_NAME, child)
         elif value is None:
             if child is not None:
@@ -285,10 +285,12 @@ class Direct:
     def _observe_missing(self, directory: Directory, name: bytes, child: Node) -> None:
         if self.switch.is_moving(child):
             return  # this mount has just moved it: it will be found where it is
-        if not _is_unpublished(child):
+        if not self._is_unpublished(child):
             self._replace(directory, name, None)
         elif isinstance(child, Directory):
-            waiting = {n: below for n, below in child.children.items() if _is_unpublished(below)}
+            waiting = {
+                n: below for n, below in child.children.items() if self._is_unpublished(below)
+            }
             if set(waiting) == {VALUE_NAME}:  # no directory any more: it is the file again
                 self.switch.tree.detach(child, VALUE_NAME, gone=False)
                 self._replace(directory, name, waiting[VALUE_NAME])
@@ -370,17 +372,21 @@ class Direct:
 
         While it is still attached: a file's key is made from the path it has.
         """
-        for name, child in list(directory.children.items()):
-            if isinstance(child, Directory):
-                self._empty(child)
-            self.switch.tree.detach(directory, name, gone=not _is_unpublished(child))
+        tree = self.switch.tree
+        for below in reversed(list(tree.directories(directory))):
+            for name, child in list(below.children.items()):
+                is_new = isinstance(child, File) and child.facts is None
+                tree.detach(below, name, gone=not is_new)
 
-
-def _is_unpublished(node: Node) -> bool:
-    """Say whether a node is, or has below it, a file made here that is not yet in etcd."""
-    if isinstance(node, File):
-        return node.facts is None
-    return any(_is_unpublished(child) for child in node.children.values())
+    def _is_unpublished(self, node: Node) -> bool:
+        """Say whether a node is, or has below it, a file made here that is not yet in etcd."""
+        if isinstance(node, File):
+            return node.facts is None
+        return any(
+            isinstance(child, File) and child.facts is None
+            for directory in self.switch.tree.directories(node)
+            for child in directory.children.values()
+        )
 
 
 def _own_value(keyspace: Keyspace, names: tuple[bytes, ...]) -> bytes | None:

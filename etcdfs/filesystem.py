@@ -33,7 +33,7 @@ from etcdfs.errors import (
     StoreError,
     StorePermissionError,
 )
-from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME
+from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below
 from etcdfs.metadata import Metadata
 from etcdfs.moves import Moves
 from etcdfs.openfiles import Handle, OpenFiles
@@ -393,10 +393,11 @@ class Filesystem:
             msg = f"{name!r} shows a marker's value, and an empty one is not shown"
             raise NameReservedError(msg)
         file = self._tree.new_file(None)
+        names = self._tree.names(directory, name)
         async with self._places.changing((directory, name)) as locked:
             intent = self._view.switch.intents[key] = Intent(file=file, value=value)
             try:
-                making = make_file(key, value, is_value=name == VALUE_NAME)
+                making = make_file(key, value, is_value=has_keys_below(names))
                 making, committed = await self._make_in(directory, name, making, key, record)
                 await self._settle(committed, events_of(making, committed), locked)
             finally:
@@ -475,7 +476,7 @@ class Filesystem:
         async with self._places.changing((directory, name)) as locked:
             intent = self._view.switch.intents[key] = Intent()
             try:
-                removal = self._with_record(self._removal(name, key), key, file)
+                removal = self._with_record(self._removal(directory, name, key), key, file)
                 committed = await self._store.commit(removal)
                 if not committed.succeeded:
                     raise _not_removed(key, committed)
@@ -524,9 +525,9 @@ class Filesystem:
                 raise missing(MARKER_NAME)
             await self._settle(committed, (put_event(committed, 1, key, b""),), locked)
 
-    def _removal(self, name: bytes, key: bytes) -> Transaction:
-        is_value = name == VALUE_NAME
-        parent = None if is_value else parent_prefix(key, self._root)
+    def _removal(self, directory: Directory, name: bytes, key: bytes) -> Transaction:
+        parent = None if name == VALUE_NAME else parent_prefix(key, self._root)
+        is_value = has_keys_below(self._tree.names(directory, name))
         return remove_file(key, parent, is_value=is_value)
 
     def _with_record(self, removal: Transaction, key: bytes, node: Node) -> Transaction:

@@ -15,6 +15,7 @@ empty, `.`, `..`, has NUL             `%=` + text, where text has `%25` for `%`,
 `%value`, `%marker`                   `%=%25value`, `%=%25marker`
 the name of an escape                 escaped once more: `%=.` is shown as `%=%25=.`
 text too long for one name            `%+` + 253 bytes of text, again and again, `%=` + the rest
+what is deeper than `MAX_DEPTH`       with the last component above it, `%2F` for each `/`
 ====================================  =====================================================
 
 "The name of an escape" is exact: `%=abc` stands for nothing that needs an escape, so it is an
@@ -41,6 +42,10 @@ VALUE_NAME: Final = b"%value"
 MARKER_NAME: Final = b"%marker"
 CONTROL_NAME: Final = b".etcdfs"
 NAME_MAX: Final = 255  # Linux: NAME_MAX of limits.h
+MAX_DEPTH: Final = 256
+"""Names that a path has at most, parts of long ones not counted. Below the last directory, the rest
+of a key is one name. A key may have a million slashes, each of which would be a directory; a path of
+ordinary names ends near this depth anyway (PATH_MAX)."""
 
 _LAST: Final = b"%="  # begins the last, mostly the only, name of an escape
 _PART: Final = b"%+"  # begins every earlier one
@@ -49,6 +54,7 @@ _DOT: Final = ord(".")
 _SLASH: Final = ord("/")
 _PERCENT: Final = ord("%")
 _TEXT: Final = re.compile(rb"(?:[^%\0]|%25|%00)*", re.DOTALL)
+_DEEPEST_TEXT: Final = re.compile(rb"(?:[^%\0]|%25|%00|%2F)*", re.DOTALL)
 
 
 # A tuple and not a frozen dataclass: one is made per key while the keyspace is loaded, and the
@@ -78,16 +84,17 @@ def is_plain(component: bytes) -> bool:
     )
 
 
-def escape(component: bytes, *, at_root: bool = False) -> tuple[bytes, ...]:
+def escape(component: bytes, *, at_root: bool = False, deepest: bool = False) -> tuple[bytes, ...]:
     """Return the names that stand for a component: mostly one, several if it is long.
 
     Args:
-        component: Any bytes without `/`.
+        component: Any bytes without `/`; with, if it is all that follows the deepest directory.
         at_root: Whether it is the first component below the prefix.
+        deepest: Whether no directory can be there.
     """
-    if not _needs_escape(component, at_root=at_root):
+    if not _needs_escape(component, at_root=at_root, deepest=deepest):
         return (component,)
-    text = component.replace(b"%", b"%25").replace(b"\0", b"%00")
+    text = component.replace(b"%", b"%25").replace(b"\0", b"%00").replace(b"/", b"%2F")
     cut = max(len(text) - 1, 0) // _TEXT_MAX * _TEXT_MAX
     parts = (_PART + text[i : i + _TEXT_MAX] for i in range(0, cut, _TEXT_MAX))
     return (*parts, _LAST + text[cut:])
@@ -96,6 +103,11 @@ def escape(component: bytes, *, at_root: bool = False) -> tuple[bytes, ...]:
 def is_part(name: bytes) -> bool:
     """Tell whether a name is a directory that holds the rest of a long escape, no more."""
     return len(name) == NAME_MAX and name.startswith(_PART)
+
+
+def has_keys_below(names: tuple[bytes, ...]) -> bool:
+    """Tell whether a file may have keys below its own, as a `%value`, or one too deep for that."""
+    return names[-1] == VALUE_NAME or depth_of(names) == MAX_DEPTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,13 +149,13 @@ class Keyspace:
         if not key or not key.startswith(self.prefix):
             raise ValueError(f"the key {key!r} is not under {self.prefix!r}")
         rel = key[self._skip :]
-        names = rel.split(b"/")
+        names = rel.split(b"/", MAX_DEPTH - 1)
         is_marker = not names[-1]
         if is_marker:
             names.pop()
         # The one test that most keys need: no component is special. It is short because all that
-        # is special is empty or long, has a NUL, or begins with a dot or a percent. On `str`,
-        # because `in` on `bytes` costs five times as much.
+        # is special is empty or long, has a NUL, or begins with a dot or a percent, and what is
+        # too deep is long. On `str`, because `in` on `bytes` costs five times as much.
         text = "/" + rel.decode("latin-1")
         if (
             len(rel) <= NAME_MAX
@@ -154,16 +166,20 @@ class Keyspace:
         ):
             return Location(tuple(names), is_marker)
         shown: list[bytes] = []
-        for component in names:
-            shown += escape(component, at_root=not shown)
+        for depth, component in enumerate(names, 1):
+            shown += escape(component, at_root=not shown, deepest=depth == MAX_DEPTH)
         return Location(tuple(shown), is_marker)
+
+    def is_deep(self, key: bytes) -> bool:
+        """Tell whether part of a key is deeper than `MAX_DEPTH`, and shown as one name."""
+        return key.count(b"/", self._skip) >= MAX_DEPTH
 
     def file_key(self, names: tuple[bytes, ...]) -> bytes:
         """Return the key whose value the file at a path holds.
 
         Raises:
             InvalidRequestError: The path is the root, or has a name that no file can have.
-            NameTooLongError: A name has more than 255 bytes.
+            NameTooLongError: A name has more than 255 bytes, or there are more than `MAX_DEPTH`.
             NameReservedError: The path stands for no key.
         """
         if not names:
@@ -171,7 +187,10 @@ class Keyspace:
         *above, last = names
         if last == MARKER_NAME:
             return self._marker_key(tuple(above))
-        components = _components(tuple(above) if last == VALUE_NAME else names)
+        if last == VALUE_NAME:
+            components = _directory_components(tuple(above))
+        else:
+            components = _components(names)
         if not components:
             raise NameReservedError(f"the root has no {VALUE_NAME!r}")
         if not components[-1]:
@@ -186,10 +205,10 @@ class Keyspace:
 
         Raises:
             InvalidRequestError: A name is one that no file can have.
-            NameTooLongError: A name has more than 255 bytes.
+            NameTooLongError: A name has more than 255 bytes, or no directory can be so deep.
             NameReservedError: No key can be below that path, or it is part of a long escape.
         """
-        components = _components(names)
+        components = _directory_components(names)
         return _not_reserved(self.prefix + b"".join(component + b"/" for component in components))
 
     def scan_prefix(self, names: tuple[bytes, ...]) -> bytes:
@@ -206,7 +225,7 @@ class Keyspace:
             whole -= 1
         text = b"".join(name[len(_PART) :] for name in names[whole:])
         # The cut may have gone through a %25 or a %00, which then tells nothing.
-        known = _TEXT.match(text)
+        known = _text(deepest=depth_of(names[:whole]) == MAX_DEPTH - 1).match(text)
         assert known is not None  # it matches the empty text
         return self.directory_prefix(names[:whole]) + _decode(known[0])
 
@@ -223,28 +242,37 @@ def _not_reserved(key: bytes) -> bytes:
     return key
 
 
-def _needs_escape(component: bytes, *, at_root: bool) -> bool:
-    if is_plain(component):
-        return False
-    if not component or len(component) > NAME_MAX or 0 in component:
-        return True
-    if component[0] == _DOT:
-        return component in (b".", b"..") or (at_root and component == CONTROL_NAME)
-    return component in (VALUE_NAME, MARKER_NAME) or _is_escape(component, at_root=at_root)
+def depth_of(names: tuple[bytes, ...]) -> int:
+    """Return how many components a path stands for; those of which it has parts only, not."""
+    return sum(not is_part(name) for name in names)
 
 
-def _is_escape(name: bytes, *, at_root: bool) -> bool:
-    """Tell whether a name is what `escape` gives for some component, or begins with."""
-    if not name.startswith(_LAST):
-        return is_part(name)
-    text = name[len(_LAST) :]
-    # Each round is at least two bytes shorter, so that this ends.
-    return _TEXT.fullmatch(text) is not None and _needs_escape(_decode(text), at_root=at_root)
+def _needs_escape(component: bytes, *, at_root: bool, deepest: bool) -> bool:
+    while True:
+        if deepest and _SLASH in component:
+            return True
+        if is_plain(component):
+            return False
+        if not component or len(component) > NAME_MAX or 0 in component:
+            return True
+        if component[0] == _DOT:
+            return component in (b".", b"..") or (at_root and component == CONTROL_NAME)
+        if component in (VALUE_NAME, MARKER_NAME) or is_part(component):
+            return True
+        # What `escape` gives for something that needs it is escaped once more.
+        text = component[len(_LAST) :]
+        if not component.startswith(_LAST) or not _text(deepest=deepest).fullmatch(text):
+            return False
+        component = _decode(text)  # at least two bytes shorter, so that this ends
+
+
+def _text(*, deepest: bool) -> re.Pattern[bytes]:
+    return _DEEPEST_TEXT if deepest else _TEXT
 
 
 def _decode(text: bytes) -> bytes:
     # In this order: every other % is followed by 25, so a %00 can only be a NUL.
-    return text.replace(b"%00", b"\0").replace(b"%25", b"%")
+    return text.replace(b"%00", b"\0").replace(b"%2F", b"/").replace(b"%25", b"%")
 
 
 def _components(names: tuple[bytes, ...]) -> list[bytes]:
@@ -253,12 +281,22 @@ def _components(names: tuple[bytes, ...]) -> list[bytes]:
     pieces: list[bytes] = []
     for name in names:
         _check_name(name)
+        if len(components) == MAX_DEPTH:
+            raise NameTooLongError(f"the path has more than {MAX_DEPTH} names")
         pieces.append(name)
         if not is_part(name):
-            components.append(_unescape(pieces, at_root=not components))
+            deepest = len(components) == MAX_DEPTH - 1
+            components.append(_unescape(pieces, at_root=not components, deepest=deepest))
             pieces.clear()
     if pieces:
         raise NameReservedError(f"{pieces[-1]!r} is only part of the name of a key")
+    return components
+
+
+def _directory_components(names: tuple[bytes, ...]) -> list[bytes]:
+    components = _components(names)
+    if len(components) == MAX_DEPTH:
+        raise NameTooLongError(f"no directory can be {MAX_DEPTH} levels deep")
     return components
 
 
@@ -269,14 +307,14 @@ def _check_name(name: bytes) -> None:
         raise InvalidRequestError(f"{name!r} is no file name")
 
 
-def _unescape(pieces: list[bytes], *, at_root: bool) -> bytes:
+def _unescape(pieces: list[bytes], *, at_root: bool, deepest: bool) -> bytes:
     """Return the component that one whole name, or one whole split escape, stands for."""
     last = pieces[-1]
-    if len(pieces) == 1 and not _needs_escape(last, at_root=at_root):
+    if len(pieces) == 1 and not _needs_escape(last, at_root=at_root, deepest=deepest):
         return last
     text = b"".join(piece[len(_LAST) :] for piece in pieces)
-    if last.startswith(_LAST) and _TEXT.fullmatch(text):
+    if last.startswith(_LAST) and _text(deepest=deepest).fullmatch(text):
         component = _decode(text)
-        if escape(component, at_root=at_root) == tuple(pieces):
+        if escape(component, at_root=at_root, deepest=deepest) == tuple(pieces):
             return component
     raise NameReservedError(f"the name {last!r} is reserved or stands for no key")

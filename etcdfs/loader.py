@@ -61,7 +61,7 @@ class _Loader:
             return
         self._directory = self._walk(names[:-1])
         self._place(self._directory, names[-1], facts_of(entry))
-        if is_plain(name):
+        if is_plain(name) and name == names[-1]:
             self._stem = stem
 
     def _put_aside(self, entry: KeyValue) -> None:

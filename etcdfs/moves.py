@@ -21,7 +21,7 @@ from etcdfs.errors import (
     StaleError,
     StorePermissionError,
 )
-from etcdfs.keys import MARKER_NAME, VALUE_NAME
+from etcdfs.keys import MARKER_NAME, VALUE_NAME, has_keys_below
 from etcdfs.openfiles import OpenFiles
 from etcdfs.parents import Parent, parent_of, within
 from etcdfs.places import Places, is_a_directory, missing, not_empty, taken
@@ -210,7 +210,7 @@ class Moves:
             Put(move.new, move.value.value, move.value.lease),
             parent=None if same else parent_prefix(move.old, self._tree.keyspace.prefix),
             replace=move.replace,
-            is_value=target.name == VALUE_NAME,
+            is_value=has_keys_below(target.names),
         )
         return within(move.parent, moving)
 
@@ -247,7 +247,7 @@ def _with_sides(wanted: Transaction, move: _FileMove) -> Transaction:
     operations: list[Operation] = []
     if move.side is not None:
         operations.append(Delete(old))
-    if move.new.endswith(b"/"):
+    if move.target.name == MARKER_NAME:
         pass  # the attributes of a marker are its directory's
     elif value is not None:
         operations += (Put(new, value), Get(new, keys_only=True))
@@ -275,7 +275,7 @@ def _look_again(move: _FileMove, committed: Committed) -> _FileMove:
         raise missing(move.source.name)
     if target and not move.replace:
         raise taken(move.target.name)
-    if below and move.target.name != VALUE_NAME:
+    if below and not has_keys_below(move.target.names):
         raise is_a_directory(move.target.name)
     side = sides[0][0] if sides and sides[0] else None
     return changed(move, value=source[0], side=side, parent=parent)

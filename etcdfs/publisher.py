@@ -30,6 +30,7 @@ from etcdfs.errors import (
     StorePermissionError,
     WriteConflictError,
 )
+from etcdfs.keys import MARKER_NAME
 from etcdfs.planner import Intent
 from etcdfs.sides import renounce
 from etcdfs.store import (
@@ -282,7 +283,9 @@ class Publisher:
         if committed.succeeded:
             return _done(put, committed, value)
         (found,) = page_of(committed.results[0]).entries
-        if key.endswith(b"/"):  # a marker: it is there with its directory, and means no file then
+        if (
+            file.name == MARKER_NAME
+        ):  # a marker: it is there with its directory, and means no file then
             draft.is_bare = draft.is_added = False
         if draft.is_bare:
             return _Done(facts_of(found), found.value, merged=True)

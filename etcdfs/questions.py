@@ -12,7 +12,7 @@ from typing import Literal
 
 from etcdfs.answers import page_of
 from etcdfs.errors import CallerError
-from etcdfs.keys import Keyspace
+from etcdfs.keys import MARKER_NAME, Keyspace
 from etcdfs.sidekeys import ATTRIBUTES, ATTRIBUTES_END, side_key
 from etcdfs.store import Committed, Get, KeyValue, range_end
 
@@ -51,7 +51,7 @@ def questions_about(
     with suppress(CallerError):
         key = keyspace.file_key(names)
         found.append(("value", Get(key)))
-        if sides and not key.endswith(b"/"):
+        if sides and names[-1] != MARKER_NAME:
             found.append(("file_side", Get(side_key(key))))
     try:
         prefix = keyspace.directory_prefix(names)

@@ -26,13 +26,14 @@ from etcdfs.errors import (
     CompactedError,
     CrossDirectoryError,
     NameReservedError,
+    NameTooLongError,
     StaleError,
     StorePermissionError,
     StoreValueTooLargeError,
     TooManyOperationsError,
     TransactionAbortedError,
 )
-from etcdfs.keys import MARKER_NAME
+from etcdfs.keys import MARKER_NAME, MAX_DEPTH
 from etcdfs.openfiles import OpenFiles
 from etcdfs.parents import Parent, Witnessed, parent_of
 from etcdfs.places import Places, is_a_file, missing, not_empty, taken
@@ -171,7 +172,7 @@ class Subtrees:
         own = prefix = None
         with suppress(NameReservedError):
             own = keyspace.file_key(names)
-        with suppress(NameReservedError):
+        with suppress(NameReservedError, NameTooLongError):
             prefix = keyspace.directory_prefix(names)
         return End(directory, name, names, own, prefix)
 
@@ -225,6 +226,7 @@ class Subtrees:
                 raise not_empty(target.name)
         assert source.prefix is not None
         assert target.prefix is not None
+        self._check_depth(old, target)
         puts = _puts(old, target)
         sides = self._tree.attributes
         ranges = [(source.prefix, range_end(source.prefix))]
@@ -276,6 +278,8 @@ class Subtrees:
             revision, (old, new) = await self._read((source, 0), (target, 0))
             for held, node in ((old, first), (new, second)):
                 _check_still(held, node)
+            self._check_depth(old, target)
+            self._check_depth(new, source)
             puts = {**_puts(old, target), **_puts(new, source)}
             sides = self._tree.attributes
             return _Attempt(
@@ -294,6 +298,13 @@ class Subtrees:
             self._view.let_go(_entries(source, target))
         for node in (first, second):
             node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
+
+    def _check_depth(self, held: Held, new: End) -> None:
+        """Refuse to move a directory of which something is too deep for a name of its own."""
+        is_deep = self._tree.keyspace.is_deep
+        if any(is_deep(e.key) or is_deep(new.key(e.key, held.end)) for e in held.below):
+            msg = f"{held.end.names!r} holds keys of more than {MAX_DEPTH} levels, or would"
+            raise CrossDirectoryError(msg)
 
     # --- in etcd ----------------------------------------------------------------------------
 

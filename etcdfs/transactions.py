@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from etcdfs.keys import MAX_DEPTH
 from etcdfs.store import (
     Abort,
     Compare,
@@ -52,8 +53,8 @@ MAX_KEYS: Final = WIDTH**3
 def parent_prefix(key: bytes, root: bytes) -> bytes | None:
     """Return the prefix of the directory that a key or marker is in, None for the root's."""
     inner = key.removesuffix(b"/")
-    prefix = inner[: inner.rfind(b"/") + 1]
-    return prefix if len(prefix) > len(root) else None
+    above = inner[len(root) :].split(b"/", MAX_DEPTH - 1)[:-1]
+    return root + b"/".join(above) + b"/" if above else None
 
 
 def make_file(key: bytes, value: bytes = b"", *, is_value: bool) -> Transaction:
@@ -62,7 +63,7 @@ def make_file(key: bytes, value: bytes = b"", *, is_value: bool) -> Transaction:
     Args:
         key: The file's key.
         value: What it holds.
-        is_value: Whether it is the `%value` of a directory, which has keys below it.
+        is_value: Whether there may be keys below it (`has_keys_below`).
     """
     conditions: tuple[Compare, ...] = (absent(key),)
     if not is_value:
@@ -88,7 +89,7 @@ def remove_file(key: bytes, parent: bytes | None, *, is_value: bool) -> Transact
     Args:
         key: The file's key.
         parent: Prefix of its directory; None if that needs no marker to stay.
-        is_value: Whether it is the `%value` of a directory, which may well have keys below it.
+        is_value: Whether there may be keys below it (`has_keys_below`).
     """
     below = key + b"/"
     conditions: tuple[Compare, ...] = (exists(key),)
@@ -140,7 +141,7 @@ def move_file(
         put: What is written there.
         parent: Prefix of the source's directory if it loses an entry and needs a marker.
         replace: Whether an existing target may be replaced (else RENAME_NOREPLACE).
-        is_value: Whether the target is a `%value`, which may have keys below it.
+        is_value: Whether there may be keys below the target (`has_keys_below`).
     """
     below = target + b"/"
     conditions: tuple[Compare, ...] = (unchanged(source, mod_revision),)

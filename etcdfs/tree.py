@@ -355,9 +355,11 @@ class Tree:
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
             directory.subdirectories -= 1
-            if not is_moved:
-                for below in list(node.children):  # or their keys would be made from half a path
-                    self.detach(node, below, gone=True)
+            if not is_moved and node.children:
+                # What is deepest first: a file's key is made from its whole path.
+                for below in reversed(list(self.directories(node))):
+                    for child in list(below.children):
+                        self.detach(below, child, gone=True)
         del directory.children[name]
         node.directory = None
         if not as_version:

@@ -1,9 +1,11 @@
 """How keys that other clients put appear as paths, and which keys paths become."""
 
+import errno
 import os
 
 import pytest
 
+from etcdfs.keys import MAX_DEPTH, Keyspace
 from tests.mount.lab import MODES, Lab, Pool, sh
 from tests.support.mounted import Mounted
 
@@ -166,6 +168,62 @@ def test_b4_a_reserved_name_cannot_be_made(lab: Lab) -> None:
         with pytest.raises(PermissionError):
             path.write_bytes(b"")
     assert lab.own_keys() == []
+
+
+def descend(lab: Lab, names: tuple[bytes, ...]) -> int:
+    """Open a directory that may be too deep for one path."""
+    directory = os.open(lab.path, os.O_RDONLY | os.O_DIRECTORY)
+    for name in names:
+        above, directory = directory, os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=directory)
+        os.close(above)
+    return directory
+
+
+@pytest.mark.parametrize("deep", [b"d/" * 1500 + b"x", b"/" * 1500], ids=["levels", "slashes"])
+def test_b160_however_deep_a_key_is_it_comes_and_goes(lab: Lab, deep: bytes) -> None:
+    key = b"a/" + deep
+    lab.shown(lab.client.put_all([(lab.key(key), b"deep"), (lab.key(b"a/b"), b"beside")]))
+    *above, name = Keyspace(b"/").locate(lab.key(key)).names[1:]
+    directory = descend(lab, tuple(above))
+    for content in (b"deep", b"changed"):
+        file = os.open(name, os.O_RDWR, dir_fd=directory)
+        assert os.read(file, 100) == content
+        os.pwrite(file, b"changed", 0)
+        os.close(file)
+    os.close(directory)
+    assert lab.value(key) == b"changed"
+    lab.shown(lab.client.delete_below(lab.key(b"a/")))
+    assert listing(lab) == []
+    lab.put("after", b"1")
+    assert listing(lab) == [b"after"]
+
+
+def test_b160_below_the_deepest_directory_are_files_only(lab: Lab) -> None:
+    above = (b"d",) * (MAX_DEPTH - 2)  # and the test's own directory
+    stem = b"d/" * len(above)
+    lab.put(stem + b"a", b"1")
+    lab.put(stem + b"a/b", b"2")
+    directory = descend(lab, above)
+    assert sorted(os.listdir(directory)) == ["%=a%2Fb", "a"]
+    with pytest.raises(OSError, match=os.strerror(errno.ENAMETOOLONG)):
+        os.mkdir("n", dir_fd=directory)
+    os.rename("%=a%2Fb", "c", src_dir_fd=directory, dst_dir_fd=directory)
+    assert lab.value(stem + b"c") == b"2"
+    lab.put(stem + b"a/b", b"3")
+    os.unlink("a", dir_fd=directory)
+    os.unlink("c", dir_fd=directory)
+    os.unlink("%=a%2Fb", dir_fd=directory)
+    assert lab.own_keys() == [stem], "its marker keeps the directory"
+    os.close(directory)
+
+
+def test_b160_a_directory_is_not_moved_to_where_it_is_too_deep(lab: Lab) -> None:
+    lab.put("from/x/y", b"1")
+    depth = MAX_DEPTH - 3
+    lab.put(b"d/" * depth + b"x", b"")
+    with pytest.raises(OSError, match=os.strerror(errno.EXDEV)):
+        os.rename(lab.path / "from", os.fsencode(lab.path) + b"/d" * depth + b"/to")
+    assert lab.value("from/x/y") == b"1"
 
 
 def test_b5_only_a_slash_bounds_a_directory(lab: Lab) -> None:

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from etcdfs.errors import InvalidRequestError, NameReservedError, NameTooLongError
 from etcdfs.keys import (
     MARKER_NAME,
+    MAX_DEPTH,
     NAME_MAX,
     VALUE_NAME,
     Keyspace,
@@ -32,11 +33,19 @@ def _fill(head: bytes, length: int) -> bytes:
 
 
 def _escaped_again(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    def pick(component: bytes, *, at_root: bool, which: int) -> bytes:
-        names = escape(component, at_root=at_root)
+    def pick(component: bytes, rest: bytes, *, at_root: bool, deepest: bool, which: int) -> bytes:
+        whole = component + rest if deepest else component
+        names = escape(whole, at_root=at_root, deepest=deepest)
         return names[which % len(names)]
 
-    return st.builds(pick, inner, at_root=st.booleans(), which=st.integers(0, 3))
+    return st.builds(
+        pick,
+        inner,
+        st.sampled_from((b"", b"/", b"//x", b"/%2F")),
+        at_root=st.booleans(),
+        deepest=st.booleans(),
+        which=st.integers(0, 3),
+    )
 
 
 _runs = st.builds(
@@ -54,7 +63,15 @@ components = _raw | _filled
 for _ in range(3):
     components |= _escaped_again(components)
 
-rels = st.lists(components, min_size=1, max_size=4).map(b"/".join)
+_few = st.lists(components, min_size=1, max_size=4).map(b"/".join)
+# Around the depth at which the rest of a key becomes one name.
+_deep = st.builds(
+    lambda head, depth, tail: (head + b"/") * depth + tail,
+    st.sampled_from((b"a", b"", b".", b"%=%2F", b"x" * 255)),
+    st.integers(MAX_DEPTH - 4, MAX_DEPTH + 1),
+    _few,
+)
+rels = _few | _deep
 keyspaces = st.sampled_from((APP, RAW, Keyspace(b"/")))
 
 
@@ -73,12 +90,19 @@ def _is_legal(name: bytes) -> bool:
 
 # Paths that the kernel may ask for: legal file names, escapes and near misses.
 _split = st.builds(
-    lambda component, root: escape(component, at_root=root), components, st.booleans()
+    lambda component, root, deepest: escape(component, at_root=root, deepest=deepest),
+    components,
+    st.booleans(),
+    st.booleans(),
 )
 _single = components.filter(_is_legal).map(lambda name: (name,))
-paths = st.lists(_split | _single, max_size=4).map(
+_few_names = st.lists(_split | _single, max_size=4).map(
     lambda groups: tuple(name for group in groups for name in group)
 )
+_deep_names = st.builds(
+    lambda depth, names: (b"a",) * depth + names, st.integers(MAX_DEPTH - 4, MAX_DEPTH), _few_names
+)
+paths = _few_names | _deep_names
 
 
 def _key_of(keyspace: Keyspace, location: Location) -> bytes:
@@ -137,7 +161,7 @@ def test_every_path_that_can_be_created_has_one_key(
 ) -> None:
     try:
         key = keyspace.file_key(names)
-    except (NameReservedError, InvalidRequestError):
+    except (NameReservedError, InvalidRequestError, NameTooLongError):
         return
     location = keyspace.locate(key)
     if names[-1] == VALUE_NAME:
@@ -152,7 +176,7 @@ def test_every_path_that_can_be_created_has_one_key(
 def test_every_directory_has_one_prefix(keyspace: Keyspace, names: tuple[bytes, ...]) -> None:
     try:
         marker = keyspace.directory_prefix(names)
-    except NameReservedError:
+    except (NameReservedError, NameTooLongError):
         return
     if marker:
         assert keyspace.locate(marker) == (names, True)
@@ -319,3 +343,34 @@ def test_the_range_of_a_keyspace() -> None:
         Keyspace(b"/app")
     with pytest.raises(ValueError, match="not under"):
         RAW.locate(b"")
+
+
+# --- deep keys ------------------------------------------------------------------------------
+
+
+def test_what_is_below_the_deepest_directory_is_one_name() -> None:
+    above = (b"a",) * (MAX_DEPTH - 1)
+    stem = b"/app/" + b"a/" * (MAX_DEPTH - 1)
+    assert APP.locate(stem + b"x") == (Location((*above, b"x"), is_marker=False))
+    assert APP.locate(stem) == Location(above, is_marker=True)
+    assert APP.locate(stem + b"x/y%") == Location((*above, b"%=x%2Fy%25"), is_marker=False)
+    assert APP.locate(stem + b"x/") == Location((*above, b"%=x%2F"), is_marker=False)
+    assert APP.locate(stem + b"%=x%2Fy") == Location((*above, b"%=%25=x%252Fy"), is_marker=False)
+    assert [APP.is_deep(stem + rest) for rest in (b"x", b"x/", b"x/y")] == [False, True, True]
+
+
+def test_no_path_is_deeper_than_the_deepest() -> None:
+    above = (b"a",) * (MAX_DEPTH - 1)
+    assert APP.directory_prefix(above) == b"/app/" + b"a/" * (MAX_DEPTH - 1)
+    for names in ((*above, b"x"), (*above, b"x", b"y")):
+        with pytest.raises(NameTooLongError):
+            APP.directory_prefix(names)
+    for names in ((*above, b"x", b"y"), (*above, b"x", VALUE_NAME), (*above, b"x", MARKER_NAME)):
+        with pytest.raises(NameTooLongError):
+            APP.file_key(names)
+
+
+def test_a_key_of_a_million_slashes_has_few_names() -> None:
+    location = APP.locate(b"/app/" + b"/" * 1_000_000)
+    assert len(location.names) < MAX_DEPTH + 3 * 1_000_000 // 253 + 1
+    assert _key_of(APP, location) == b"/app/" + b"/" * 1_000_000
