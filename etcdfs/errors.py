@@ -363,3 +363,9 @@ class EmbeddedFailedError(CommandError):
     """The embedded etcd did not start, or its data directory cannot be used."""
 
     exit_code = 51
+
+
+class UnpublishedError(CommandError):
+    """The mount has ended, and etcd did not take all that was written."""
+
+    exit_code = 60

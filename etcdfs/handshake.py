@@ -258,16 +258,21 @@ class TerminalReporter:
         """Print the client URL of an embedded etcd, a failure, a wait; progress is not shown."""
         if self._notify_socket:
             _notify(self._notify_socket, _service_state(report))
-        match report:
-            case Ready(client_url=str(url)):
-                sys.stdout.write(f"{url}\n")
-                sys.stdout.flush()
-            case Failed(message=message):
-                sys.stderr.write(f"etcdfs: {message}\n")
-            case Waiting(reason=reason, left_s=left_s):
-                sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
-            case Ready() | Progress():
-                return
+        with contextlib.suppress(OSError):  # the terminal is gone
+            _print(report)
+
+
+def _print(report: Report) -> None:
+    match report:
+        case Ready(client_url=str(url)):
+            sys.stdout.write(f"{url}\n")
+            sys.stdout.flush()
+        case Failed(message=message):
+            sys.stderr.write(f"etcdfs: {message}\n")
+        case Waiting(reason=reason, left_s=left_s):
+            sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
+        case Ready() | Progress():
+            return
 
 
 def open_reporter(status_fd: int | None) -> Reporter:

@@ -6,7 +6,7 @@ not know: anything that one of the rooms knows.
 Run as `python -m etcdfs.mount MOUNTPOINT --options-fd N [--status-fd M]` by the command line.
 
 Order at the start: etcd (embedded or not), the first listing, the kernel mount, the report that
-all is ready. At the end (unmounted from outside, SIGTERM or SIGINT): what was written is
+all is ready. At the end (unmounted from outside, SIGTERM, SIGINT or SIGHUP): what was written is
 published, the mount is taken away, then etcd. After a crash nothing is unmounted: an rsync that
 finds an empty directory deletes its mirror (FACTS.md 7, auto_unmount).
 
@@ -45,6 +45,7 @@ from etcdfs.errors import (
     StorePermissionError,
     StoreTlsError,
     TlsError,
+    UnpublishedError,
 )
 from etcdfs.etcd import open_store
 from etcdfs.filesystem import Filesystem
@@ -80,6 +81,9 @@ RETRY_S: Final = 1.0
 
 SOURCE_MAX: Final = 1000
 """Characters of what mount(8) shows as the source; Linux takes a page at most."""
+
+LOST_SHOWN: Final = 5
+"""Names in the one line that says what was lost; the log has them all."""
 
 FLUSH_TIMEOUTS: Final = 2
 """Times `--timeout` that drafts may take to be published when the mount is taken down."""
@@ -170,12 +174,23 @@ class Rooms:
         return counters
 
     async def flush(self) -> None:
-        """Publish what is still unpublished; what cannot be is logged."""
-        with trio.move_on_after(FLUSH_TIMEOUTS * self.options.timeout_s) as scope:
+        """Publish what is still unpublished, as far as that can be done in time."""
+        with trio.move_on_after(FLUSH_TIMEOUTS * self.options.timeout_s):
             for file, error in await self.files.flush_all():
-                log.error("inode %d could not be published: %s", file.inode, error)
-        if scope.cancelled_caught:
-            log.error("not everything that was written could be published in time")
+                log.info("inode %d could not be published: %s", file.inode, error)
+
+    def check_published(self) -> None:
+        """Make sure, when nothing can be written any more, that all of it is in etcd.
+
+        Raises:
+            UnpublishedError: Something is not, and lost; the log names it.
+        """
+        lost = [key.decode(errors="backslashreplace") for key in self.files.unpublished()]
+        for key in lost:
+            log.error("what was written to %s and not yet closed is lost", key)
+        if lost:
+            shown = ", ".join(lost[:LOST_SHOWN]) + (", ..." if len(lost) > LOST_SHOWN else "")
+            raise UnpublishedError(f"etcd did not take what was written to {shown}: it is lost")
 
 
 async def serve(options: MountOptions, reporter: Reporter) -> None:
@@ -206,6 +221,7 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
                 await rooms.flush()
                 await _leave_kernel(rooms.kernel, mount, mounted)
             log.info("unmounted %s", options.mountpoint)
+            rooms.check_published()
         nursery.cancel_scope.cancel()
 
 
@@ -322,7 +338,10 @@ async def _announce(rooms: Rooms, reporter: Reporter, client_url: str | None) ->
 
 @final
 class _Ending:
-    """Hears signals: SIGTERM and SIGINT end the mount in order, SIGUSR1 logs the counters."""
+    """Hears signals: SIGUSR1 logs the counters, the others end the mount in order.
+
+    SIGHUP is what a terminal sends that goes away; one that is ignored (nohup) stays so.
+    """
 
     def __init__(self, starting: trio.CancelScope) -> None:
         self._starting = starting
@@ -334,7 +353,9 @@ class _Ending:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Wait for signals, for ever."""
-        wanted = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
         with trio.open_signal_receiver(*wanted) as signals:
             task_status.started()
             async for number in signals:

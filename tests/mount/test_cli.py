@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import pty
 import re
 import select
 import shlex
@@ -496,6 +497,29 @@ def test_a_signal_publishes_unmounts_and_ends_well(
     assert shared_etcd.etcdctl("get", "--print-value-only", "/test-cli").decode() == (
         f"{mode} {number}\n"
     )
+
+
+def test_b59_a_terminal_that_closes_ends_the_mount_in_order(
+    shared_etcd: EtcdProcess, mnt: Path
+) -> None:
+    command = [*COMMAND, "mount", str(mnt), "--foreground", "--endpoints", shared_etcd.client_url]
+    ours, theirs = pty.openpty()
+    daemon = subprocess.Popen(
+        ["setsid", "--ctty", "--wait", *command], stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    said = b""
+    while f" mounted {mnt}".encode() not in said:
+        said += os.read(ours, 4096)
+    fd = os.open(mnt / "test-cli", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.write(fd, b"not yet closed")
+    os.close(ours)
+    assert daemon.wait(_TIMEOUT_S) == 0
+    with contextlib.suppress(OSError):
+        os.close(fd)
+    assert not os.path.ismount(mnt)
+    got = shared_etcd.etcdctl("get", "--print-value-only", "/test-cli")
+    assert got.decode() == "not yet closed\n"
 
 
 def test_unmounting_ends_the_foreground_well(shared_etcd: EtcdProcess, mnt: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from etcdfs.errors import UnpublishedError
 from etcdfs.handshake import Handover, LogSettings, Ready, read_reports, send_handover
 from etcdfs.openfiles import STORE_MAX
 from etcdfs.options import MountOptions
@@ -27,6 +28,7 @@ from tests.support.mounted import run_etcdfs
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 _PATIENCE_S = 30.0
+_MAIN = "from etcdfs.mount import main"
 
 
 @contextlib.contextmanager
@@ -55,7 +57,7 @@ def daemon(
     etcd: EtcdProcess,
     *,
     cache: bool,
-    program: str = "from etcdfs.mount import main",
+    program: str = _MAIN,
     **fields: Any,
 ) -> Iterator[Daemon]:
     """Start the daemon as `etcdfs mount` does, but from a Python program that may patch it.
@@ -145,11 +147,46 @@ def test_b59_sigterm_publishes_unmounts_and_exits_0(cached: Lab, mode: str) -> N
             os.close(fd)
 
 
-def test_b59_sigint_likewise(lab: Lab) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_b59_sigint_and_sighup_likewise(lab: Lab, number: signal.Signals) -> None:
     with daemon(lab.etcd, cache=True) as running:
-        running.process.send_signal(signal.SIGINT)
+        fd = os.open(running.path / lab.path.name / "file", os.O_CREAT | os.O_WRONLY)
+        os.write(fd, b"not yet closed")
+        running.process.send_signal(number)
         assert running.process.wait(_PATIENCE_S) == 0
+        assert lab.value("file") == b"not yet closed"
         assert not os.path.ismount(running.path)
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+def test_b59_sighup_is_not_heard_under_nohup(lab: Lab) -> None:
+    program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    with daemon(lab.etcd, cache=True, program=f"{program}\n{_MAIN}") as running:
+        running.process.send_signal(signal.SIGHUP)
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(_PATIENCE_S) == 0
+        assert "SIGHUP" not in running.log_file.read_text()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_b131_an_end_that_loses_something_says_so(own_etcd: EtcdProcess, mode: str) -> None:
+    with daemon(own_etcd, cache=mode == "--cache", timeout_s=0.5) as running:
+        fds = [os.open(running.path / name, os.O_CREAT | os.O_WRONLY) for name in "ab"]
+        for fd in fds:
+            os.write(fd, b"not yet closed")
+        own_etcd.pause()
+        with pytest.raises(OSError, match=os.strerror(errno.ETIMEDOUT)):
+            os.close(fds[0])  # whoever wrote this one knows
+        running.process.send_signal(signal.SIGTERM)
+        assert running.process.wait(_PATIENCE_S) == UnpublishedError.exit_code
+        own_etcd.resume()
+        assert not os.path.ismount(running.path)
+        log = running.log_file.read_text()
+        assert " ERROR etcdfs.mount: what was written to /b and not yet closed is lost\n" in log
+        assert "written to /a" not in log
+        with contextlib.suppress(OSError):
+            os.close(fds[1])
 
 
 @pytest.mark.parametrize("command", ["umount", "fusermount3 -u", "fusermount3 -uz"])
