@@ -153,7 +153,7 @@ def mount(
     listed = parse_option_list(",".join(option_lists))
     handover = _handover(mountpoint, _texts(ctx, listed), listed.fuse_options)
     early: Spawned | None = ctx.obj
-    prepare(handover.options.mountpoint, None if early is None else early.pid)
+    prepare(handover.options.mountpoint)
     if foreground:
         run_in_foreground(handover)
     match start_in_background(handover, early):

@@ -26,7 +26,8 @@ from etcdfs.handshake import (
     read_reports,
     send_handover,
 )
-from etcdfs.mountpoint import clear_dead, has_ended
+from etcdfs.mountpoint import clear_dead
+from etcdfs.processes import has_ended
 from etcdfs.spawn import Spawned, daemon_command, daemon_environment, spawn
 
 _END_TIMEOUT_S: Final = 15.0

@@ -345,7 +345,12 @@ class Operations(pyfuse3.Operations):
 
 @final
 class FuseMount:
-    """The kernel mount itself: a context that mounts, serves and takes down."""
+    """The kernel mount itself: a context that mounts, serves and takes down.
+
+    Attributes:
+        unmounts: Whether to unmount in the end. Not if another mount stands there by then: ours
+            was taken away, and what we served since was a copy of it, as a container has it.
+    """
 
     def __init__(self, operations: Operations, mountpoint: str, options: set[str]) -> None:
         """Prepare to mount `operations` over the directory `mountpoint`."""
@@ -353,6 +358,7 @@ class FuseMount:
         self._mountpoint = mountpoint
         self._options = options
         self._is_abandoned = False
+        self.unmounts = True
 
     def __enter__(self) -> Self:
         """Mount.
@@ -383,7 +389,7 @@ class FuseMount:
         A crash of another task arrives here as its cancellation of this one.
         """
         if not self._is_abandoned:
-            pyfuse3.close(unmount=error is None)
+            pyfuse3.close(unmount=self.unmounts and error is None)
 
     async def run(self) -> None:
         """Serve requests until unmounted or stopped."""

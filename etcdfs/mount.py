@@ -64,9 +64,18 @@ from etcdfs.kernel import KernelCache, is_in_kernel
 from etcdfs.keys import Keyspace
 from etcdfs.logs import setup_logging
 from etcdfs.mirror import Mirror
-from etcdfs.mountpoint import SUBTYPE, Mounted, claimed, find_mounted, tear_down
+from etcdfs.mountpoint import (
+    SUBTYPE,
+    Claim,
+    Mounted,
+    claimed,
+    find_mounted,
+    is_there,
+    tear_down,
+)
 from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
+from etcdfs.processes import take_name
 from etcdfs.publisher import Publisher
 from etcdfs.store import Store
 from etcdfs.tree import Tree
@@ -193,8 +202,13 @@ class Rooms:
             raise UnpublishedError(f"etcd did not take what was written to {shown}: it is lost")
 
 
-async def serve(options: MountOptions, reporter: Reporter) -> None:
+async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None:
     """Mount, serve until unmounted or told to end, and clean up.
+
+    Args:
+        options: What is to be mounted, and how.
+        reporter: Who is told how the start goes.
+        claim: To the mountpoint; released once it is mounted.
 
     Raises:
         CommandError: It could not be mounted; nothing was left behind.
@@ -210,16 +224,19 @@ async def serve(options: MountOptions, reporter: Reporter) -> None:
             if rooms.mirror is not None:
                 await waiting.until_done(partial(_sync, tasks, rooms.mirror, reporter))
                 tasks.start_soon(watch_over, rooms.mirror)
+            claim.check()
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:
-                mounted = find_mounted(options.mountpoint)
+                mounted = _found_by_name(options.mountpoint)
                 rooms.operations.openers.device = None if mounted is None else mounted.device
+                claim.release()
                 rooms.kernel.start(tasks)
                 tasks.start_soon(_announce, rooms, reporter, client_url)
                 ending.begin(rooms, mount)
                 await mount.run()
                 await rooms.flush()
                 await _leave_kernel(rooms.kernel, mount, mounted)
+                mount.unmounts = mounted is not None and is_there(mounted)
             log.info("unmounted %s", options.mountpoint)
             rooms.check_published()
         nursery.cancel_scope.cancel()
@@ -241,6 +258,14 @@ async def _leave_kernel(kernel: KernelCache, mount: FuseMount, mounted: Mounted 
             "left of this one (%d) ends when that process does",
             os.getpid(),
         )
+
+
+def _found_by_name(mountpoint: str) -> Mounted | None:
+    """Return what was just mounted; whoever looks for who serves it finds this process now."""
+    mounted = find_mounted(mountpoint)
+    if mounted is not None:
+        take_name(mounted.device)
+    return mounted
 
 
 async def _open_rooms(
@@ -433,8 +458,8 @@ def main() -> int:
         os.chdir("/")  # a daemon must not keep anybody's disk busy
     try:
         setup_logging(handover.log, foreground=arguments.status_fd is None)
-        with claimed(handover.options.mountpoint):
-            trio.run(serve, handover.options, reporter)
+        with claimed(handover.options.mountpoint) as claim:
+            trio.run(serve, handover.options, reporter, claim)
     except BaseExceptionGroup as group:
         failure = _command_error(group)
         if failure is None:

@@ -1,12 +1,11 @@
 """The directory that is mounted over: whether it can be, what is there, how it is taken away.
 
-What this room knows: /proc/self/mountinfo, fusermount3, and how to find the daemon of a mount.
-What it must not know: pyfuse3, and what the mount shows.
+What this room knows: /proc/self/mountinfo, fusermount3, and when a mount counts as dead. What it
+must not know: pyfuse3, and what the mount shows.
 
 A mount whose daemon hangs blocks whoever touches it, for good: nothing here touches a mounted
-directory before it is known that no daemon of ours serves it. The daemon is found by its
-command line in /proc, which needs no runtime files that could be stale, and is watched through
-a pidfd, so that its end is heard of without polling.
+directory before it is known that no daemon of ours serves it. The daemon is watched through a
+pidfd, so that its end is heard of without polling.
 
 Concurrency: plain blocking calls of the command line, each bounded.
 """
@@ -15,17 +14,17 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import hashlib
 import logging
 import os
 import re
-import select
 import shutil
 import stat
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, final
 
 from etcdfs.errors import (
     AlreadyMountedError,
@@ -36,7 +35,7 @@ from etcdfs.errors import (
     NotMountedError,
     UnmountError,
 )
-from etcdfs.spawn import DAEMON_MODULE
+from etcdfs.processes import find_server, has_ended, mount_tables
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +45,14 @@ SUBTYPE: Final = "etcdfs"
 _TYPE: Final = f"fuse.{SUBTYPE}"
 _DEVICE: Final = Path("/dev/fuse")
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
-_MOUNT_NAMESPACE: Final = Path("/proc/self/ns/mnt")
 _CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
 _MNT_FORCE: Final = 1  # mount(2); Python has neither
 _MNT_DETACH: Final = 2
 _COMMAND_TIMEOUT_S: Final = 30.0
+_RUN: Final = Path("/run")
+_TMP: Final = Path("/tmp")  # noqa: S108 -- what is in it is checked
+_LOCK_NAME: Final = 32  # digits; all of them would do as well
+_OWNER: Final = re.compile(rb"(?:^|,)user_id=([0-9]+)(?:,|$)")
 _OCTAL: Final = re.compile(rb"\\([0-7]{3})")
 
 
@@ -63,12 +65,14 @@ class Mounted:
         type: The file system type, `fuse.etcdfs` for ours.
         source: What is mounted, as mount(8) shows it.
         device: `MAJOR:MINOR`, the file system's own.
+        owner: The user who mounted it, if it is of FUSE.
     """
 
     path: str
     type: str
     source: str
     device: str
+    owner: int | None = None
 
     @property
     def ours(self) -> bool:
@@ -84,12 +88,14 @@ def parse_mountinfo(text: bytes) -> Iterator[Mounted]:
     for line in text.removesuffix(b"\n").split(b"\n"):
         before, _, after = line.partition(b" - ")
         device, _, path = before.split(b" ")[2:5]
-        kind, source = after.split(b" ")[:2]
+        kind, source, options = after.split(b" ")[:3]
+        owner = _OWNER.search(options)
         yield Mounted(
             path=_unescape(path),
             type=_unescape(kind),
             source=_unescape(source),
             device=device.decode(),
+            owner=None if owner is None else int(owner[1]),
         )
 
 
@@ -102,6 +108,12 @@ def find_mounted(path: str) -> Mounted | None:
     """Return what is mounted at an absolute path, the topmost; None if nothing is."""
     mounts = parse_mountinfo(_MOUNTINFO.read_bytes())
     return next((m for m in reversed(list(mounts)) if m.path == path), None)
+
+
+def is_there(mounted: Mounted) -> bool:
+    """Tell whether a mount is what stands at its place: it, and no other that was made since."""
+    found = find_mounted(mounted.path)
+    return found is not None and found.device == mounted.device
 
 
 def resolve(path: str) -> str:
@@ -128,102 +140,104 @@ def _resolve(given: Path) -> str:
     return str(given.resolve())
 
 
-def find_daemon(mountpoint: str, but_for: int | None = None) -> int | None:
-    """Return the process id of the daemon that serves a mountpoint; None if there is none.
-
-    This process does not count: it may be a daemon that is about to mount; nor does `but_for`,
-    which this process may have started.
-
-    Processes of other users are found too, unless /proc hides them (its option `hidepid`).
-    """
-    wanted = [b"-m", DAEMON_MODULE.encode(), os.fsencode(mountpoint)]
-    not_these = {str(os.getpid()), str(but_for)}
-    with os.scandir("/proc") as entries:
-        for entry in entries:
-            if (
-                entry.name.isdigit()
-                and entry.name not in not_these
-                and _has_arguments(Path(entry.path), wanted)
-                and _shares_mounts(Path(entry.path))
-            ):
-                return int(entry.name)
-    return None
-
-
-def _has_arguments(process: Path, wanted: list[bytes]) -> bool:
-    """Tell whether a process was started with these arguments, in a row."""
-    try:
-        arguments = (process / "cmdline").read_bytes().split(b"\0")
-    except OSError:  # it ended meanwhile, or is hidden
-        return False
-    return any(arguments[i : i + len(wanted)] == wanted for i in range(1, len(arguments)))
-
-
-def _shares_mounts(process: Path) -> bool:
-    """Tell whether a process sees the mounts that we see, not those of a container.
-
-    Another user's process does not say (ptrace(2), access mode checking); most likely it does.
-    """
-    try:
-        return (process / "ns" / "mnt").readlink() == _MOUNT_NAMESPACE.readlink()
-    except OSError:
-        return True
-
-
 # --- before mounting ------------------------------------------------------------------------
 
 
-def prepare(mountpoint: str, early: int | None = None) -> None:
+def prepare(mountpoint: str) -> None:
     """Make sure that a directory can be mounted over; clear what a killed daemon left there.
 
     Args:
         mountpoint: As `resolve` returns it.
-        early: A daemon that waits for its options, which may be to mount there.
 
     Raises:
         CommandError: It cannot; the class says why.
     """
     mounted = find_mounted(mountpoint)
     if mounted is not None:
-        _clear_if_stale(mounted, early)
+        _clear_if_stale(mounted)
     _check_directory(mountpoint)
     check_fuse(_DEVICE)
 
 
-@contextlib.contextmanager
-def claimed(mountpoint: str) -> Iterator[None]:
-    """Prepare a mountpoint, and keep other daemons off it while the body runs.
+@final
+class Claim:
+    """The right to mount on a directory. Owned by whoever claimed it, until it is mounted."""
 
-    Two that mount on one directory would both succeed, one hidden below the other. The lock is
-    on the directory itself, and the kernel takes it away with the process.
+    def __init__(self, mountpoint: str, fd: int | None) -> None:
+        self._mountpoint = mountpoint
+        self._fd = fd
+
+    def check(self) -> None:
+        """Make sure, just before mounting, that nobody else has.
+
+        Raises:
+            AlreadyMountedError: Somebody has.
+        """
+        if find_mounted(self._mountpoint) is not None:
+            raise AlreadyMountedError(f"{self._mountpoint} is a mountpoint already")
+
+    def release(self) -> None:
+        """Let others look for themselves: it is mounted, or will not be."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+@contextlib.contextmanager
+def claimed(mountpoint: str) -> Iterator[Claim]:
+    """Prepare a mountpoint, and keep other daemons off it until the claim is released.
+
+    Two that mount on one directory would both succeed, one hidden below the other.
 
     Raises:
         CommandError: As `prepare`; or another daemon was quicker.
     """
     prepare(mountpoint)
+    claim = Claim(mountpoint, _lock(mountpoint))
     try:
-        fd = os.open(mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as exc:
-        raise MountpointMissingError(
-            f"the mountpoint {mountpoint} cannot be used: {exc.strerror}"
-        ) from None
-    try:
-        _lock(fd, mountpoint)
-        # What was opened may be the root of a mount that was made meanwhile.
-        if find_mounted(mountpoint) is not None:
-            raise AlreadyMountedError(f"{mountpoint} is a mountpoint already")
-        yield
+        claim.check()
+        yield claim
     finally:
-        os.close(fd)
+        claim.release()
 
 
-def _lock(fd: int, mountpoint: str) -> None:
+def _lock(mountpoint: str) -> int | None:
+    """Lock the claim to a mountpoint; return the descriptor that holds it, None without locks.
+
+    It is in a directory of our own: the mountpoint itself can be locked by whoever may read it,
+    and that for as long as they like. The kernel takes the lock away with the process.
+    """
+    name = hashlib.sha256(os.fsencode(mountpoint)).hexdigest()[:_LOCK_NAME]
+    try:
+        directory = _lock_directory()
+        fd = os.open(directory / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        log.info("%s cannot be claimed: %s", mountpoint, exc)
+        return None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
+        os.close(fd)
         raise AlreadyMountedError(f"another etcdfs is about to mount on {mountpoint}") from None
     except OSError as exc:  # a file system without locks
-        log.debug("%s cannot be locked: %s", mountpoint, exc)
+        log.info("%s cannot be claimed: %s", mountpoint, exc)
+    return fd
+
+
+def _lock_directory() -> Path:
+    """Return the directory of this user's claims, which nobody else can enter.
+
+    Raises:
+        OSError: There can be none; somebody else may have made it.
+    """
+    user = os.geteuid()
+    # The same in every session, so no matter of the environment.
+    directory = _RUN / "etcdfs" if user == 0 else _TMP / f"etcdfs-{user}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    status = directory.lstat()
+    if status.st_uid != user or stat.S_IMODE(status.st_mode) & 0o077 or directory.is_symlink():
+        raise PermissionError(errno.EPERM, "it is open to others", str(directory))
+    return directory
 
 
 def check_fuse(device: Path = _DEVICE) -> None:
@@ -245,7 +259,7 @@ def check_fuse(device: Path = _DEVICE) -> None:
         raise FuseMissingError("there is no fusermount3 on PATH: install the package fuse3")
 
 
-def _clear_if_stale(mounted: Mounted, early: int | None = None) -> None:
+def _clear_if_stale(mounted: Mounted) -> None:
     """Take a dead mount of ours away; anything else that is mounted stays.
 
     Raises:
@@ -255,7 +269,7 @@ def _clear_if_stale(mounted: Mounted, early: int | None = None) -> None:
     path = mounted.path
     if not mounted.ours:
         raise AlreadyMountedError(f"{path} is a mountpoint already ({mounted.type})")
-    if find_daemon(path, early) is not None or not _is_dead(path):
+    if _find_server(mounted) is not None or not _is_dead(path):
         raise AlreadyMountedError(f"etcdfs is mounted on {path} already")
     _unmount(path, lazy=True)
     log.warning("cleared the stale mount that a killed daemon left on %s", path)
@@ -268,7 +282,7 @@ def clear_dead(mountpoint: str) -> None:
         UnmountError: It could not be taken away.
     """
     mounted = find_mounted(mountpoint)
-    if mounted is not None and mounted.ours and find_daemon(mountpoint) is None:
+    if mounted is not None and mounted.ours and _find_server(mounted) is None:
         with contextlib.suppress(AlreadyMountedError):
             _clear_if_stale(mounted)
 
@@ -323,13 +337,20 @@ def unmount(mountpoint: str, timeout_s: float) -> None:
         raise NotMountedError(f"nothing is mounted on {mountpoint}")
     if not mounted.ours:
         raise NotMountedError(f"what is mounted on {mountpoint} is not etcdfs, but {mounted.type}")
-    with _watched_daemon(mountpoint) as daemon:
+    with _watched_server(mounted) as daemon:
         if daemon is None:
             _unmount(mountpoint, lazy=_is_dead(mountpoint))
             return
         pid, pidfd = daemon
         _unmount(mountpoint, lazy=False)
-        if not has_ended(pidfd, timeout_s):
+        if _is_held(mounted):
+            log.warning(
+                "%s is free; its daemon (process %d) goes on serving a copy of the mount, "
+                "as a container has it",
+                mountpoint,
+                pid,
+            )
+        elif not has_ended(pidfd, timeout_s):
             raise UnmountError(
                 f"{mountpoint} is unmounted, but its daemon (process {pid}) "
                 f"did not end within {timeout_s:g} s; a container may have a copy of the mount"
@@ -345,6 +366,8 @@ def tear_down(mounted: Mounted) -> None:
     _, _, minor = mounted.device.partition(":")
     with contextlib.suppress(OSError):  # it is mounted where systemd is; the mount's owner may
         (_CONNECTIONS / minor / "abort").write_text("1")
+    if not is_there(mounted):
+        return
     if os.geteuid() == 0:
         # Not by umount(8), which looks at the place before.
         libc = ctypes.CDLL(None, use_errno=True)
@@ -356,10 +379,16 @@ def tear_down(mounted: Mounted) -> None:
         log.warning("%s", exc)
 
 
+def _is_held(mounted: Mounted) -> bool:
+    """Tell whether a file system that was unmounted here is still mounted somewhere else."""
+    copies = (m.device for table in mount_tables() for m in parse_mountinfo(table))
+    return mounted.device in copies
+
+
 @contextlib.contextmanager
-def _watched_daemon(mountpoint: str) -> Iterator[tuple[int, int] | None]:
+def _watched_server(mounted: Mounted) -> Iterator[tuple[int, int] | None]:
     """Find the daemon and yield its process id and a pidfd; None if there is none."""
-    pid = find_daemon(mountpoint)
+    pid = _find_server(mounted)
     try:
         pidfd = None if pid is None else os.pidfd_open(pid)
     except ProcessLookupError:
@@ -373,11 +402,8 @@ def _watched_daemon(mountpoint: str) -> Iterator[tuple[int, int] | None]:
         os.close(pidfd)
 
 
-def has_ended(pidfd: int, timeout_s: float) -> bool:
-    """Wait for the end of a process (pidfd_open(2): it is readable then)."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(timeout_s * 1000))
+def _find_server(mounted: Mounted) -> int | None:
+    return find_server(mounted.path, mounted.device, mounted.owner)
 
 
 def _unmount(path: str, *, lazy: bool) -> None:

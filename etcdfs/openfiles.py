@@ -324,8 +324,8 @@ class OpenFiles:
     def unpublished(self) -> list[bytes]:
         """Return the keys that are open with writes of which neither etcd nor an errno told."""
         files = {opened.file for opened in self._open.values() if opened.publishes}
-        tree = self._view.switch.tree
-        keys = [tree.key_of(f) for f in files if self.is_being_written(f) and not _is_refused(f)]
+        lost = [f for f in files if isinstance(f.draft, Draft) and f.draft.is_dirty]
+        keys = [self._view.switch.tree.key_of(f) for f in lost if not _is_refused(f)]
         return sorted(key for key in keys if key is not None)
 
     # --- helpers ----------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
-from etcdfs.mountpoint import find_daemon
+from etcdfs.processes import find_daemon
 from tests.mount.client import Client, Found
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted

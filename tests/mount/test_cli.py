@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import pty
 import re
@@ -22,9 +21,11 @@ import pytest
 
 from etcdfs.arguments import likely_mountpoint
 from etcdfs.logs import LINES_MAX
-from etcdfs.mountpoint import find_daemon, find_mounted
+from etcdfs.mountpoint import claimed, find_mounted
+from etcdfs.processes import find_daemon, find_server
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import COMMAND, run_etcdfs
+from tests.support.nobody import needs_root, public_directory, running_as_nobody
 
 pytestmark = [pytest.mark.fuse, pytest.mark.etcd]
 
@@ -75,12 +76,12 @@ def mount(mnt: Path, *options: str, **environment: str) -> str:
     return done.stdout
 
 
-def umount(mnt: Path) -> None:
-    """Run `etcdfs umount`, which must do well and leave nothing."""
+def umount(mnt: Path, but_for: int | None = None) -> None:
+    """Run `etcdfs umount`, which must do well and leave nothing, but for an earlier daemon."""
     done = run_etcdfs("umount", str(mnt))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not os.path.ismount(mnt)
-    assert find_daemon(str(mnt)) is None
+    assert find_daemon(str(mnt)) == but_for
 
 
 def refused(done: "subprocess.CompletedProcess[str]", code: int, complaint: str) -> None:
@@ -398,12 +399,117 @@ def test_b63_of_many_mounts_on_one_directory_one_succeeds(
 def test_b63_a_directory_that_another_daemon_is_about_to_mount_on(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
-    fd = os.open(mnt, os.O_RDONLY)
-    fcntl.flock(fd, fcntl.LOCK_EX)  # as a daemon does while it still loads
-    done = run_etcdfs("mount", str(mnt), "--endpoints", shared_etcd.client_url)
-    os.close(fd)
+    with claimed(str(mnt)):  # as a daemon does while it still loads
+        done = run_etcdfs("mount", str(mnt), "--endpoints", shared_etcd.client_url)
     refused(done, 13, "another etcdfs is about to mount")
     assert not os.path.ismount(mnt)
+
+
+# --- others, and what they have of a mount --------------------------------------------------
+
+_IMPOSTOR = """
+ctypes.CDLL(None).prctl(15, sys.argv[1].encode(), 0, 0, 0)  # PR_SET_NAME
+fcntl.flock(os.open(sys.argv[4], os.O_RDONLY), fcntl.LOCK_SH)
+print("up", flush=True)
+signal.pause()
+"""
+
+
+@needs_root
+def test_b132_another_user_can_neither_hold_a_mount_up_nor_keep_it_away(
+    shared_etcd: EtcdProcess,
+) -> None:
+    with public_directory() as home:
+        mnt = home / "mnt"
+        mnt.mkdir()
+        mount(mnt, "--endpoints", shared_etcd.client_url)
+        mounted = find_mounted(str(mnt))
+        assert mounted is not None
+        like_it = (f"etcdfs {mounted.device}", "-m", "etcdfs.mount", str(mnt))
+        kill(mnt)
+        run("fusermount3", "-uz", str(mnt))
+        with running_as_nobody(_IMPOSTOR, *like_it):
+            mount(mnt, "--endpoints", shared_etcd.client_url)
+            mounted = find_mounted(str(mnt))
+            assert mounted is not None
+            server = find_server(mounted.path, mounted.device, os.geteuid())
+            assert server is not None
+            pidfd = os.pidfd_open(server)
+            os.kill(server, signal.SIGKILL)
+            wait_for_end(pidfd)
+            done = run_etcdfs("mount", str(mnt), "--endpoints", shared_etcd.client_url)
+            assert (done.returncode, "cleared the stale mount" in done.stderr) == (0, True)
+            done = run_etcdfs("umount", str(mnt))
+            assert (done.returncode, done.stderr) == (0, "")
+
+
+_CONTAINER = """
+mount --bind "$1" "$2" && echo ready
+while read -r command; do eval "$command"; done
+"""
+
+
+@needs_root
+@pytest.mark.parametrize("mode", MODES)
+def test_b133_what_a_container_holds_is_served_on_and_the_mountpoint_is_free(
+    shared_etcd: EtcdProcess, mnt: Path, home: Path, mode: str
+) -> None:
+    (home / "copy").mkdir()
+    options = (mode, "--endpoints", shared_etcd.client_url)
+    mount(mnt, *options)
+    (mnt / "file").write_text("held")
+    first = find_daemon(str(mnt))
+    assert first is not None
+    pidfd = os.pidfd_open(first)
+    command = ["unshare", "--mount", "--propagation=private", "sh", "-c", _CONTAINER, "sh"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, str(mnt), str(home / "copy")], stdin=pipe, stdout=pipe, text=True
+    ) as container:
+        assert container.stdin is not None
+        assert container.stdout is not None
+
+        def inside(script: str) -> str:
+            assert container.stdin is not None
+            assert container.stdout is not None
+            container.stdin.write(f"{script}; echo .\n")
+            container.stdin.flush()
+            return container.stdout.readline()
+
+        assert container.stdout.readline() == "ready\n"
+        # The container has a copy of the mountpoint as well, as Docker's have not.
+        assert inside(f'umount -l "{mnt}"') == ".\n"
+        done = run_etcdfs("umount", str(mnt))
+        assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+        assert f"(process {first}) goes on serving" in done.stderr
+        assert not os.path.ismount(mnt)
+        mount(mnt, *options)
+        assert (mnt / "file").read_text() == "held"
+        assert inside(f'cat "{home}/copy/file"') == "held.\n"
+        umount(mnt, but_for=first)
+        mount(mnt, *options)
+        os.kill(first, signal.SIGTERM)  # takes away its own mount, of which only the copy is left
+        wait_for_end(pidfd)
+        assert (mnt / "file").read_text() == "held"
+        assert "not connected" in inside(f'cat "{home}/copy/file" 2>&1')
+        container.stdin.close()
+    umount(mnt)
+
+
+@needs_root
+def test_b133_a_daemon_ends_with_the_last_copy_of_its_mount(
+    shared_etcd: EtcdProcess, mnt: Path, home: Path
+) -> None:
+    (home / "copy").mkdir()
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    daemon = find_daemon(str(mnt))
+    assert daemon is not None
+    pidfd = os.pidfd_open(daemon)
+    assert run("mount", "--bind", str(mnt), str(home / "copy")).returncode == 0
+    done = run_etcdfs("umount", str(mnt))
+    assert "goes on serving" in done.stderr
+    assert run("umount", str(home / "copy")).returncode == 0
+    wait_for_end(pidfd)
 
 
 def test_without_dev_fuse_it_is_refused(mnt: Path) -> None:

@@ -16,7 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final, final
 
-from etcdfs.mountpoint import find_daemon
+from etcdfs.processes import find_daemon
 from tests.soak.control import until
 from tests.soak.etcds import run
 

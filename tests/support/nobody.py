@@ -21,7 +21,7 @@ NOBODY: Final = 65534
 
 _TIMEOUT_S: Final = 30.0
 _FALL: Final = f"""
-import fcntl, os, signal, socket, sys
+import ctypes, fcntl, os, signal, socket, sys
 os.setgroups([]); os.setgid({NOBODY}); os.setuid({NOBODY}); os.chdir("/")
 """
 

@@ -32,7 +32,7 @@ def run_daemon(
 ) -> int:
     """Run the daemon with a mount that ends by an error."""
 
-    async def serve(options: MountOptions, reporter: Reporter) -> None:
+    async def serve(options: MountOptions, reporter: Reporter, claim: None) -> None:
         raise ExceptionGroup("nursery", [error]) if grouped else error
 
     def claimed(mountpoint: str) -> AbstractContextManager[None]:

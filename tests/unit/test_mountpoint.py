@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import etcdfs.mountpoint
+import etcdfs.processes
 from etcdfs.errors import (
     AlreadyMountedError,
     CommandError,
@@ -30,12 +31,13 @@ from etcdfs.mountpoint import (
     check_fuse,
     claimed,
     clear_dead,
-    find_daemon,
     parse_mountinfo,
     prepare,
     resolve,
     unmount,
 )
+from etcdfs.processes import find_daemon, find_server
+from tests.support.nobody import needs_root, public_directory, running_as_nobody
 
 TABLE = rb"""22 28 0:21 / /proc rw,nosuid,nodev - proc proc rw
 28 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
@@ -58,6 +60,9 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     table.write_bytes(b"28 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n")
     monkeypatch.setattr(etcdfs.mountpoint, "_MOUNTINFO", table)
     monkeypatch.setattr(etcdfs.mountpoint, "_DEVICE", Path("/dev/null"))
+    monkeypatch.setattr(etcdfs.mountpoint, "mount_tables", lambda: iter([table.read_bytes()]))
+    for place in ("_RUN", "_TMP"):
+        monkeypatch.setattr(etcdfs.mountpoint, place, tmp_path)
     return table
 
 
@@ -71,7 +76,8 @@ def place(tmp_path: Path) -> str:
 
 def enter(table: Path, path: str, kind: str = "fuse.etcdfs") -> None:
     """Write a mount into the table."""
-    line = b"90 28 0:50 / %b rw - %b etcd rw\n" % (escaped(path), kind.encode())
+    options = f"rw,user_id={os.geteuid()},group_id=0".encode()
+    line = b"90 28 0:50 / %b rw - %b etcd %b\n" % (escaped(path), kind.encode(), options)
     table.write_bytes(table.read_bytes() + line)
 
 
@@ -94,9 +100,12 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Pat
 
 
 @contextlib.contextmanager
-def daemon(mountpoint: str, ends_after: Path | None = None) -> Iterator[int]:
+def daemon(
+    mountpoint: str, ends_after: Path | None = None, *, device: str = "0:50"
+) -> Iterator[int]:
     """Run a process that looks like the daemon of a mountpoint; it may end after a FIFO opens."""
-    code = "import sys; print(flush=True); open(sys.argv[1]).read()"
+    code = "import sys; from etcdfs.processes import take_name; "
+    code += f"take_name({device!r}); print(flush=True); open(sys.argv[1]).read()"
     arguments = [str(ends_after or "/dev/stdin"), "-m", "etcdfs.mount", mountpoint, "--x"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -117,8 +126,9 @@ def test_mountinfo_is_understood() -> None:
     mounts = list(parse_mountinfo(TABLE))
     assert [m.path for m in mounts] == ["/proc", "/", "/mnt/a b", "/mnt/a b"]
     assert mounts[2] == Mounted(
-        path="/mnt/a b", type="fuse.etcdfs", source="etcd:\\x", device="0:50"
+        path="/mnt/a b", type="fuse.etcdfs", source="etcd:\\x", device="0:50", owner=0
     )
+    assert mounts[1].owner is None
     assert [m.ours for m in mounts] == [False, False, True, False]
 
 
@@ -169,8 +179,52 @@ def test_a_daemon_in_another_container_is_not_ours(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with daemon(place):
-        monkeypatch.setattr(etcdfs.mountpoint, "_MOUNT_NAMESPACE", Path("/proc/self/ns/net"))
+        monkeypatch.setattr(etcdfs.processes, "_MOUNT_NAMESPACE", Path("/proc/self/ns/net"))
         assert find_daemon(place) is None
+
+
+def test_the_daemon_of_a_mount_is_told_from_another_of_its_mountpoint(place: str) -> None:
+    me = os.geteuid()
+    with daemon(place, device="0:49"), daemon(place, device="0:1234567890") as pid:
+        assert find_server(place, "0:50", me) is None
+        assert find_server(place, "0:1234567890", me) == pid
+        assert find_server(place, "0:1234567890", None) == pid
+        assert find_server(place, "0:1234567890", me + 1) is None
+
+
+def test_b132_what_does_not_run_python_is_no_daemon(place: str) -> None:
+    script = "printf 'etcdfs 0:50' > /proc/self/comm; echo; read line"
+    command = ["sh", "-c", script, "-m", "etcdfs.mount", place]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert find_daemon(place) == process.pid
+        assert find_server(place, "0:50", os.geteuid()) is None
+        process.stdin.close()
+
+
+_IMPOSTOR = """
+ctypes.CDLL(None).prctl(15, b"etcdfs 0:50", 0, 0, 0)  # PR_SET_NAME
+print("up", flush=True)
+signal.pause()
+"""
+
+
+@needs_root
+@pytest.mark.expect_log("cleared the stale mount that a killed daemon left on %s")
+def test_b132_another_users_process_is_no_daemon(
+    table: Path, place: str, fusermount3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(table, place)
+    with running_as_nobody(_IMPOSTOR, "-m", "etcdfs.mount", place) as impostor:
+        assert find_daemon(place) == impostor.pid
+        unmount(place, timeout_s=0)
+        enter(table, place)
+        monkeypatch.setattr(etcdfs.mountpoint, "_is_dead", lambda path: path == place)
+        prepare(place)
+    assert fusermount3.read_text() == f"-u -- {place}\n-uz -- {place}\n"
 
 
 def test_a_mountpoint_that_leads_nowhere_is_refused(
@@ -282,13 +336,54 @@ def test_only_root_does_without_fusermount3(
 
 
 def test_a_mountpoint_is_claimed_by_one_daemon_at_a_time(table: Path, place: str) -> None:
-    with claimed(place):
+    with claimed(place) as claim:
         with pytest.raises(AlreadyMountedError, match="another etcdfs is about to mount"):
             claimed(place).__enter__()
         enter(table, place)
-    table.write_bytes(TABLE)
+        with pytest.raises(AlreadyMountedError, match="is a mountpoint already"):
+            claim.check()
+        table.write_bytes(TABLE)
+        claim.release()
+        with claimed(place):
+            pass
+
+
+@needs_root
+def test_b132_a_lock_on_the_mountpoint_is_no_claim(table: Path) -> None:
+    code = (
+        "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print('locked', flush=True)"
+    )
+    with public_directory() as place, running_as_nobody(f"{code}; signal.pause()", str(place)):
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(os.open(place, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with claimed(str(place)):
+            pass
+
+
+def test_b132_claims_are_where_others_cannot_go(
+    table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for user, claims in ((0, tmp_path / "etcdfs"), (1000, tmp_path / "etcdfs-1000")):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        with contextlib.suppress(PermissionError):
+            etcdfs.mountpoint._lock_directory()
+        assert claims.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("planted", ["wide", "link"])
+def test_b132_a_directory_that_somebody_else_has_made_is_not_used(
+    table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    claims = tmp_path / ("etcdfs" if os.geteuid() == 0 else f"etcdfs-{os.geteuid()}")
+    if planted == "wide":
+        claims.mkdir()
+        claims.chmod(0o755)
+    else:
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        claims.symlink_to("elsewhere")
     with claimed(place):
         pass
+    assert list(claims.iterdir()) == []
 
 
 def test_what_was_mounted_meanwhile_cannot_be_claimed(
@@ -328,6 +423,19 @@ def test_unmount_waits_for_the_daemon(
         unmount(place, timeout_s=30)
         assert find_daemon(place) is None
     assert notes.read_text() == f"-u -- {place}\n"
+
+
+@pytest.mark.expect_log(
+    "%s is free; its daemon (process %d) goes on serving a copy of the mount, as a container has it"
+)
+def test_unmount_does_not_wait_for_what_is_mounted_elsewhere(
+    table: Path, place: str, fusermount3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enter(table, place)
+    elsewhere = table.read_bytes()
+    monkeypatch.setattr(etcdfs.mountpoint, "mount_tables", lambda: iter([TABLE, elsewhere]))
+    with daemon(place):
+        unmount(place, timeout_s=30)
 
 
 def test_unmount_does_not_wait_for_ever(table: Path, place: str, fusermount3: Path) -> None:
