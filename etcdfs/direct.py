@@ -67,8 +67,11 @@ class Direct:
         names = tree.names(directory, name)
         known = directory.children.get(name)
         found = await self._ask(names, known.witness if isinstance(known, Directory) else None)
-        # checkpoint: the directory may have gone
+        # checkpoint: the directory may have gone, or have been moved by this mount
         if found is None or not tree.is_attached(directory):
+            return
+        if tree.names(directory, name) != names:
+            await self.entry(directory, name)
             return
         value = found.value
         if name == MARKER_NAME and value is not None and not value.value:
@@ -113,8 +116,11 @@ class Direct:
         if not tree.is_attached(directory):
             return
         scan = await self._read_level(directory, MAX_LISTINGS)
-        # checkpoint: the directory may have gone
+        # checkpoint: the directory may have gone, or have been moved by this mount
         if not tree.is_attached(directory):
+            return
+        if tree.names(directory) != scan.names:
+            await self.listing(directory)
             return
         for name in [n for n in directory.children if n not in scan.found]:
             self._observe(directory, name, None, is_directory=False)
@@ -261,6 +267,8 @@ class Direct:
     ) -> None:
         """Make the tree say what etcd said of one name."""
         child = directory.children.get(name)
+        if child is not None and self.switch.is_moving(child):
+            return  # this mount is moving it just now, and will say where it is
         if is_directory:
             if not isinstance(child, Directory):
                 made = self.switch.tree.new_directory()
@@ -283,8 +291,6 @@ class Direct:
             child.witness = witness
 
     def _observe_missing(self, directory: Directory, name: bytes, child: Node) -> None:
-        if self.switch.is_moving(child):
-            return  # this mount has just moved it: it will be found where it is
         if not self._is_unpublished(child):
             self._replace(directory, name, None)
         elif isinstance(child, Directory):

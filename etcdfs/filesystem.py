@@ -395,13 +395,10 @@ class Filesystem:
         file = self._tree.new_file(None)
         names = self._tree.names(directory, name)
         async with self._places.changing((directory, name)) as locked:
-            intent = self._view.switch.intents[key] = Intent(file=file, value=value)
-            try:
+            with self._view.switch.intending(key, Intent(file=file, value=value)):
                 making = make_file(key, value, is_value=has_keys_below(names))
                 making, committed = await self._make_in(directory, name, making, key, record)
                 await self._settle(committed, events_of(making, committed), locked)
-            finally:
-                self._view.switch.withdraw_intent(key, intent)
         return file
 
     def _record(
@@ -466,24 +463,27 @@ class Filesystem:
         self._check_writable()
         directory, key = await self._places.place(parent, name)
         file = file_in(directory, name)
-        if file.facts is None and not await self._is_published(file, directory):
+        async with self._places.changing((directory, name)) as locked:
+            with self._view.holding(locked):
+                async with self._files.locks.still((key,)):
+                    await self._unlink(file, directory, name, key, locked)
+                    self._files.give_up((key,))
+
+    async def _unlink(
+        self, file: File, directory: Directory, name: bytes, key: bytes, locked: Sequence[Entry]
+    ) -> None:
+        if file.facts is None:
             self._view.let_go(self._view.switch.withdraw(directory, name, gone=True))
-            self._files.give_up_name(key)
             return
         if name == MARKER_NAME:
-            await self._unlink_marker(directory, key)
+            await self._unlink_marker(key, locked)
             return
-        async with self._places.changing((directory, name)) as locked:
-            intent = self._view.switch.intents[key] = Intent()
-            try:
-                removal = self._with_record(self._removal(directory, name, key), key, file)
-                committed = await self._store.commit(removal)
-                if not committed.succeeded:
-                    raise _not_removed(key, committed)
-                await self._settle(committed, events_of(removal, committed), locked)
-            finally:
-                self._view.switch.withdraw_intent(key, intent)
-        self._files.give_up_name(key)
+        with self._view.switch.intending(key, Intent()):
+            removal = self._with_record(self._removal(directory, name, key), key, file)
+            committed = await self._store.commit(removal)
+            if not committed.succeeded:
+                raise _not_removed(key, committed)
+            await self._settle(committed, events_of(removal, committed), locked)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         """Delete an empty directory's marker.
@@ -499,11 +499,11 @@ class Filesystem:
             raise missing(name)
         if not isinstance(node, Directory):
             raise is_a_file(name)
-        await self._view.entry(node, MARKER_NAME)
-        if self._places.has_entries(node):
-            raise not_empty(name)
-        marker = self._tree.prefix_of(node)
         async with self._places.changing((directory, name)) as locked:
+            await self._view.entry(node, MARKER_NAME)
+            if self._places.has_entries(node):
+                raise not_empty(name)
+            marker = self._tree.prefix_of(node)
             removal = remove_directory(marker, parent_prefix(marker, self._root))
             removal = self._with_record(removal, marker, node)
             committed = await self._store.commit(removal)
@@ -517,13 +517,13 @@ class Filesystem:
                 self._tree.detach(directory, name, gone=True)
             if not committed.results[0]:
                 raise missing(name)
+        self._files.give_up((marker[:-1],), (marker,))
 
-    async def _unlink_marker(self, directory: Directory, key: bytes) -> None:
-        async with self._places.changing((directory, MARKER_NAME)) as locked:
-            committed = await self._store.commit(clear_marker(key))
-            if not committed.succeeded:
-                raise missing(MARKER_NAME)
-            await self._settle(committed, (put_event(committed, 1, key, b""),), locked)
+    async def _unlink_marker(self, key: bytes, locked: Sequence[Entry]) -> None:
+        committed = await self._store.commit(clear_marker(key))
+        if not committed.succeeded:
+            raise missing(MARKER_NAME)
+        await self._settle(committed, (put_event(committed, 1, key, b""),), locked)
 
     def _removal(self, directory: Directory, name: bytes, key: bytes) -> Transaction:
         parent = None if name == VALUE_NAME else parent_prefix(key, self._root)
@@ -537,12 +537,6 @@ class Filesystem:
         side = self._tree.sides.get(key) if self._tree.complete else node.side
         drop = drop_record(key, 0 if side is None else side.facts.mod_revision)
         return replace(removal, then=(*removal.then, *drop))
-
-    async def _is_published(self, file: File, directory: Directory) -> bool:
-        """Wait for a publication on its way; say whether the file is in etcd after it."""
-        with self._view.holding((Entry(directory.inode, file.name),)):
-            async with self._files.settled(file):
-                return file.facts is not None
 
     # --- moving -----------------------------------------------------------------------------
 

@@ -64,7 +64,7 @@ class Leases:
 
     async def _put_again(self, file: File, lease: int) -> None:
         """Put a file's value as it is, with another lease."""
-        async with self._files.settled(file):
+        async with self._files.locks.settled(file):
             # checkpoint: another client may have written or deleted it
             key, facts = self._view.switch.tree.key_of(file), file.facts
             if key is None or facts is None or file.directory is None:
@@ -75,16 +75,12 @@ class Leases:
                 (unchanged(key, facts.mod_revision),),
                 (Put(key, value, lease), Get(key, keys_only=True), *self._record(file, key)),
             )
-            intents = self._view.switch.intents
-            intent = intents[key] = Intent(file=file, value=value)
-            try:
+            with self._view.switch.intending(key, Intent(file=file, value=value)):
                 committed = await self._store.commit(put)
                 if not committed.succeeded:
                     msg = f"{key!r} was changed by another client"
                     raise StaleError(msg)
                 await self._view.settle(committed.revision, events_of(put, committed))
-            finally:
-                self._view.switch.withdraw_intent(key, intent)
 
     def _record(self, file: File, key: bytes) -> tuple[Operation, ...]:
         """Keep the time that was set for this version; it is the same content."""

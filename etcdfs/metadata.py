@@ -86,7 +86,7 @@ class Metadata:
             StaleError: Another client has replaced the file meanwhile.
         """
         change = _clamped(change)
-        if isinstance(node, File) and self._set_times(node, change):
+        if isinstance(node, File) and await self._set_times(node, change):
             change = replace(change, mtime_ns=None, atime_ns=None)
         if change == Change(size=change.size):
             return
@@ -99,21 +99,24 @@ class Metadata:
         else:
             self._remember(node, change)
 
-    def _set_times(self, file: File, change: Change) -> bool:
+    async def _set_times(self, file: File, change: Change) -> bool:
         """Set the times of writes that are still to be published; False if there are none.
 
         "Now" is what they have anyway: `touch` of a new file keeps nothing in etcd but the file.
         """
-        draft = file.draft
-        if change.mtime_ns is None or not isinstance(draft, Draft) or not draft.is_dirty:
+        if change.mtime_ns is None:
             return False
-        now_ns = self._tree.clock()
-        since_ns = min(draft.changed_ns, now_ns) - TICK_NS
-        times = (change.mtime_ns, change.atime_ns)
-        is_now = all(since_ns <= time_ns <= now_ns for time_ns in times if time_ns is not None)
-        self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=not is_now)
-        file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
-        return True
+        async with self._files.locks.settled(file):
+            draft = file.draft
+            if not isinstance(draft, Draft) or not draft.is_dirty:
+                return False
+            now_ns = self._tree.clock()
+            since_ns = min(draft.changed_ns, now_ns) - TICK_NS
+            times = (change.mtime_ns, change.atime_ns)
+            is_now = all(since_ns <= time_ns <= now_ns for time_ns in times if time_ns is not None)
+            self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=not is_now)
+            file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
+            return True
 
     def _remember(self, node: Node, change: Change) -> None:
         """Change what has no key to keep it with, for as long as the mount lasts."""
@@ -212,8 +215,11 @@ class Metadata:
         if isinstance(node, Directory):
             # The kernel holds the directory's own lock.
             with self._view.holding((Entry(node.inode, b""),)):
-                return await self._keep_still(node, edit)
-        async with self._files.settled(node):
+                return await self._keep_settled(node, edit)
+        return await self._keep_settled(node, edit)
+
+    async def _keep_settled(self, node: Node, edit: Edit) -> bool:
+        async with self._files.locks.settled(node):
             return await self._keep_still(node, edit)
 
     async def _keep_still(self, node: Node, edit: Edit) -> bool:

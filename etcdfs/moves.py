@@ -100,6 +100,8 @@ class Moves:
             raise InvalidRequestError(msg)
         source_directory = await self._places.parent(old_parent, old_name)
         target_directory = await self._places.parent(new_parent, new_name)
+        places = ((source_directory, old_name), (target_directory, new_name))
+        await self._places.at_rest(*places)
         # checkpoint: the old name's directory may have gone meanwhile
         if not self._tree.is_attached(source_directory):
             raise missing(old_name)
@@ -113,12 +115,14 @@ class Moves:
                 raise taken(new_name)
             return
         _check_names(source, target, exchange=exchange)
-        if exchange:
-            await self._subtrees.exchange(source, target)
-        elif isinstance(source.node, Directory):
-            await self._subtrees.move(source, target, replace=not flags)
-        else:
-            await self._move_file(source.node, source, target, replace=not flags)
+        async with self._places.changing(*places) as locked:
+            with self._view.holding(locked):
+                if exchange:
+                    await self._subtrees.exchange(source, target)
+                elif isinstance(source.node, Directory):
+                    await self._subtrees.move(source, target, replace=not flags)
+                else:
+                    await self._move_file(source.node, source, target, replace=not flags)
 
     # --- files ------------------------------------------------------------------------------
 
@@ -129,51 +133,47 @@ class Moves:
             raise NameReservedError(msg)
         if old == new:
             return  # `a/%value`, which is `a` once nothing else is below it
-        locked = tuple(Entry(end.directory.inode, end.name) for end in (source, target))
-        with self._view.holding(locked):
-            await self._files.publish(file)
+        await self._files.publish(file)
+        async with self._files.locks.still((old, new)):
             if file.facts is None:
                 raise missing(source.name)
-            async with self._files.settled(file):
-                found = KeyValue(old, await self._view.value(file), *file.facts[:4])
-                move = _FileMove(
-                    source=source,
-                    target=target,
-                    old=old,
-                    new=new,
-                    replace=replace,
-                    value=found,
-                    side=self._side(old, file),
-                    replaced_side=self._side(new, target.node) is not None,
-                    parent=parent_of(self._tree, target.directory),
-                )
-                await self._move(file, move)
-        self._files.give_up_name(old)
+            move = _FileMove(
+                source=source,
+                target=target,
+                old=old,
+                new=new,
+                replace=replace,
+                value=KeyValue(old, await self._view.value(file), *file.facts[:4]),
+                side=self._side(old, file),
+                replaced_side=self._side(new, target.node) is not None,
+                parent=parent_of(self._tree, target.directory),
+            )
+            await self._move(file, move)
+            self._files.give_up((old, new))
 
     async def _move(self, file: File, move: _FileMove) -> None:
-        intents = self._view.switch.intents
-        places = ((end.directory, end.name) for end in (move.source, move.target))
+        locked = [Entry(end.directory.inode, end.name) for end in (move.source, move.target)]
+        switch = self._view.switch
         mover: File | None = file
-        async with self._places.changing(*places) as locked:
-            try:
-                for _ in range(MAX_RETRIES):
-                    intents[move.old] = Intent(file=mover)
-                    intents[move.new] = Intent(file=mover, value=move.value.value, replaces=True)
-                    wanted, committed = await self._commit(move)
-                    if committed.succeeded:
-                        break
-                    again = _look_again(move, committed)
-                    if again.value.mod_revision != move.value.mod_revision:
-                        mover = None  # what moves is a version that this inode is not
-                    move = again
-                else:
-                    msg = f"{move.old!r} changed {MAX_RETRIES} times while it was renamed"
-                    raise StaleError(msg)
-                events = events_of(wanted, committed)
-                await self._view.settle(committed.revision, events, locked)
-            finally:
-                intents.pop(move.old, None)
-                intents.pop(move.new, None)
+        for _ in range(MAX_RETRIES):
+            with (
+                switch.intending(move.old, Intent(file=mover)),
+                switch.intending(
+                    move.new, Intent(file=mover, value=move.value.value, replaces=True)
+                ),
+            ):
+                wanted, committed = await self._commit(move)
+                if committed.succeeded:
+                    events = events_of(wanted, committed)
+                    await self._view.settle(committed.revision, events, locked)
+                    break
+            again = _look_again(move, committed)
+            if again.value.mod_revision != move.value.mod_revision:
+                mover = None  # what moves is a version that this inode is not
+            move = again
+        else:
+            msg = f"{move.old!r} changed {MAX_RETRIES} times while it was renamed"
+            raise StaleError(msg)
         # The kernel moves the inode it had under the old name, which another client's change
         # may have made an old version meanwhile. If it is right, forgetting it would only make
         # /proc/self/fd say "(deleted)" of what is open.

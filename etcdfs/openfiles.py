@@ -8,8 +8,7 @@ while the kernel holds the page lock (FACTS.md 7).
 """
 
 import os
-from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final, NewType, final
 
@@ -22,7 +21,7 @@ from etcdfs.errors import (
     ReadOnlyError,
 )
 from etcdfs.publisher import Publisher
-from etcdfs.tree import File, Node
+from etcdfs.tree import File
 from etcdfs.view import View
 
 Handle = NewType("Handle", int)
@@ -55,6 +54,7 @@ class OpenFiles:
         self._view = view
         self._contents = contents
         self._publisher = publisher
+        self.locks = publisher.locks
         # --- constants
         self._read_only = read_only
         # --- mutable state
@@ -84,7 +84,7 @@ class OpenFiles:
         try:
             await self._load(file)
             if flags & os.O_TRUNC:
-                async with self._publisher.lock(file):
+                async with self.locks.held(file):
                     self._draft(file).truncate(0, self._now(file))
         except BaseException:
             self._unpin(file)
@@ -169,7 +169,7 @@ class OpenFiles:
             msg = f"inode {opened.file.inode} is not open for writing"
             raise BadHandleError(msg)
         file = opened.file
-        async with self._publisher.lock(file):
+        async with self.locks.held(file):
             draft = self._draft(file)
             is_mapped = opened.append and _may_be_of_map(offset, len(data), len(draft))
             append = opened.append and not is_mapped
@@ -198,7 +198,7 @@ class OpenFiles:
         file.handles += 1
         try:
             await self._load(file)
-            async with self._publisher.lock(file):
+            async with self.locks.held(file):
                 self._publisher.check_size(file, size)
                 draft = self._draft(file)
                 if size != len(draft) or draft.is_torn:
@@ -262,39 +262,25 @@ class OpenFiles:
         await self._publisher.publish(file)
         self._drop_clean_draft(file)
 
-    def give_up_name(self, key: bytes) -> None:
-        """Note that a name was taken away: no file whose making failed there takes it again.
+    def give_up(
+        self, keys: Collection[bytes | None], prefixes: Sequence[bytes | None] = ()
+    ) -> None:
+        """Note that names were taken away or replaced: no old version takes them again.
 
-        Such a file was never in etcd, so that nothing there tells its late flush of the removal.
+        Not by other clients but by this mount; the names of some keys, and all below some prefixes.
+        Nothing in etcd may tell its late flush of that: what was put over a key by a rename is
+        of the same incarnation, and what could not be made was never there.
         """
-        self._give_up(lambda lost: lost == key)
-
-    def give_up_below(self, prefix: bytes) -> None:
-        """Note that all names below a prefix were taken away; see `give_up_name`."""
-        self._give_up(lambda lost: lost.startswith(prefix))
-
-    def _give_up(self, is_given_up: Callable[[bytes], bool]) -> None:
+        below = tuple(prefix for prefix in prefixes if prefix is not None)
         for opened in self._open.values():
-            file = opened.file
-            if file.facts is None and file.lost_key is not None and is_given_up(file.lost_key):
-                file.lost_key = None
-
-    @asynccontextmanager
-    async def settled(self, file: File) -> AsyncIterator[None]:
-        """Hold a file still: none of its drafts is on its way to etcd meanwhile."""
-        async with self._publisher.lock(file):
-            yield
-        if not file.handles:
-            self._publisher.release(file)
+            lost = opened.file.lost_key
+            if lost is not None and (lost in keys or lost.startswith(below)):
+                opened.file.lost_key = None
 
     @property
     def max_file_size(self) -> int:
         """See `Publisher.max_file_size`."""
         return self._publisher.max_file_size
-
-    def still(self, nodes: Collection[Node]) -> AbstractAsyncContextManager[None]:
-        """See `Publisher.still`."""
-        return self._publisher.still(nodes)
 
     def set_times(self, file: File, mtime_ns: int, atime_ns: int | None, *, keep: bool) -> None:
         """Show the times of unpublished writes as utimens(2) sets them.
@@ -360,7 +346,6 @@ class OpenFiles:
         file.handles -= 1
         if file.handles:
             return
-        self._publisher.release(file)
         file.value = None
         file.draft = None
         self._view.switch.tree.prune(file)

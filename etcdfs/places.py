@@ -59,14 +59,18 @@ class Places:
         directory = self._tree.directory(parent)
         check_length(name)
         await self._view.entry(directory, name)
-        while self._is_moving(directory):
-            with self._view.holding((Entry(directory.inode, name),)):
-                await self._stir.wait()
+        await self.at_rest((directory, name))
         # checkpoint: another client may have removed the directory
         if not self._tree.is_attached(directory):
             msg = f"inode {parent} is no longer a directory of this tree"
             raise NotFoundError(msg)
         return directory
+
+    async def at_rest(self, *places: tuple[Directory, bytes]) -> None:
+        """Return when none of some names, which the kernel holds locked, is being moved."""
+        while any(self._is_moving(directory) for directory, _ in places):
+            with self._view.holding([Entry(directory.inode, name) for directory, name in places]):
+                await self._stir.wait()
 
     def has_entries(self, directory: Directory) -> bool:
         """Say whether a directory is known to have entries; without a mirror, etcd decides most."""

@@ -12,12 +12,8 @@ Concurrency: trio thread. One publication of a file at a time, under the file's 
 writers take too: a draft does not change while it is on its way.
 """
 
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, final
-
-import trio
 
 from etcdfs.answers import events_of, page_of
 from etcdfs.company import ALONE, Company, company_of
@@ -31,6 +27,7 @@ from etcdfs.errors import (
     WriteConflictError,
 )
 from etcdfs.keys import MARKER_NAME
+from etcdfs.nodelocks import NodeLocks
 from etcdfs.planner import Intent
 from etcdfs.sides import renounce
 from etcdfs.store import (
@@ -45,7 +42,7 @@ from etcdfs.store import (
     absent,
     unchanged,
 )
-from etcdfs.tree import Cached, Entry, Facts, File, Node, facts_of, is_within
+from etcdfs.tree import Cached, Entry, Facts, File, facts_of
 from etcdfs.view import View
 
 MAX_REBASES: Final = 1000
@@ -94,12 +91,10 @@ class Publisher:
         self._store = store
         self._view = view
         self._contents = contents
+        self.locks = NodeLocks(view.switch.tree)
         # --- constants
         self._max_file_size = max_file_size
         # --- mutable state
-        self._locks: dict[File, trio.Lock] = {}
-        self._moving: list[Node] = []
-        self._moved = trio.Event()
         self._puts = self._unchanged = self._rebased = self._dropped = self._resolved = 0
 
     def statistics(self) -> PublisherStatistics:
@@ -111,43 +106,6 @@ class Publisher:
             dropped=self._dropped,
             resolved=self._resolved,
         )
-
-    def lock(self, file: File) -> trio.Lock:
-        """Return the lock that guards a file's draft. Dropped by `release`."""
-        found = self._locks.get(file)
-        if found is None:
-            found = self._locks[file] = trio.Lock()
-        return found
-
-    def release(self, file: File) -> None:
-        """Forget the lock of a file that nobody has open."""
-        found = self._locks.get(file)
-        if found is not None and not found.locked():
-            del self._locks[file]
-
-    @asynccontextmanager
-    async def still(self, nodes: Collection[Node]) -> AsyncIterator[None]:
-        """Hold back every draft of these nodes, and of all below them, while their keys change.
-
-        Those on their way to etcd arrive first.
-        """
-        self._moving.extend(nodes)
-        try:
-            for file, lock in list(self._locks.items()):
-                if lock.locked() and self._is_moving(file):
-                    async with lock:
-                        pass
-                    if not file.handles:
-                        self.release(file)
-            yield
-        finally:
-            for node in nodes:
-                self._moving.remove(node)
-            self._moved.set()
-            self._moved = trio.Event()
-
-    def _is_moving(self, file: File) -> bool:
-        return any(is_within(file, node) for node in self._moving)
 
     @property
     def max_file_size(self) -> int:
@@ -175,9 +133,7 @@ class Publisher:
             StoreError: etcd refused it, or could not be asked. The draft stays, and so does
                 the published value; the path shows the published value again.
         """
-        while self._is_moving(file):
-            await self._moved.wait()
-        async with self.lock(file):
+        async with self.locks.settled(file):
             draft = file.draft
             if not isinstance(draft, Draft) or not draft.is_dirty:
                 return
@@ -193,12 +149,9 @@ class Publisher:
                 raise
 
     async def _publish(self, file: File, draft: Draft, key: bytes) -> None:
-        intents = self._view.switch.intents
-        intent = Intent(file=file)
-        # checkpoint: commit and settle; the file may be unlinked, renamed or superseded
-        # meanwhile, never written to (the lock).
-        intents[key] = intent
-        try:
+        # checkpoint: commit and settle; the file may be unlinked or superseded by another client
+        # meanwhile, never renamed or written to (the locks).
+        with self._view.switch.intending(key, Intent(file=file)) as intent:
             done = await self._recognise_earlier(file, draft, key)
             if done is None:
                 done = await self._accompanied(file, draft, key, intent)
@@ -218,8 +171,6 @@ class Publisher:
             draft.times = None
             events = (_event(key, done), *done.sides)
             await self._view.settle(max(e.mod_revision for e in events), events)
-        finally:
-            self._view.switch.withdraw_intent(key, intent)
         if not done.merged:
             _keep_newer(file, done.facts)
             file.mtime_ns = max(draft.mtime_ns, file.mtime_ns)

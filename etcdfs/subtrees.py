@@ -203,10 +203,6 @@ class Subtrees:
             return await self._try_to_move(node, source, target, parent, replace=replace)
 
         await self._carry_out(attempt, source, target)
-        if source.own is not None:
-            self._files.give_up_name(source.own)
-        if source.prefix is not None:
-            self._files.give_up_below(source.prefix)
         if target.node is not node:
             self._view.let_go(_entries(source, target))
         node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
@@ -263,8 +259,7 @@ class Subtrees:
         for end in (source, target):
             _check_ours(end)
             if isinstance(end.node, File):
-                with self._view.holding(_entries(source, target)):
-                    await self._files.publish(end.node)
+                await self._files.publish(end.node)
         # checkpoint: either may have gone
         first, second = source.node, target.node
         if first is None or second is None:
@@ -317,15 +312,13 @@ class Subtrees:
         async with AsyncExitStack() as stack:
             stack.enter_context(self._view.holding(held))
             await stack.enter_async_context(self._places.still(nodes))
-            await stack.enter_async_context(self._files.still(nodes))
-            locked = await stack.enter_async_context(
-                self._places.changing(
-                    (source.directory, source.name), (target.directory, target.name)
-                )
-            )
+            ends = (source, target)
+            keys, prefixes = [end.own for end in ends], [end.prefix for end in ends]
+            await stack.enter_async_context(self._files.locks.still(keys, prefixes))
             for _ in range(MAX_RETRIES):
                 with suppress(CompactedError, TransactionAbortedError):
-                    if await self._commit(await attempt(), source, locked):
+                    if await self._commit(await attempt(), source, _entries(source, target)):
+                        self._files.give_up(keys, prefixes)
                         return
             msg = f"what is below {source.prefix!r} changed {MAX_RETRIES} times meanwhile"
             raise StaleError(msg)

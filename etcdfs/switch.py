@@ -16,7 +16,8 @@ change their place are recognised by their *relocation*, whatever is below them.
 Concurrency: synchronous; used on the trio thread only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import final
 
 from etcdfs.planner import Intent, Plan, Planner, Relocation
@@ -194,10 +195,18 @@ class Switch:
         self.publish(plan)
         return stale
 
-    def withdraw_intent(self, key: bytes, intent: Intent) -> None:
-        """Take an intent back, unless another call's about the same key has replaced it."""
-        if self.intents.get(key) is intent:
-            del self.intents[key]
+    @contextmanager
+    def intending(self, key: bytes, intent: Intent) -> Iterator[Intent]:
+        """Have an intent known for as long as the context lasts.
+
+        Should another call's about the same key replace it meanwhile, that one stays.
+        """
+        self.intents[key] = intent
+        try:
+            yield intent
+        finally:
+            if self.intents.get(key) is intent:
+                del self.intents[key]
 
     def relisted(self) -> None:
         """Forget what was applied ahead: in another history it means nothing."""

@@ -798,13 +798,13 @@ class FilesystemMachine(RuleBasedStateMachine):
         """Say whether a publication of the file is waiting, so that writers wait, too."""
         node = self.mount.tree.node(opened.handle.inode.number)
         assert isinstance(node, File)
-        return self.mount.publisher.lock(node).locked()
+        return self.mount.publisher.locks.is_held(node)
 
     def is_held_back(self, opened: Open) -> bool:
         """Say whether publishing the file waits for another call, which waits for the watch."""
         node = self.mount.tree.node(opened.handle.inode.number)
         assert isinstance(node, File)
-        return self.is_locked(opened) or self.mount.publisher._is_moving(node)
+        return self.is_locked(opened) or self.mount.publisher.locks.is_changing(node)
 
     @precondition(lambda self: any(o.is_writable for o in self.open))
     @rule(choice=st.integers(0, 20), size=_sizes)

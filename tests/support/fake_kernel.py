@@ -113,7 +113,8 @@ def fail(number: int) -> OSError:
 
 
 @contextmanager
-def _errnos() -> Iterator[None]:
+def errnos() -> Iterator[None]:
+    """Raise what the filesystem refuses as the system call that fails."""
     try:
         yield
     except EtcdfsError as exc:
@@ -368,7 +369,7 @@ class FakeKernel:
         self.requests["lookup"] += 1
         timeout_s = self._filesystem.kernel_timeout_s
         answer = None
-        with _errnos():
+        with errnos():
             try:
                 answer = await self._filesystem.lookup(directory.number, name)
             except NotFoundError:
@@ -389,7 +390,7 @@ class FakeKernel:
         if inode.attributes is None or inode.fresh_until <= trio.current_time():
             version = inode.version
             self.requests["getattr"] += 1
-            with _errnos():
+            with errnos():
                 answer = await self._filesystem.getattr(inode.number)
             await trio.lowlevel.checkpoint()
             self._receive(answer, version)
@@ -404,7 +405,7 @@ class FakeKernel:
         inode.opens += 1
         self.requests["opendir"] += 1
         names: list[bytes] = []
-        with _errnos():
+        with errnos():
             handle = await self._filesystem.opendir(inode.number)
             try:
                 position, more = 0, True
@@ -458,7 +459,7 @@ class FakeKernel:
         self.requests["open"] += 1
         inode.opens += 1
         try:
-            with _errnos():
+            with errnos():
                 handle = await self._filesystem.open(inode.number, flags)
         except OSError:
             inode.opens -= 1
@@ -488,7 +489,7 @@ class FakeKernel:
 
     async def _create(self, directory: KernelInode, name: bytes, flags: int) -> KernelHandle:
         self.requests["create"] += 1
-        with _errnos():
+        with errnos():
             handle, answer = await self._filesystem.create(directory.number, name, flags)
         await trio.lowlevel.checkpoint()
         inode = self._made(directory, name, answer)
@@ -509,7 +510,7 @@ class FakeKernel:
         end = (await self.fstat(inode)).size
         if inode.pages is None:
             self.requests["read"] += 1
-            with _errnos():
+            with errnos():
                 data = self._files.read(handle.handle, 0, 1 << 20)
             inode.pages = data[:end]
         return inode.pages[:end][offset : offset + size]
@@ -520,7 +521,7 @@ class FakeKernel:
         if handle.flags & os.O_APPEND:
             offset = (await self.fstat(inode)).size
         self.requests["write"] += 1
-        with _errnos():
+        with errnos():
             written = await self._files.write(handle.handle, offset, data)
         if inode.pages is not None:
             pages = inode.pages.ljust(offset, b"\0")
@@ -531,7 +532,7 @@ class FakeKernel:
     async def truncate(self, inode: KernelInode, size: int) -> None:
         """truncate(2) and ftruncate(2)."""
         self.requests["setattr"] += 1
-        with _errnos():
+        with errnos():
             answer = await self._filesystem.setattr(inode.number, Change(size=size))
         pages = inode.pages
         self._receive(answer, None)
@@ -540,7 +541,7 @@ class FakeKernel:
     async def flush(self, handle: KernelHandle) -> None:
         """What each close(2) sends, and fsync(2) too."""
         self.requests["flush"] += 1
-        with _errnos():
+        with errnos():
             await self._files.flush(handle.handle)
 
     async def release(self, handle: KernelHandle) -> None:
@@ -590,7 +591,7 @@ class FakeKernel:
                 raise fail(errno.EEXIST)
             self.requests["mkdir"] += 1
             try:
-                with _errnos():
+                with errnos():
                     answer = await make(directory.number, path[-1])
             except OSError as exc:
                 if exc.errno == errno.EEXIST:
@@ -620,7 +621,7 @@ class FakeKernel:
             async with inode.lock.held(exclusive=True):
                 self.requests["unlink"] += 1
                 try:
-                    with _errnos():
+                    with errnos():
                         await remove(parent.number, path[-1])
                 except OSError as exc:
                     if exc.errno == errno.ENOENT:
@@ -660,7 +661,7 @@ class FakeKernel:
         _check_kinds(inode, replaced, flags)
         self.requests["rename"] += 1
         try:
-            with _errnos():
+            with errnos():
                 await self._filesystem.rename(source.number, old, target.number, new, flags)
         except OSError as exc:
             if exc.errno == errno.ENOENT:

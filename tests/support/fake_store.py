@@ -9,7 +9,7 @@ are a foreign writer: they change the store between two checkpoints of whoever i
 
 import bisect
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, final
@@ -72,6 +72,7 @@ class FakeStore:
         range_calls: Every range so far, for tests of what is asked.
         commit_calls: Every transaction so far.
         leases: The leases that exist; a `Put` with any other is refused.
+        pace: Waited for before each request is carried out, and before it is answered.
     """
 
     def __init__(self, *, revision: int = 1) -> None:
@@ -91,6 +92,7 @@ class FakeStore:
         self._watches = 0
         self._failures: dict[Request, deque[_Failure]] = {}
         self._gates: dict[Gate, trio.Event] = {}
+        self.pace: Callable[[], Awaitable[None]] | None = None
         self._losing = False
         self._muted = False
 
@@ -329,6 +331,11 @@ class FakeStore:
             self._gates.pop(gate).set()
         self._pull_watches()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether a watch has not been sent all that has happened."""
+        return any(watch.is_behind for watch in self._watchers)
+
     def hold_watches(self) -> None:
         """Deliver nothing to watches until `release_watches`."""
         self.hold("watch")
@@ -389,6 +396,8 @@ class FakeStore:
 
     async def _pass(self, gate: Gate) -> None:
         await trio.lowlevel.checkpoint()
+        if self.pace is not None:
+            await self.pace()
         while (event := self._gates.get(gate)) is not None:
             await event.wait()
 
@@ -455,6 +464,11 @@ class FakeWatch:
             self._on_its_way.extend([progress] * self._questions)
             self._questions = 0
         self._changed.set()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether something has happened that it has not been sent."""
+        return self._next <= self._store.revision
 
     def send(self, revisions: Sequence[int]) -> bool:
         """Tell of some revisions in one message; say if the watch stands."""
