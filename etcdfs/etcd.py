@@ -2,7 +2,7 @@
 
 What this room knows: deadlines, what may be sent twice and what must not. What it must not know:
 the file system. With the other rooms called `etcd_...` it is the only place that may import
-aetcd, grpc, asyncio or trio-asyncio.
+aetcd or grpc.
 
 Two rules carry it. A read is sent again, to each member in turn, until its deadline. A write is
 sent to a member that has answered just now; again only if the first was certainly not carried
@@ -21,13 +21,11 @@ import trio
 
 from etcdfs import etcd_wire as wire
 from etcdfs.errors import (
-    OutcomeUnknownError,
     StoreError,
     StoreTimeoutError,
     StoreUnavailableError,
     WatchLostError,
 )
-from etcdfs.etcd_bridge import Bridge, CancelledElsewhereError, open_bridge
 from etcdfs.etcd_connection import Connection, Login
 from etcdfs.etcd_lease import LeaseCalls
 from etcdfs.etcd_members import Members
@@ -56,9 +54,8 @@ _ANY_KEY: Final = b"\0"
 class EtcdStore(LeaseCalls):
     """etcd, as the port `Store` describes it. Made by `open_store`."""
 
-    def __init__(self, bridge: Bridge, members: Members, timeout_s: float) -> None:
+    def __init__(self, members: Members, timeout_s: float) -> None:
         # dependencies
-        self._bridge = bridge
         self._members = members
         # constants
         self._timeout_s = timeout_s
@@ -108,10 +105,6 @@ class EtcdStore(LeaseCalls):
                     raise error from exc
             except StoreUnavailableError as exc:  # it has not been sent
                 error = exc
-            except CancelledElsewhereError as exc:
-                raise OutcomeUnknownError(
-                    f"{connection.endpoint}: the connection was closed before the answer came"
-                ) from exc
             else:
                 header = wire.header(answer)
                 if not self._members.horizon.holds(header, known):
@@ -169,9 +162,7 @@ class EtcdStore(LeaseCalls):
         except (StoreUnavailableError, StoreTimeoutError) as exc:
             self._members.failed(connection.endpoint)
             raise WatchLostError(str(exc)) from exc
-        return EtcdWatch(
-            self._bridge, stream, request, endpoint=connection.endpoint, timeout_s=self._timeout_s
-        )
+        return EtcdWatch(stream, request, endpoint=connection.endpoint, timeout_s=self._timeout_s)
 
     async def _lease(self, method: str, request: wire.Message) -> wire.Message:
         deadline = self._deadline()
@@ -308,14 +299,13 @@ async def open_store(
     if not endpoints:
         raise StoreUnavailableError("no endpoints")
     await check(security, tuple(endpoints), timeout_s)
-    async with open_bridge() as bridge:
-        members = Members(bridge, endpoints, Login(security), timeout_s)
+    members = Members(endpoints, Login(security), timeout_s)
+    try:
+        store = EtcdStore(members, timeout_s)
         try:
-            store = EtcdStore(bridge, members, timeout_s)
-            try:
-                await store.prove(at_once=True)
-            except StoreTimeoutError as exc:
-                raise StoreUnavailableError(str(exc)) from exc
-            yield store
-        finally:
-            await members.close()
+            await store.prove(at_once=True)
+        except StoreTimeoutError as exc:
+            raise StoreUnavailableError(str(exc)) from exc
+        yield store
+    finally:
+        await members.close()

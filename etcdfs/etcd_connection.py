@@ -14,7 +14,6 @@ on it has.
 """
 
 import random
-from collections.abc import Awaitable, Callable
 from typing import Any, Final, final
 
 import grpc
@@ -23,22 +22,18 @@ from aetcd import rpc
 
 from etcdfs import etcd_wire as wire
 from etcdfs.errors import StoreError, StoreLoginError, StorePermissionError, StoreUnavailableError
-from etcdfs.etcd_bridge import Background, Bridge, CancelledElsewhereError
+from etcdfs.etcd_calls import InThread, Metadata, Method, Stream, call
 from etcdfs.etcd_security import credentials, password
-from etcdfs.etcd_watch import Stream
 from etcdfs.options import Endpoint, Security
 
-Method = Callable[..., Awaitable[Any]]
-"""A unary method of a generated stub."""
-
 Channel = Any
-"""A grpc.aio.Channel: it has no types."""
-
-Metadata = tuple[tuple[str, str], ...]
+"""A grpc.Channel: it has no types."""
 
 _HAS_LEADER: Final = ("hasleader", "true")
 """A member without a leader refuses at once, before it looks at the request, instead of letting
 it wait."""
+
+_READY: Final[int] = grpc.ChannelConnectivity.READY.value[0]
 
 LOGIN_PAUSE_S: Final = 1.0
 """How long a refused password is not tried again: etcd spends a tenth of a second on each."""
@@ -111,28 +106,27 @@ class Connection:
         heard: When the member last answered on it; minus infinity: not yet.
     """
 
-    def __init__(self, bridge: Bridge, endpoint: Endpoint, login: Login, channel: Channel) -> None:
+    def __init__(self, endpoint: Endpoint, login: Login, channel: Channel) -> None:
         # dependencies
-        self._bridge = bridge
         self._login = login
         # constants
         self.endpoint = endpoint
         # mutable state
         self.heard = float("-inf")
         self._channel = channel
+        self._auth = rpc.AuthStub(channel)
         self._kv = rpc.KVStub(channel)
         self._leases = rpc.LeaseStub(channel)
         self._maintenance = rpc.MaintenanceStub(channel)
+        self._watch = rpc.WatchStub(channel)
         self._token: str | None = None
         self._logging_in = trio.Lock()
         self._calls = 0
         self._is_given_up = False
-        self._closing: Background[None] | None = None
+        self._closing: InThread[None] | None = None
 
     @classmethod
-    async def open(
-        cls, bridge: Bridge, endpoint: Endpoint, login: Login, timeout_s: float
-    ) -> "Connection":
+    async def open(cls, endpoint: Endpoint, login: Login, timeout_s: float) -> "Connection":
         """Return a connection; nothing is sent yet, but certificates are read.
 
         Raises:
@@ -141,23 +135,20 @@ class Connection:
         """
         trust, options = await credentials(login.security, endpoint, timeout_s)
         options += _CHANNEL_OPTIONS
-
-        async def on_the_loop() -> Connection:  # gRPC asks which loop is running
-            if trust is None:
-                channel = grpc.aio.insecure_channel(str(endpoint), options=options)
-            else:
-                channel = grpc.aio.secure_channel(str(endpoint), trust, options=options)
-            return cls(bridge, endpoint, login, channel)
-
-        return await bridge.run(on_the_loop)
+        if trust is None:
+            channel = grpc.insecure_channel(str(endpoint), options=options)
+        else:
+            channel = grpc.secure_channel(str(endpoint), trust, options=options)
+        return cls(endpoint, login, channel)
 
     @property
     def ready(self) -> bool:
         """Whether it works, as far as is known; starts to connect if not."""
         if self._is_given_up:
             return False
-        state = self._channel.get_state(try_to_connect=True)
-        return state is grpc.ChannelConnectivity.READY
+        # The public way, `subscribe`, keeps a thread that wakes five times a second.
+        state = self._channel._channel.check_connectivity_state(True)  # noqa: SLF001
+        return bool(state == _READY)
 
     async def range(self, request: wire.Message, deadline: float) -> wire.Message:
         """Send a range."""
@@ -181,12 +172,7 @@ class Connection:
         Raises:
             StoreError: There is no token to be had.
         """
-        metadata = await self._metadata(deadline)
-
-        async def on_the_loop() -> Stream:
-            return rpc.WatchStub(self._channel).Watch(metadata=metadata)
-
-        return await self._bridge.run(on_the_loop)
+        return Stream(self._watch.Watch, await self._metadata(deadline))
 
     @property
     def closed(self) -> bool:
@@ -206,9 +192,9 @@ class Connection:
         with trio.CancelScope(shield=True):
             await closing.wait()
 
-    def _close(self) -> Background[None]:
+    def _close(self) -> InThread[None]:
         if self._closing is None:
-            self._closing = self._bridge.start(self._channel.close())
+            self._closing = InThread(self._channel.close)  # it waits for what it cancels
         return self._closing
 
     # --- calls ------------------------------------------------------------------------------
@@ -219,7 +205,6 @@ class Connection:
         Raises:
             grpc.RpcError: It failed.
             StoreError: It was not sent, since there is no token to be had.
-            CancelledElsewhereError: The channel was closed.
         """
         self._calls += 1
         try:
@@ -242,8 +227,10 @@ class Connection:
     async def _send(
         self, method: Method, request: wire.Message, deadline: float, metadata: Metadata
     ) -> wire.Message:
+        if self._closing is not None:
+            raise StoreUnavailableError(f"{self.endpoint}: the connection was closed")
         remaining = max(deadline - trio.current_time(), 0.001)
-        return await self._bridge.run(_unary, method, request, remaining, metadata)
+        return await call(method, request, remaining, metadata)
 
     # --- tokens -----------------------------------------------------------------------------
 
@@ -265,10 +252,9 @@ class Connection:
             StoreUnavailableError: etcd cannot be asked.
         """
         word = await self._login.password(max(deadline - trio.current_time(), 0.001))
-        method = rpc.AuthStub(self._channel).Authenticate
         request = wire.auth_request(user, word)
         try:
-            answer = await self._send(method, request, deadline, (_HAS_LEADER,))
+            answer = await self._send(self._auth.Authenticate, request, deadline, (_HAS_LEADER,))
         except grpc.RpcError as exc:
             if wire.has_no_users(exc):
                 return ""
@@ -281,20 +267,11 @@ class Connection:
                 self._login.refused(word, refused)
                 raise refused from exc
             raise _as_unavailable(error) from exc
-        except CancelledElsewhereError as exc:
-            raise StoreUnavailableError(f"{self.endpoint}: the connection was closed") from exc
         return str(answer.token)
 
     @staticmethod
     def _token_of(metadata: Metadata) -> str:
         return dict(metadata).get("token", "")
-
-
-async def _unary(
-    method: Method, request: wire.Message, timeout_s: float, metadata: Metadata
-) -> wire.Message:
-    """Call a unary method (an asyncio coroutine)."""
-    return await method(request, timeout=timeout_s, metadata=metadata)
 
 
 def _as_unavailable(error: StoreError) -> StoreUnavailableError:

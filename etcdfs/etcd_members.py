@@ -17,7 +17,6 @@ from typing import Final, Protocol, final
 import trio
 
 from etcdfs.errors import StoreUnavailableError
-from etcdfs.etcd_bridge import Bridge
 from etcdfs.etcd_connection import Connection, Login
 from etcdfs.etcd_wire import Header
 from etcdfs.options import Endpoint
@@ -86,11 +85,8 @@ class Members:
         horizon: How far etcd is.
     """
 
-    def __init__(
-        self, bridge: Bridge, endpoints: Sequence[Endpoint], login: Login, timeout_s: float
-    ) -> None:
+    def __init__(self, endpoints: Sequence[Endpoint], login: Login, timeout_s: float) -> None:
         # --- dependencies
-        self._bridge = bridge
         self._login = login
         # --- constants
         self._endpoints = tuple(dict.fromkeys(endpoints))
@@ -144,7 +140,7 @@ class Members:
 
     async def separate(self, endpoint: Endpoint) -> Connection:
         """Return a connection of the caller's own, to be closed by it."""
-        return await Connection.open(self._bridge, endpoint, self._login, self._timeout_s)
+        return await Connection.open(endpoint, self._login, self._timeout_s)
 
     def trusted(self) -> Connection | None:
         """Return the connection in use if its member answered on it just now."""

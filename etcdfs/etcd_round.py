@@ -22,7 +22,6 @@ from etcdfs.errors import (
     StoreTlsError,
     StoreUnavailableError,
 )
-from etcdfs.etcd_bridge import CancelledElsewhereError
 from etcdfs.etcd_connection import Connection
 from etcdfs.etcd_members import Members
 from etcdfs.options import Endpoint
@@ -108,8 +107,6 @@ class Round:
         except grpc.RpcError as exc:
             assert connection is not None
             self._on_failure(connection, exc)
-        except CancelledElsewhereError:
-            self._fail(endpoint, StoreUnavailableError(f"{endpoint}: the connection was closed"))
         except (StoreUnavailableError, StoreTimeoutError) as exc:
             self._fail(endpoint, exc)
         except StoreError as exc:

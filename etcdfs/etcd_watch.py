@@ -13,22 +13,15 @@ memory holds one response (one revision, when that came in fragments). A receive
 cancelled and come back; nothing is lost.
 """
 
-import asyncio
-from typing import Any, final
+from typing import final
 
 import grpc
 import trio
 
 from etcdfs import etcd_wire as wire
 from etcdfs.errors import StoreError, WatchLostError
-from etcdfs.etcd_bridge import Background, Bridge, CancelledElsewhereError
+from etcdfs.etcd_calls import Stream
 from etcdfs.store import Event, WatchEvents, WatchMessage, WatchOpened, WatchProgress
-
-Stream = Any
-"""grpc.aio's bidirectional call: it has no types."""
-
-_STREAM_GONE = (CancelledElsewhereError, asyncio.InvalidStateError)
-"""What grpc.aio raises on a stream that was closed on this side."""
 
 
 @final
@@ -36,8 +29,7 @@ class EtcdWatch:
     """A standing watch (the port's `Watch`). Owned by whoever opened it, who must close it.
 
     Args:
-        bridge: Where the stream lives.
-        call: The stream, nothing written to it yet.
+        stream: The stream, nothing written to it yet.
         create_request: The first message to write.
         endpoint: Named in errors.
         timeout_s: Bound of what etcd should answer at once.
@@ -45,16 +37,14 @@ class EtcdWatch:
 
     def __init__(
         self,
-        bridge: Bridge,
-        call: Stream,
+        stream: Stream,
         create_request: wire.Message,
         *,
         endpoint: object,
         timeout_s: float,
     ) -> None:
         # dependencies
-        self._bridge = bridge
-        self._call = call
+        self._stream = stream
         # constants
         self._from_revision: int = create_request.create_request.start_revision
         self._endpoint = endpoint
@@ -63,8 +53,8 @@ class EtcdWatch:
         self._opened = False
         self._parts: list[Event] = []
         self._error: StoreError | None = None
-        self._question: Background[None] | None = None
-        self._next: Background[wire.Message] | None = bridge.start(self._open(create_request))
+        self._question: trio.Event | None = None
+        stream.write(create_request)
 
     async def receive(self) -> WatchMessage:
         """Wait for the next message; see the port. An error is final, and raised each time."""
@@ -85,15 +75,14 @@ class EtcdWatch:
         Raises:
             WatchLostError: The stream is gone, or takes no more requests.
         """
-        if self._question is None or self._question.done:
-            self._question = self._bridge.start(self._call.write(wire.watch_progress_request()))
-        try:
-            with trio.fail_after(self._timeout_s):
-                await self._question.wait()
-        except trio.TooSlowError as exc:
-            raise self._lost("the watch takes no more requests") from exc
-        except (*_STREAM_GONE, grpc.RpcError) as exc:
-            raise self._lost("the watch has ended") from exc
+        if self._question is None or self._question.is_set():
+            self._question = self._stream.write(wire.watch_progress_request())
+        with trio.move_on_after(self._timeout_s) as bound:
+            await self._question.wait()
+        if bound.cancelled_caught:
+            raise self._lost("the watch takes no more requests")
+        if self._stream.ended:
+            raise self._lost("the watch has ended")
 
     @property
     def is_lost(self) -> bool:
@@ -102,40 +91,29 @@ class EtcdWatch:
 
     def abandon(self) -> None:
         """End the stream at once; whoever receives from it is told that it is lost."""
-        self._call.cancel()
+        self._stream.cancel()
 
     async def close(self) -> None:
         """End the stream. Only local work, so bounded however etcd is."""
-        self._call.cancel()
-        for background in (self._next, self._question):
-            if background is not None:
-                await background.cancel()
-
-    async def _open(self, create_request: wire.Message) -> wire.Message:
-        """Write the request and read the first response (an asyncio coroutine)."""
-        await self._call.write(create_request)
-        return await self._call.read()
+        await self._stream.close()
 
     async def _response(self) -> wire.Message:
         """Return the next raw response; what a cancelled receiver waited for comes first."""
-        if self._next is None:
-            self._next = self._bridge.start(self._call.read())
         bound = trio.CancelScope() if self._opened else trio.move_on_after(self._timeout_s)
         try:
             with bound:
-                response = await self._next.wait()
-                self._next = None
+                response = await self._stream.read()
+                if response is None:
+                    raise self._lost("etcd ended the watch without a word")
                 return response
         except grpc.RpcError as exc:
+            if self._stream.cancelled:
+                raise self._lost("the watch was closed") from exc
             raise wire.stream_error(exc, self._endpoint) from exc
-        except _STREAM_GONE as exc:
-            raise self._lost("the watch was closed") from exc
         raise self._lost("the watch was not opened in time")
 
     def _understand(self, response: wire.Message) -> WatchMessage | None:
         """Return what a response says; None when it is part of a larger one."""
-        if response is grpc.aio.EOF:
-            raise self._lost("etcd ended the watch without a word")
         # Before `created`: a refused watch comes as both at once, with watch id -1.
         if response.canceled:
             raise wire.watch_cancelled(response, self._endpoint)

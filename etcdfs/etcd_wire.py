@@ -375,6 +375,8 @@ def is_from_etcd(failure: Message) -> bool:
 def reason(code: Code, details: str) -> str:
     """Return gRPC's explanation in as few words as it allows."""
     details = details.replace("\0", "")  # it has some when there are no descriptors left
+    if "Channel closed!" in details:  # on this side
+        return "the connection was closed"
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "no answer in time"
     refused = re.search(r"Failed to connect to remote host: (.+)$", details)

@@ -100,7 +100,7 @@ CLOSED_BY: Final[dict[int, tuple[str, str, str]]] = {
     26: (
         "asyncio only",
         "integration/test_etcd_store.py",
-        "test_a_loop_that_is_there_already_is_used",
+        "test_stores_of_two_runs_at_once",
     ),
 }
 """What is wrong, and the file and name of the test. Not met: 18 (there are no callbacks), 19 and

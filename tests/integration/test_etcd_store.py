@@ -1,6 +1,7 @@
 """The etcd door on real etcd: the contract, and what only a real connection can do."""
 
 import socket
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -8,7 +9,6 @@ from functools import partial
 import pytest
 import trio
 import trio.testing
-import trio_asyncio
 
 from etcdfs.errors import (
     OutcomeUnknownError,
@@ -131,7 +131,7 @@ async def test_a_name_that_does_not_exist() -> None:
 
 
 async def test_two_stores_in_one_run(etcd: EtcdProcess) -> None:
-    """Whoever opened first may leave first: neither owns the loop they share."""
+    """Whoever opened first may leave first: they share nothing."""
     first_left = trio.Event()
 
     async def first(*, task_status: trio.TaskStatus[None]) -> None:
@@ -148,15 +148,37 @@ async def test_two_stores_in_one_run(etcd: EtcdProcess) -> None:
         await third.commit(PUT)
 
 
-async def test_a_loop_that_is_there_already_is_used(etcd: EtcdProcess) -> None:
-    """grpc.aio cannot serve two loops at once, and a program may have one of its own."""
-    async with (
-        trio_asyncio.open_loop(),
-        open_store([etcd.endpoint], timeout_s=TIMEOUT_S) as store,
-        open_store([etcd.endpoint], timeout_s=TIMEOUT_S) as second,
-    ):
+async def test_stores_of_two_runs_at_once(etcd: EtcdProcess) -> None:
+    """No loop is asked for, and none is in the way: grpc.aio could serve one alone."""
+
+    async def another() -> None:
+        async with open_store([etcd.endpoint], timeout_s=TIMEOUT_S) as store:
+            await store.commit(PUT)
+
+    async with bounded(TIMEOUT_S), open_store([etcd.endpoint], timeout_s=TIMEOUT_S) as store:
+        await trio.to_thread.run_sync(trio.run, another)
         await store.commit(PUT)
-        await second.commit(PUT)
+
+
+async def test_calls_under_way_take_no_threads(fragile_etcd: EtcdProcess) -> None:
+    """Two thousand of them; and all are told when the store is closed."""
+    told = 0
+
+    async def read(store: EtcdStore) -> None:
+        nonlocal told
+        with pytest.raises(StoreUnavailableError, match="the connection was closed"):
+            await store.range(b"a")
+        told += 1
+
+    opening = open_store([fragile_etcd.endpoint], timeout_s=60)
+    async with bounded(TIMEOUT_S), trio.open_nursery() as nursery, opening as store:
+        fragile_etcd.pause()
+        before = threading.active_count()
+        for _ in range(2000):
+            nursery.start_soon(read, store)
+        await trio.testing.wait_all_tasks_blocked()
+        assert threading.active_count() <= before + 1
+    assert told == 2000
 
 
 # --- failing --------------------------------------------------------------------------------

@@ -109,8 +109,8 @@ class Child:
 
     def __init__(self, function: Callable[[], Any]) -> None:
         self._reader, writer = os.pipe()
-        # The child must not collect the parent's garbage: what grpc.aio left waits there, in a
-        # loop without end, for threads that only the parent has.
+        # The child must not collect the parent's garbage: what gRPC left there waits for threads
+        # that only the parent has.
         with _no_collections(), warnings.catch_warnings():
             # Python 3.12 warns of threads: the child touches nothing of theirs.
             warnings.simplefilter("ignore", DeprecationWarning)
