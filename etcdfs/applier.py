@@ -199,6 +199,13 @@ class Applier:
         self._begin()
         await batch.over.wait()
 
+    def adopt(self, revision: int) -> None:
+        """Go on with a tree that was made anew; nothing else is under way."""
+        self._is_broken = False
+        self._switch.relisted()
+        self.revision = revision
+        self._wake()
+
     async def idle(self) -> None:
         """Return when all that was taken is visible, or has failed."""
         while self._now is not None or self._waiting:
@@ -288,13 +295,17 @@ class Applier:
     def _finish(self, batch: _Batch) -> None:
         self._now = None
         batch.over.set()
-        self._advanced.set()
-        self._advanced = trio.Event()
+        self._wake()
         if self._waiting:  # in the next turn of the loop: others have waited long enough
             trio.lowlevel.current_trio_token().run_sync_soon(self._begin)
 
+    def _wake(self) -> None:
+        self._advanced.set()
+        self._advanced = trio.Event()
+
     def _fail(self, batch: _Batch) -> None:
         self._switch.tree.switching.clear()
+        self._switch.tree.doubtful = True  # it may have been half-way
         self._waiting = deque(other for other in self._waiting if other.is_closed)
         self._is_broken = True
         self._finish(batch)

@@ -41,6 +41,7 @@ from etcdfs.audited import (
     expected_of,
     holder_of,
     is_as,
+    is_hollow,
 )
 from etcdfs.contents import Contents
 from etcdfs.errors import StoreError, StorePermissionError
@@ -120,6 +121,7 @@ class _Audit:
     seen: set[object] = field(default_factory=set)
     changed: set[bytes] = field(default_factory=set)
     suspects: dict[bytes, Expected] = field(default_factory=dict)
+    hollow: list[bytes] = field(default_factory=list)
     is_waiting: bool = False
     is_void: bool = False
 
@@ -198,6 +200,10 @@ class Auditor:
             self._hurry.set()
         self._dropped = dropped
 
+    def hurry(self) -> None:
+        """Have an audit made soon."""
+        self._hurry.set()
+
     # --- auditing ---------------------------------------------------------------------------
 
     async def run(
@@ -222,6 +228,9 @@ class Auditor:
             except StoreError as exc:
                 self._failed += 1
                 log.info("etcd could not be audited against: %s", exc)
+            except Exception:  # the border of this task, as the handlers have theirs
+                self._failed += 1
+                log.exception("an audit failed; this is a bug of etcdfs")
             else:
                 if verdict.differing:
                     doubt(_sentence(verdict))
@@ -338,6 +347,15 @@ class Auditor:
                 if key is not None:
                     self._suspect_ghost(audit, key, facts)
             await _let_others(audit)
+        for directories in self._held.directories():
+            audit.hollow += [
+                b"/".join(self._tree.names(directory))
+                for directory in directories
+                if is_hollow(self._tree, directory)
+            ]
+            await _let_others(audit)
+        if audit.hollow:  # no event would take it away, and no listing would name it
+            self._tree.doubtful = True
 
     def _suspect_ghost(self, audit: _Audit, key: bytes, facts: Facts) -> None:
         if facts.mod_revision <= audit.revision and key not in audit.changed:
@@ -376,7 +394,7 @@ class Auditor:
                 if key in audit.suspects and not agrees(self._tree, self._contents, key, expected):
                     convicted.append(key)
             await _let_others(audit)
-        return [key for key in convicted if key in audit.suspects]
+        return [key for key in convicted if key in audit.suspects] + audit.hollow
 
 
 def difference(

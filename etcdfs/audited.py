@@ -11,6 +11,7 @@ Concurrency: trio thread. Between two slices anything may change.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Final, Protocol, final
 
 from etcdfs.contents import Contents
@@ -46,6 +47,10 @@ class Audited(Protocol):
 
     def key_of(self, holder: Holder) -> bytes | None:
         """Return the key that somebody stands for now; None if he is gone."""
+        ...
+
+    def directories(self) -> Iterator[Sequence[Directory]]:
+        """Iterate over all directories, a slice at a time."""
         ...
 
 
@@ -87,6 +92,12 @@ class HeldKeys:
         # A marker's value: its directory counts.
         return None if holder.name == MARKER_NAME else self._tree.key_of(holder)
 
+    def directories(self) -> Iterator[Sequence[Directory]]:
+        """See `Audited`."""
+        found = self._tree.directories()
+        while some := list(islice(found, SLICE)):
+            yield some
+
 
 @final
 class HeldSides:
@@ -109,6 +120,10 @@ class HeldSides:
         """See `Audited`."""
         return holder if isinstance(holder, bytes) else None
 
+    def directories(self) -> Iterator[Sequence[Directory]]:
+        """See `Audited`: there are none."""
+        yield from ()
+
 
 def _sliced(
     found: Sequence[tuple[Holder, Facts]],
@@ -126,6 +141,16 @@ def holder_of(tree: Tree, key: bytes) -> Holder | None:
         return key if find_facts(tree, key) is not None else None
     found = tree.find(key)
     return None if found is None else found[0]
+
+
+def is_hollow(tree: Tree, directory: Directory) -> bool:
+    """Tell whether nothing keeps a directory: no key of its own, and none below it."""
+    return (
+        directory is not tree.root
+        and directory.marker is None
+        and not directory.children
+        and tree.is_attached(directory)
+    )
 
 
 def is_as(tree: Tree, contents: Contents, entry: KeyValue) -> bool:

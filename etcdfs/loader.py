@@ -23,6 +23,11 @@ def load(tree: Tree, entries: Iterable[KeyValue]) -> None:
     _Loader(tree).load(entries)
 
 
+def directory_at(tree: Tree, names: tuple[bytes, ...]) -> Directory:
+    """Return the directory at a path; it is made if it is not there, and nobody is told."""
+    return _Loader(tree).walk(names)
+
+
 class _Loader:
     """Builds the tree from sorted keys; neighbours share their directory."""
 
@@ -57,9 +62,9 @@ class _Loader:
             return
         names, is_marker = self._tree.keyspace.locate(entry.key)
         if is_marker:
-            self._mark(self._walk(names), entry)
+            self._mark(self.walk(names), entry)
             return
-        self._directory = self._walk(names[:-1])
+        self._directory = self.walk(names[:-1])
         self._place(self._directory, names[-1], facts_of(entry))
         if is_plain(name) and name == names[-1]:
             self._stem = stem
@@ -83,7 +88,8 @@ class _Loader:
         file.name = name
         directory.children[name] = file
 
-    def _walk(self, names: tuple[bytes, ...]) -> Directory:
+    def walk(self, names: tuple[bytes, ...]) -> Directory:
+        """Return the directory at a path, made if it is not there."""
         directory = self._tree.root
         for name in names:
             child = directory.children.get(name)

@@ -32,10 +32,11 @@ from etcdfs.letting import KernelCache
 from etcdfs.link import UNLIMITED, Link
 from etcdfs.loader import load
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
+from etcdfs.rebuild import rebuild
 from etcdfs.replica import Replica, State
-from etcdfs.sidekeys import is_side_key
+from etcdfs.sidekeys import is_side_key, owner_of
 from etcdfs.sidemirror import SideMirror
-from etcdfs.sides import dress
+from etcdfs.sides import dress, side_of
 from etcdfs.steps import (
     Apply,
     BackOff,
@@ -161,6 +162,7 @@ class Mirror:
         self.replica: Replica | None = None
         self._is_restored = False
         self._staged: dict[bytes, KeyValue] = {}
+        self._fresh: Tree | None = None  # what is listed, if the tree has to be made anew
         self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
         self._ahead = 0
@@ -281,27 +283,41 @@ class Mirror:
         async with aclosing(self._watching):
             steps = replica.start()
             while True:
-                message: Message | None = None
-                match steps:
-                    case (Stage() as stage, Read() as read):
-                        message = await self._stage_and_read_on(stage, read, progress)
-                    case _:
-                        for step in steps:
-                            message = await self._carry_out(step, progress)
-                if self._is_restored:
-                    task_status.started()
-                    task_status = trio.TASK_STATUS_IGNORED
-                steps = replica.receive(message or await self._watching.receive())
+                try:
+                    message = await self._carry_out_all(steps, progress)
+                    if self._is_restored:
+                        task_status.started()
+                        task_status = trio.TASK_STATUS_IGNORED
+                    steps = replica.receive(message or await self._watching.receive())
+                except Exception as exc:
+                    if not self._is_restored:
+                        raise
+                    # The border of this task, as the handlers have theirs: the mount goes on.
+                    log.exception("following etcd went wrong; this is a bug of etcdfs")
+                    steps = replica.restart(f"what came could not be taken in: {exc!r}")
                 self._note(replica)
 
     def _note(self, replica: Replica) -> None:
         """Tell the others whether the watch is confirmed, and can be believed."""
-        self.link.turn(connected=replica.state is State.WATCHING)
-        self.auditor.note(connected=replica.state is State.WATCHING, dropped=replica.dropped)
+        connected = replica.state is State.WATCHING and not self.switch.tree.doubtful
+        self.link.turn(connected=connected)
+        self.auditor.note(connected=connected, dropped=replica.dropped)
 
     def doubt(self, reason: str) -> None:
         """Have everything listed again: what is here is not what etcd has."""
         self._watching.tell(Doubted(reason))
+
+    async def _carry_out_all(
+        self, steps: tuple[Step, ...], progress: Callable[[int, int], None]
+    ) -> Message | None:
+        match steps:
+            case (Stage() as stage, Read() as read):
+                return await self._stage_and_read_on(stage, read, progress)
+            case _:
+                message: Message | None = None
+                for step in steps:
+                    message = await self._carry_out(step, progress)
+                return message
 
     async def _carry_out(self, step: Step, progress: Callable[[int, int], None]) -> Message | None:
         match step:
@@ -310,6 +326,8 @@ class Mirror:
             case Stage():
                 await self._stage(step, progress)
             case Restore(revision):
+                if self.switch.tree.doubtful and self._fresh is None:
+                    return Doubted("the listing was made before the tree was found to be wrong")
                 return await self._try_to_apply(self._restore(revision))
             case Apply(events):
                 self.auditor.saw(events)
@@ -389,9 +407,12 @@ class Mirror:
         if stage.first:
             self._staged.clear()
             self._staged_keys = self._staged_bytes = 0
+            self._fresh = None
             if not self._is_restored:
                 self.switch.tree.clear()
                 self._loaded.clear()
+            elif self.switch.tree.doubtful:
+                self._fresh = self._make_tree()
         for start in range(0, len(stage.entries), STAGE_SIZE):
             self._stage_some(stage.entries[start : start + STAGE_SIZE])
             await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
@@ -414,6 +435,9 @@ class Mirror:
     def _stage_some(self, entries: tuple[KeyValue, ...]) -> None:
         self._staged_keys += len(entries)
         self._staged_bytes += sum(map(len, map(_VALUE, entries)))
+        if self._fresh is not None:
+            load(self._fresh, entries)
+            return
         if self._is_restored:
             self._staged.update((entry.key, entry) for entry in entries)
             return
@@ -428,12 +452,47 @@ class Mirror:
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
             return
         await self._applier.idle()
+        if self._fresh is not None:
+            await self._make_anew(self._fresh, revision)
+            return
         events = difference(self.switch.tree, self._contents, self._staged, revision)
         self._staged.clear()
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
         self.switch.relisted()
         await self._applier.replace((*events, *await self._sides_of(events)), revision)
+
+    def _make_tree(self) -> Tree:
+        """Return an empty tree that may take the place of the one there is."""
+        tree = self.switch.tree
+        fresh = Tree(tree.keyspace, tree.clock, complete=True, attributes=tree.attributes)
+        fresh.numbers = tree.numbers
+        return fresh
+
+    async def _make_anew(self, fresh: Tree, revision: Revision) -> None:
+        """Take over a listing as it is: of the tree there is nothing is believed.
+
+        Raises:
+            StoreError: The attributes of keys could not be read.
+        """
+        tree = self.switch.tree
+        sides: Sequence[Event] = ()
+        if self.sides is not None:
+            keys = ((key, facts) for key, facts in fresh.facts() if tree.find(key) is None)
+            sides = await self._sides_of([KeyValue(key, b"", *facts[:4]) for key, facts in keys])
+        await self._letting.first(tree.told(), timeout_s=self._settle_timeout_s)
+        # checkpoint: the tree may be another, and is not believed either; nothing is cached of it
+        if self.sides is not None:
+            fresh.sides = tree.sides
+            for side in sides:
+                if isinstance(side, KeyValue):
+                    fresh.sides[owner_of(side.key)] = side_of(side)
+        dress(fresh)
+        rebuild(tree, fresh)
+        self._fresh = None
+        self._applier.adopt(revision)
+        self.auditor.hurry()
+        log.info("the tree was made anew at revision %d", revision)
 
     # --- applying ---------------------------------------------------------------------------
 

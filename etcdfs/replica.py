@@ -246,6 +246,11 @@ class Replica:
             case _:
                 assert_never(message)
 
+    def restart(self, reason: str) -> tuple[Step, ...]:
+        """List everything again, whatever was under way: carrying out a step went wrong."""
+        self._counts["doubts"] += 1
+        return self._relist(reason)
+
     def statistics(self) -> ReplicaStatistics:
         """Count what has happened."""
         counts = {name: self._counts[name] for name in _COUNTED}

@@ -125,17 +125,24 @@ class SideMirror:
         async with aclosing(self._watching):
             steps = replica.start()
             while self._tree.attributes:
-                message: Message | None = None
-                for step in steps:
-                    message = await self._carry_out(step)
-                if self._is_restored:
-                    task_status.started()
-                    task_status = trio.TASK_STATUS_IGNORED
-                if self._tree.attributes:
-                    steps = replica.receive(message or await self._watching.receive())
-                    connected = replica.state is State.WATCHING
-                    self._link.turn(connected=connected)
-                    self.auditor.note(connected=connected, dropped=replica.dropped)
+                try:
+                    message: Message | None = None
+                    for step in steps:
+                        message = await self._carry_out(step)
+                    if self._is_restored:
+                        task_status.started()
+                        task_status = trio.TASK_STATUS_IGNORED
+                    if self._tree.attributes:
+                        steps = replica.receive(message or await self._watching.receive())
+                except Exception as exc:
+                    if not self._is_restored:
+                        raise
+                    # The border of this task, as the handlers have theirs: the mount goes on.
+                    log.exception("following the side keys went wrong; this is a bug of etcdfs")
+                    steps = replica.restart(f"what came could not be taken in: {exc!r}")
+                connected = replica.state is State.WATCHING
+                self._link.turn(connected=connected)
+                self.auditor.note(connected=connected, dropped=replica.dropped)
         task_status.started()
 
     async def reached(self, revision: int) -> None:

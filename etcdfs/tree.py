@@ -100,6 +100,8 @@ class Tree:
         # all are told for the same time.
         self._negatives: OrderedDict[Entry, int] = OrderedDict()
         self.switching: set[Cached] = set()
+        # Whether something went wrong with the tree, so that it must be made anew (`take_over`).
+        self.doubtful = False
         # Directories of which the kernel may have older names for as long as somebody holds their
         # lock; None: all of them. What it asks of one meanwhile, it must not keep.
         self.stuck: set[Inode | None] = set()
@@ -231,7 +233,8 @@ class Tree:
 
     def may_cache(self, what: Cached) -> bool:
         """Return whether an answer about `what` may be cached by the kernel."""
-        return self.complete and what not in self.switching and not self._is_stuck(what)
+        is_sure = self.complete and not self.doubtful
+        return is_sure and what not in self.switching and not self._is_stuck(what)
 
     def _is_stuck(self, what: Cached) -> bool:
         entry = what if isinstance(what, Entry) else what.within
@@ -373,6 +376,28 @@ class Tree:
         self.root.subdirectories = 0
         self.root.marker = None
         self.sides.clear()
+
+    def take_over(self, fresh: "Tree") -> None:
+        """Become what another tree is, at once, once the kernel was told to forget everything."""
+        self.stand_in(self.root, fresh.root)
+        self.sides = fresh.sides
+        self._negatives.clear()
+        self.switching.clear()
+        self.doubtful = False
+
+    def stand_in(self, node: Node, there: Node) -> None:
+        """Put a node in the place of one of its kind, with what that one has."""
+        node.side = there.side
+        if isinstance(node, Directory) and isinstance(there, Directory):
+            node.children = there.children
+            node.subdirectories = there.subdirectories
+            node.marker = there.marker
+            for child in node.children.values():
+                child.directory = node
+        if there.directory is not None:
+            node.directory = there.directory
+            node.name = there.name
+            node.directory.children[node.name] = node
 
     def facts(self, top: Directory | None = None) -> Iterator[tuple[bytes, Facts]]:
         """Iterate over all keys of the tree, markers included, and what is known of each.

@@ -600,3 +600,101 @@ async def test_keyspace_of_several_pages(autojump_clock: MockClock, store: FakeS
         names = await mount.kernel.listdir((b"d",))
         assert names == [b"%03d" % i for i in range(100) if i != 50]
         assert mount.mirror.statistics().listed_keys == 99
+
+
+# --- a tree that cannot be believed ---------------------------------------------------------
+
+BROKEN = "a batch could not be applied; this is a bug of etcdfs"
+WRONG = "following etcd went wrong; this is a bug of etcdfs"
+
+
+@pytest.mark.expect_log(AGAIN, BROKEN)
+@pytest.mark.parametrize("calls_before", [0, 3, 6])
+async def test_a_publish_that_fails_half_way_leaves_nothing_of_itself(
+    autojump_clock: MockClock,
+    store: FakeStore,
+    monkeypatch: pytest.MonkeyPatch,
+    calls_before: int,
+) -> None:
+    names = (b"a", b"b", b"c")
+    for name in names:
+        store.put_now(b"/d/" + name, b"1")
+        store.put_now(b"/gone/" + name, b"1")
+    store.put_now(b"/same/f", b"1")
+    async with open_mount(store) as mount:
+        same = await mount.kernel.stat((b"same", b"f"))
+        above = await mount.kernel.stat((b"d",))
+        opened = await mount.kernel.open((b"same", b"f"), os.O_RDONLY)
+        old = await mount.kernel.open((b"gone", b"b"), os.O_RDONLY)
+        draft = await mount.kernel.open((b"d", b"new"), os.O_WRONLY | os.O_CREAT)
+        await mount.kernel.write(draft, 0, b"mine")
+        with pytest.raises(FileNotFoundError):
+            await mount.kernel.stat((b"d", b"missing"))
+        tree, left = mount.tree, iter(range(calls_before))
+        detach = tree.detach
+
+        def failing(*args: object, **kwargs: object) -> object:
+            if next(left, None) is None:
+                monkeypatch.undo()
+                raise RecursionError("planted")
+            return detach(*args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(tree, "detach", failing)
+        changed = [Put(b"/d/" + name, b"2") for name in names]
+        gone = Delete(b"/gone/", b"/gone0")
+        store.commit_now(Transaction((), (*changed, Put(b"/d/missing", b"2"), gone)))
+        with trio.fail_after(BOUND_S):
+            await mount.mirror.reached(store.revision)
+        await quiet(mount)
+        assert await mount.kernel.listdir(()) == [b"d", b"same"]
+        for name in (*names, b"missing"):
+            assert await content(mount, (b"d", name)) == b"2"
+        assert (await mount.kernel.stat((b"same", b"f"))).inode == same.inode
+        assert (await mount.kernel.stat((b"d",))).inode == above.inode
+        assert await mount.kernel.read(opened) == b"1"
+        for handle in (opened, old):
+            await mount.kernel.close(handle)
+        await mount.kernel.close(draft)
+        assert store.current(b"/d/new") is not None
+        store.put_now(b"/gone/b", b"3")
+        await quiet(mount)
+        assert await content(mount, (b"gone", b"b")) == b"3"
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_an_audit_finds_a_directory_that_nothing_keeps(
+    autojump_clock: MockClock, store: FakeStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.put_now(b"/d/f", b"1")
+    async with open_mount(store, audit_interval_s=10.0) as mount:
+        tree = mount.tree
+        tree.attach(tree.root, b"ghost", tree.new_directory())
+        assert await mount.kernel.listdir(()) == [b"d", b"ghost"]
+        await trio.sleep(20.0)
+        assert await mount.kernel.listdir(()) == [b"d"]
+        await quiet(mount)
+        await trio.sleep(20.0)
+        assert mount.mirror.auditor.statistics().differing == 1
+        assert not tree.doubtful
+
+
+@pytest.mark.expect_log(AGAIN, WRONG)
+async def test_whatever_goes_wrong_with_what_comes_the_mirror_goes_on(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_now(b"/f", b"1")
+    async with open_mount(store) as mount:
+        replica = mount.mirror.replica
+        assert replica is not None
+        receive, calls = replica.receive, iter(range(1))
+
+        def failing(*args: object) -> object:
+            if next(calls, None) is not None:
+                raise ValueError("planted")
+            return receive(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(replica, "receive", failing)
+        store.put_now(b"/f", b"2")
+        with trio.fail_after(BOUND_S):
+            await mount.mirror.reached(store.revision)
+        assert await content(mount, (b"f",)) == b"2"
