@@ -65,7 +65,7 @@ from etcdfs.flags import (
     WatchTimeout,
 )
 from etcdfs.handshake import Failed, Handover, LogSettings, Ready
-from etcdfs.logs import LEVELS
+from etcdfs.logs import LEVELS, Formatter, open_log
 from etcdfs.mountpoint import prepare, resolve, unmount
 from etcdfs.option_text import (
     LOGGING,
@@ -75,6 +75,7 @@ from etcdfs.option_text import (
     parse_seconds,
     read_options,
 )
+from etcdfs.printable import printable
 from etcdfs.security_text import FILES, OFF, ON, SECURITY
 from etcdfs.spawn import Spawned
 
@@ -257,7 +258,7 @@ def _outside(mountpoint: str, name: str, text: str) -> str:
         path = Path(text).absolute()
     except OSError as exc:
         raise UsageError(f"--{name} {text}: no current directory: {exc.strerror}") from None
-    if path.is_relative_to(mountpoint):
+    if path.is_relative_to(mountpoint) or Path(os.path.realpath(path)).is_relative_to(mountpoint):
         raise UsageError(f"--{name} {text} is inside the mountpoint")
     return str(path)
 
@@ -267,8 +268,7 @@ def _log_file(texts: Mapping[str, str]) -> str | None:
     if file is None:
         return None
     try:
-        # O_NONBLOCK: a FIFO would wait for a reader.
-        fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o666)
+        fd = open_log(file)
     except OSError as exc:
         raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
     with os.fdopen(fd, "wb"):
@@ -287,7 +287,9 @@ def run(arguments: Sequence[str], early: Spawned | None = None) -> int:
         arguments: What follows the program's name.
         early: A daemon that was started because one seemed to be wanted; ended if it is not.
     """
-    logging.basicConfig(format="etcdfs: %(message)s", level=logging.WARNING)
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(Formatter("etcdfs: %(message)s"))
+    logging.basicConfig(handlers=[to_stderr], level=logging.WARNING)
     spelt_out = original_form(list(arguments)) or ["--help"]
     try:
         if has_empty_operand(spelt_out):
@@ -312,7 +314,7 @@ def main() -> NoReturn:
 def _say(message: str, exit_code: int) -> int:
     """Say what went wrong in one line, whatever the message was made of; return the status."""
     with contextlib.suppress(OSError):  # nobody can read it; the status still tells
-        sys.stderr.write(f"etcdfs: {' '.join(message.split())}\n")
+        sys.stderr.write(f"etcdfs: {printable(' '.join(message.split()))}\n")
     return exit_code
 
 

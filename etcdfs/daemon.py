@@ -25,6 +25,7 @@ from etcdfs.handshake import (
     hand_over,
     read_reports,
     send_handover,
+    waiting_line,
 )
 from etcdfs.mountpoint import clear_dead
 from etcdfs.processes import has_ended
@@ -141,9 +142,9 @@ def _await_word(reports: BinaryIO) -> Ready | Failed | None:
             match report:
                 case Progress():
                     line.show(report)
-                case Waiting(reason=reason, left_s=left_s):
+                case Waiting():
                     line.close()
-                    sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
+                    sys.stderr.write(waiting_line(report))
                 case Ready() | Failed():
                     return report
     return None

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, final
 
 from etcdfs.options import MountOptions, decode_options, encode_options
+from etcdfs.printable import printable
 
 _QUEUED_MAX: Final = 32 * 1024
 """Bytes that may wait in the status pipe before progress is dropped.
@@ -262,15 +263,20 @@ class TerminalReporter:
             _print(report)
 
 
+def waiting_line(report: Waiting) -> str:
+    """Return what a person reads while etcd does not answer."""
+    return f"etcdfs: waiting for etcd ({report.left_s:.0f} s left): {printable(report.reason)}\n"
+
+
 def _print(report: Report) -> None:
     match report:
         case Ready(client_url=str(url)):
             sys.stdout.write(f"{url}\n")
             sys.stdout.flush()
         case Failed(message=message):
-            sys.stderr.write(f"etcdfs: {message}\n")
-        case Waiting(reason=reason, left_s=left_s):
-            sys.stderr.write(f"etcdfs: waiting for etcd ({left_s:.0f} s left): {reason}\n")
+            sys.stderr.write(f"etcdfs: {printable(message)}\n")
+        case Waiting():
+            sys.stderr.write(waiting_line(report))
         case Ready() | Progress():
             return
 
@@ -291,9 +297,9 @@ def _service_state(report: Report) -> str:
         case Progress(keys=keys):
             return f"STATUS=Loading: {keys} keys\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
         case Waiting(reason=reason):
-            return f"STATUS=Waiting: {reason}\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
+            return f"STATUS=Waiting: {printable(reason)}\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
         case Failed(message=message):
-            return f"STATUS={' '.join(message.split())}"
+            return f"STATUS={printable(' '.join(message.split()))}"
 
 
 def _notify(address: str, state: str) -> None:

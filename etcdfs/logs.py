@@ -3,10 +3,13 @@
 What this room knows: the three places a log can go to. What it must not know: who logs what.
 
 * `--log-file FILE`: appended to; reopened when logrotate moves it away. What cannot be written
-  is lost.
+  is lost. It is made for its owner alone: it names files of directories that others may not read.
 * in the foreground: stderr, where systemd and container engines expect it. What whoever reads it
   leaves unread is lost, and counted.
 * in the background: syslog (the journal under systemd), if there is one; else nowhere.
+
+What is logged may be anybody's text, so that it is made printable, and each line of a traceback
+begins with blanks: nobody can write a line of their own.
 
 Concurrency: handlers are called on any thread, under their own locks. None of them waits for
 another process: a daemon that waits for its own log can hang every user of the mount.
@@ -14,16 +17,19 @@ another process: a daemon that waits for its own log can hang every user of the 
 
 import contextlib
 import logging
-import logging.handlers
 import os
 import queue
 import socket
 import sys
 import threading
+import time
 import traceback
-from typing import Final, final
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, final
 
 from etcdfs.handshake import LogSettings
+from etcdfs.printable import printable
 
 LEVELS: Final = ("debug", "info", "warning", "error")
 
@@ -31,6 +37,15 @@ _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SYSLOG_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"  # syslog adds the time
 _SYSLOG_SOCKET: Final = "/dev/log"
 _STDERR: Final = 2
+
+_FILE_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+_FILE_MODE: Final = 0o600
+_INDENT: Final = "    "
+
+LOOK_S: Final = 0.5
+"""How long a record waits to hear whether the log file is still in its place."""
+LOOK_PAUSE_S: Final = 1.0
+"""How long nobody looks where the log file's place has come to be inside the mount."""
 
 LINES_MAX: Final = 1000
 """Records that wait for whoever reads stderr; more are lost."""
@@ -49,13 +64,34 @@ def setup_logging(settings: LogSettings, *, foreground: bool) -> None:
     root = logging.getLogger()
     root.setLevel(settings.level.upper())
     root.addHandler(_handler(settings, foreground=foreground))
+    sys.excepthook = _say_last_words
     if settings.file is not None and not foreground:
         _connect_output(settings.file)
 
 
+def keep_out_of(device: int) -> None:
+    """Never open a log file on a file system, this process' own: it would wait for itself.
+
+    Args:
+        device: As `st_dev` has it.
+    """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, LogFileHandler):
+            handler.avoided = device
+
+
+def open_log(file: str | Path) -> int:
+    """Open a log file to append to.
+
+    Raises:
+        OSError: It cannot be.
+    """
+    return os.open(file, _FILE_FLAGS, _FILE_MODE)
+
+
 def _connect_output(file: str) -> None:
     """Send what is written past the log, such as the last words of a crash, to its file, too."""
-    fd = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    fd = open_log(file)
     os.dup2(fd, 1)
     os.dup2(fd, 2)
     os.close(fd)
@@ -64,38 +100,146 @@ def _connect_output(file: str) -> None:
 def _handler(settings: LogSettings, *, foreground: bool) -> logging.Handler:
     handler: logging.Handler
     if settings.file is not None:
-        handler = LogFileHandler(settings.file, errors="backslashreplace")
+        handler = LogFileHandler(Path(settings.file))
     elif foreground:
         handler = StderrHandler()
     else:
         handler = SyslogHandler(_SYSLOG_SOCKET)
-        handler.setFormatter(logging.Formatter(_SYSLOG_FORMAT))
+        handler.setFormatter(Formatter(_SYSLOG_FORMAT))
         return handler
-    handler.setFormatter(logging.Formatter(_FORMAT))
+    handler.setFormatter(Formatter(_FORMAT))
     return handler
 
 
 @final
-class LogFileHandler(logging.handlers.WatchedFileHandler):
+class Formatter(logging.Formatter):
+    """Makes a record printable: one line, and the indented ones of a traceback."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return all of it, whatever another handler has made of its traceback."""
+        record.exc_text = None
+        return super().format(record)
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 -- logging's name
+        """Return the one line."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: ANN401, N802 -- of logging, too
+        """Return the traceback; the texts of exceptions in it may be anybody's."""
+        return _printable_lines(super().formatException(ei))
+
+
+def _printable_lines(text: str) -> str:
+    return "\n".join(_INDENT + printable(line) for line in text.split("\n"))
+
+
+def _say_last_words(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print what ends the process, as Python does, but printable."""
+    lines = "".join(traceback.format_exception(kind, error, trace)).rstrip("\n")
+    sys.stderr.write(f"{_printable_lines(lines)}\n")
+
+
+class _InsideError(OSError):
+    """The log file's path leads into the mount."""
+
+
+@final
+class LogFileHandler(logging.Handler):
     """Appends each record to a file, and opens it again when it was moved away, or loses it.
 
-    Its base class raises when the file cannot be opened again (the directory was removed, the
-    disk is gone or full): whoever logs would get that error, and a mount would end by it.
+    A thread of its own follows the path, which may come to lead anywhere: into the mount, so that
+    who serves that would wait for himself, or into a network file system that does not answer. A
+    record waits a moment for what it finds, but no longer once it did so in vain.
+
+    Attributes:
+        avoided: Of which device no file is to be opened.
     """
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Write one record; the file is tried anew with each."""
-        with contextlib.suppress(OSError):
-            super().emit(record)
+    def __init__(self, path: Path) -> None:
+        """Open the file.
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 -- logging's name
-        """Lose a record quietly that the disk has no room for.
-
-        The traceback that logging would print goes to the same file.
+        Raises:
+            OSError: It cannot be opened.
         """
-        error = sys.exception()
-        if not isinstance(error, OSError):
-            super().handleError(record)
+        super().__init__()
+        self.avoided: int | None = None
+        self._path = path
+        self._fd: int | None = open_log(path)
+        self._is_patient = True
+        self._looks = False
+        self._looks_from = 0.0
+        self._questions: queue.SimpleQueue[tuple[int | None] | None] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[int | _InsideError | None] = queue.SimpleQueue()
+        threading.Thread(target=self._look_out, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record; the file is looked for anew with each."""
+        try:
+            line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        except Exception:  # noqa: BLE001 - logging's own rule: a wrong call must not end anything
+            self.handleError(record)
+            return
+        self._look()
+        with contextlib.suppress(OSError):  # there is no room on the disk
+            if self._fd is not None:
+                os.write(self._fd, line)
+
+    def close(self) -> None:
+        """Close the file and end the thread."""
+        self._questions.put(None)
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+        super().close()
+
+    def _look(self) -> None:
+        """Have the thread look for the file, and take what it has found."""
+        if not self._looks:
+            if time.monotonic() < self._looks_from:
+                return
+            self._looks = True
+            self._questions.put((self._fd,))
+        try:
+            found = self._answers.get(timeout=LOOK_S if self._is_patient else 0)
+        except queue.Empty:
+            self._is_patient = False
+            return
+        self._looks = False
+        if isinstance(found, _InsideError):
+            self._looks_from = time.monotonic() + LOOK_PAUSE_S
+            found = None
+        else:
+            self._is_patient = True
+        if self._fd is not None and found != self._fd:
+            os.close(self._fd)
+        self._fd = found
+
+    # --- on the thread ----------------------------------------------------------------------
+
+    def _look_out(self) -> None:
+        while (question := self._questions.get()) is not None:
+            try:
+                found = question[0] if self._is_in_place(question[0]) else self._reopen()
+            except _InsideError as exc:
+                self._answers.put(exc)
+            except OSError:
+                self._answers.put(None)
+            else:
+                self._answers.put(found)
+
+    def _is_in_place(self, fd: int | None) -> bool:
+        try:
+            return fd is not None and os.path.samestat(os.fstat(fd), self._path.stat())
+        except FileNotFoundError:
+            return False
+
+    def _reopen(self) -> int:
+        directory = Path(os.path.realpath(self._path)).parent
+        if directory.stat().st_dev == self.avoided:
+            raise _InsideError
+        return open_log(self._path)
 
 
 @final

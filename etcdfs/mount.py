@@ -62,7 +62,7 @@ from etcdfs.handshake import (
 )
 from etcdfs.kernel import KernelCache, is_in_kernel
 from etcdfs.keys import Keyspace
-from etcdfs.logs import setup_logging
+from etcdfs.logs import keep_out_of, setup_logging
 from etcdfs.mirror import Mirror
 from etcdfs.mountpoint import (
     SUBTYPE,
@@ -265,6 +265,7 @@ def _found_by_name(mountpoint: str) -> Mounted | None:
     mounted = find_mounted(mountpoint)
     if mounted is not None:
         take_name(mounted.device)
+        keep_out_of(os.makedev(*map(int, mounted.device.split(":"))))
     return mounted
 
 

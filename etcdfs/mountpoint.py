@@ -124,20 +124,27 @@ def resolve(path: str) -> str:
     """
     try:
         return _resolve(Path(path))
-    except RuntimeError:  # pathlib's, up to Python 3.12
-        why = os.strerror(errno.ELOOP)
     except OSError as exc:
-        why = exc.strerror or str(exc)
-    raise MountpointMissingError(f"the mountpoint {path} cannot be reached: {why}")
+        raise MountpointMissingError(
+            f"the mountpoint {path} cannot be reached: {exc.strerror}"
+        ) from None
 
 
 def _resolve(given: Path) -> str:
     # `..` cannot be left for later: it means the parent of what a symbolic link points to.
     if given.name not in {"", ".."}:
-        lexical = str(given.parent.resolve() / given.name)
+        lexical = str(Path(_real(given.parent)) / given.name)
         if find_mounted(lexical) is not None:
             return lexical
-    return str(given.resolve())
+    return _real(given)
+
+
+def _real(path: Path) -> str:
+    """Return a path without links; a loop is an error in every Python, what is missing is not."""
+    try:
+        return os.path.realpath(path, strict=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return os.path.realpath(path)
 
 
 # --- before mounting ------------------------------------------------------------------------

@@ -355,7 +355,7 @@ def parse_option_list(text: str) -> OptionList:
         dashed = name.replace("_", "-")
         valued = bool(equals) and dashed in VALUED
         if name in _REFUSED:
-            raise UsageError(f"-o {option} is refused: {_REFUSED[name]}")
+            raise UsageError(f"-o {name} is refused: {_REFUSED[name]}")
         if name in _KERNEL_VALUED if equals else name in _KERNEL:
             fuse_options.append(option)
         elif (name in _IGNORED and not valued) or name.startswith(("x-", "X-")):
@@ -370,7 +370,8 @@ def parse_option_list(text: str) -> OptionList:
             both = dashed == "endpoints" and dashed in texts
             texts[dashed] = f"{texts[dashed]},{value}" if both else value
         else:
-            raise UsageError(f"-o {option} is refused: {_why_unknown(dashed, bool(equals))}")
+            # Its value is not repeated: it may be a password, misspelt.
+            raise UsageError(f"-o {name} is refused: {_why_unknown(dashed, bool(equals))}")
     return OptionList(texts=texts, fuse_options=tuple(dict.fromkeys(fuse_options)))
 
 

@@ -254,6 +254,43 @@ def test_b64_a_log_that_is_gone_does_not_end_the_mount(
     umount(mnt)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_b64_a_log_whose_path_comes_to_lead_into_the_mount(
+    shared_etcd: EtcdProcess, mnt: Path, home: Path, mode: str
+) -> None:
+    def point_to(target: Path) -> None:
+        (home / "new").symlink_to(target)
+        (home / "new").rename(home / "logs")
+
+    (home / "elsewhere").mkdir()
+    point_to(home / "elsewhere")
+    options = ("--log-file", str(home / "logs" / "log"), "--log-level", "debug", mode)
+    mount(mnt, "--endpoints", shared_etcd.client_url, *options)
+    daemon = find_daemon(str(mnt))
+    assert daemon is not None
+    watchdog = threading.Timer(_TIMEOUT_S, os.kill, (daemon, signal.SIGKILL))
+    watchdog.start()
+    inside = mnt / f"test-log{mode}"
+    inside.mkdir()
+    point_to(inside)
+    for n in range(100):
+        assert not (mnt / f"missing{n}").exists()
+    assert list(inside.iterdir()) == []
+    point_to(home / "elsewhere")
+    umount(mnt)
+    watchdog.cancel()
+
+
+def test_b64_a_log_inside_the_mountpoint_is_refused(mnt: Path, home: Path) -> None:
+    (home / "link").symlink_to(mnt)
+    for path in (mnt / "log", home / "link" / "log"):
+        refused(run_etcdfs("mount", str(mnt), "--log-file", str(path)), 2, "inside the mountpoint")
+
+
+def test_b134_what_is_printed_does_not_rule_the_terminal(home: Path) -> None:
+    refused(run_etcdfs("mount", str(home / "\x1b[2J\u202e")), 10, r"/\x1b[2J\u202e does not exist")
+
+
 @contextlib.contextmanager
 def killed_after(bound_s: float, daemon: "subprocess.Popen[str]") -> Iterator[None]:
     """Kill a daemon that takes too long: a call that hangs in its mount cannot be ended else."""

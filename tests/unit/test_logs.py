@@ -7,6 +7,8 @@ import re
 import resource
 import select
 import socket
+import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +23,7 @@ from etcdfs.logs import (
     LogFileHandler,
     StderrHandler,
     SyslogHandler,
+    keep_out_of,
     setup_logging,
 )
 
@@ -30,9 +33,10 @@ ODD = "odd \udcff"  # a path that is no UTF-8
 
 
 @pytest.fixture
-def root() -> Iterator[logging.Logger]:
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
     """Let a test set up logging, and take it back."""
     root = logging.getLogger()
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     level, handlers = root.level, list(root.handlers)
     try:
         yield root
@@ -111,6 +115,81 @@ def test_a_mistake_in_a_log_call_is_shown(
     handler.handle(record("%d", "no number"))
     handler.close()
     assert "--- Logging error ---" in capsys.readouterr().err
+
+
+# --- whose words they are -------------------------------------------------------------------
+
+FORGED = "\x1b[2J\n2026-01-01 00:00:00,000 INFO etcdfs.mount: all is well\r\x9b\u202e"
+
+
+@pytest.mark.expect_log("%s")
+def test_b134_what_others_say_is_one_printable_line(root: logging.Logger, tmp_path: Path) -> None:
+    setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
+    log.info("etcd says: %s", FORGED)
+    log.error("%s", FORGED, exc_info=ValueError(FORGED))
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert sum(not line.startswith("    ") for line in lines) == 2
+    assert r"\x1b[2J\n2026-01-01" in lines[0]
+    assert any(line.startswith("    2026-01-01 00:00:00,000 INFO") for line in lines)
+
+
+def test_b134_last_words_are_printable(
+    root: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=True)
+    error = ValueError(FORGED)
+    sys.excepthook(ValueError, error, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert all(line.isprintable() and line.startswith("    ") for line in lines)
+
+
+def test_b134_a_log_file_is_its_owners_alone(root: logging.Logger, tmp_path: Path) -> None:
+    setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "log").unlink()
+    log.info("another")
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+# --- a path that does not lead to a file any more -------------------------------------------
+
+
+def test_a_place_that_nobody_can_look_at_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcdfs.logs, "LOOK_S", 0.05)
+    handler = LogFileHandler(tmp_path / "log")
+    answers = threading.Event()
+    look = handler._is_in_place
+
+    def hangs(fd: int | None) -> bool:
+        answers.wait()
+        return look(fd)
+
+    monkeypatch.setattr(handler, "_is_in_place", hangs)
+    handler.handle(record("one"))
+    monkeypatch.setattr(etcdfs.logs, "LOOK_S", 3600)
+    handler.handle(record("two"))
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+    answers.set()
+    while not handler._is_patient:
+        handler.handle(record("more"))
+    (tmp_path / "log").rename(tmp_path / "log.1")
+    handler.handle(record("three"))
+    assert (tmp_path / "log").read_text() == "three\n"
+    handler.close()
+
+
+def test_a_file_system_that_is_to_be_avoided(root: logging.Logger, tmp_path: Path) -> None:
+    setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
+    keep_out_of(tmp_path.stat().st_dev)
+    log.info("open already")
+    (tmp_path / "log").rename(tmp_path / "log.1")
+    log.info("lost")
+    assert not (tmp_path / "log").exists()
+    assert "lost" not in (tmp_path / "log.1").read_text()
 
 
 def test_foreground_goes_to_stderr(root: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:

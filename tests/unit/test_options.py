@@ -87,6 +87,14 @@ def test_endpoint_is_refused(text: str, complaint: str) -> None:
         parse_endpoint(text)
 
 
+@pytest.mark.parametrize("name", ["password", "passwd", "Password", "ro", "user:password"])
+def test_an_option_that_is_refused_does_not_repeat_its_value(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_option_list(f"cache,{name}=secret")
+    assert f"-o {name} is refused" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
 def test_endpoint_with_a_password_does_not_repeat_it() -> None:
     with pytest.raises(EndpointError) as caught:
         parse_endpoint("http://root:secret@localhost:2379")
