@@ -3,8 +3,8 @@
 What this room knows: default owner and modes, sizes, link counts and times, and which attributes
 need not be kept because they are the default. What it must not know: how FUSE packs them.
 
-When in doubt, closed: what has a record that does not say who may have it is shown without the
-rights of group and others.
+When in doubt, closed: what has a record that does not say who may have it, and everything while
+no record can be read, is shown without the rights of group and others.
 
 Concurrency: none; pure functions.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Final, final
 
 from etcdfs.drafts import Draft
+from etcdfs.rights import Rights
 from etcdfs.sidekeys import Record, Type
 from etcdfs.sides import facts_of_node, record_of
 from etcdfs.tree import ROOT_INODE, Directory, File, Inode, Node
@@ -71,9 +72,19 @@ class Caller:
 class Defaults:
     """Owner and modes of what has no attributes of its own."""
 
-    __slots__ = ("_directory_mode", "_file_mode", "_gid", "_uid")
+    __slots__ = ("_directory_mode", "_file_mode", "_gid", "_rights", "_uid")
 
-    def __init__(self, *, uid: int, gid: int, file_mode: int, dir_mode: int, umask: int) -> None:
+    def __init__(
+        self,
+        *,
+        uid: int,
+        gid: int,
+        file_mode: int,
+        dir_mode: int,
+        umask: int,
+        rights: Rights | None = None,
+    ) -> None:
+        self._rights = rights or Rights()
         self._uid = uid
         self._gid = gid
         self._file_mode = stat.S_IFREG | (file_mode & ~umask & 0o7777)
@@ -82,6 +93,9 @@ class Defaults:
     def of(self, node: Node, timeout_s: float) -> Attributes:
         """Return the attributes of a node."""
         record = record_of(node)
+        mode, uid, gid = self.permissions(node)
+        if record.is_doubtful or not self._rights.readable:
+            mode = _closed(mode)
         if isinstance(node, Directory):
             size = 0
             removed = node.directory is None and node.inode != ROOT_INODE
@@ -93,10 +107,10 @@ class Defaults:
         mtime_ns = mtime_of(node)
         return Attributes(
             node.inode,
-            self._mode(node, record),
+            mode,
             nlink,
-            self._uid if record.uid is None else record.uid,
-            self._gid if record.gid is None else record.gid,
+            uid,
+            gid,
             size,
             atime_of(node, record, mtime_ns),
             mtime_ns,
@@ -104,15 +118,22 @@ class Defaults:
             timeout_s,
         )
 
+    def permissions(self, node: Node) -> tuple[int, int, int]:
+        """Return mode, owner and group of a node as far as they are known, doubts aside."""
+        record = record_of(node)
+        return (
+            self._mode(node, record),
+            self._uid if record.uid is None else record.uid,
+            self._gid if record.gid is None else record.gid,
+        )
+
     def _mode(self, node: Node, record: Record) -> int:
-        closed = _CLOSED if record.is_doubtful else 0
         if isinstance(node, Directory):
-            mode = self._directory_mode if record.mode is None else stat.S_IFDIR | record.mode
-            return mode & ~closed
+            return self._directory_mode if record.mode is None else stat.S_IFDIR | record.mode
         if record.type == "symlink":
             return stat.S_IFLNK | _LINK_MODE
         mode = stat.S_IMODE(self._file_mode) if record.mode is None else record.mode
-        return _FORMATS[record.type] | mode & ~closed
+        return _FORMATS[record.type] | mode
 
     def of_new(
         self, directory: Directory, caller: Caller, mode: int | None, kind: Type | None = None
@@ -173,6 +194,11 @@ class Defaults:
             uid=None if record.uid == self._uid else record.uid,
             gid=None if record.gid == self._gid else record.gid,
         )
+
+
+def _closed(mode: int) -> int:
+    """Return a mode without what it lets group and others do; nobody asks that of a link."""
+    return mode if stat.S_ISLNK(mode) else mode & ~_CLOSED
 
 
 def _set_by(change: Change) -> Iterator[str]:

@@ -109,7 +109,7 @@ class HeldSides:
 
     @property
     def is_kept(self) -> bool:
-        """See `Audited`: not where etcd's roles do not let us have attributes."""
+        """See `Audited`."""
         return self._tree.attributes
 
     def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:

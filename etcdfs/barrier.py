@@ -24,7 +24,7 @@ from etcdfs.audit import Following
 from etcdfs.errors import CallerError, StorePermissionError, StoreTimeoutError
 from etcdfs.keys import VALUE_NAME
 from etcdfs.sidekeys import is_side_key, side_key, side_range
-from etcdfs.sides import find_facts, is_foreign, renounce
+from etcdfs.sides import find_facts, is_foreign
 from etcdfs.store import Get, Store, Transaction, range_end
 from etcdfs.tree import Directory, File, Node, Tree
 
@@ -38,6 +38,10 @@ class Advancing(Following, Protocol):
 
     async def advanced(self) -> None:
         """Return when readers see a newer revision."""
+        ...
+
+    def refuse_sides(self, refusal: StorePermissionError) -> None:
+        """Go on without side keys, which etcd's roles do not let us read; else raise."""
         ...
 
 
@@ -118,11 +122,12 @@ class Barrier:
         self.waits += is_behind
         # checkpoint: the watch may have brought it; what etcd says now is newer still
         wanted = await self._ask(directory, name) if is_behind else {}
-        if self._tree.attributes and (is_behind or not self._tree.keyspace.holds_sides):
+        has_sides = self._tree.attributes and self._tree.rights.readable
+        if has_sides and (is_behind or not self._tree.keyspace.holds_sides):
             try:
                 wanted |= await self._ask_sides(directory, name)
             except StorePermissionError as exc:
-                renounce(self._tree, exc)
+                self._mirror.refuse_sides(exc)
         return wanted
 
     async def _ask(self, directory: Directory, name: bytes | None) -> dict[bytes, int]:

@@ -12,19 +12,23 @@ with the higher mod_revision stays.
 
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, final
+
+import trio
 
 from etcdfs.contents import Contents
 from etcdfs.errors import CallerError, CompactedError, StorePermissionError
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
 from etcdfs.levels import Level
 from etcdfs.questions import Found, Question, answers_to, is_below, questions_about
+from etcdfs.rights import RECHECK_S
 from etcdfs.sidekeys import (
     side_key,
     side_range,
 )
-from etcdfs.sides import facts_of_node, holds, put_on, renounce, side_of, type_of
+from etcdfs.sides import facts_of_node, holds, put_on, side_of, type_of
 from etcdfs.store import (
     Event,
     KeyValue,
@@ -52,6 +56,8 @@ class Direct:
         self._store = store
         self._contents = contents
         self.switch = Switch(tree)
+        # --- mutable state
+        self._sides_refused_until = 0.0
 
     def check(self) -> None:
         """See `View.check`: what is held is what an open file was when it was opened."""
@@ -80,7 +86,8 @@ class Direct:
         self._witness(directory, name, found.witness)
         if name != MARKER_NAME:  # the marker's attributes are its directory's
             side = found.directory_side if found.below else found.file_side
-            self._dress(directory, name, side, found.marker, found.revision)
+            answer = _Answer(side, found.marker, found.revision, has_side=found.has_sides)
+            self._dress(directory, name, answer)
 
     async def _ask(self, names: tuple[bytes, ...], witness: bytes | None = None) -> Found | None:
         """Ask what is at a path; None if nothing can be. First ask for the witness, if any."""
@@ -94,21 +101,32 @@ class Direct:
     async def _ask_for(self, names: tuple[bytes, ...], witness: bytes | None) -> Found | None:
         tree = self.switch.tree
         ask = partial(questions_about, tree.keyspace, names, witness=witness)
-        questions = ask(sides=tree.attributes)
-        if not questions:
+        sides = self._may_ask_for_sides()
+        if not ask(sides=sides):
             return None
         try:
-            return await self._answers(questions)
+            found = await self._answers(ask(sides=sides), sides=sides)
         except StorePermissionError as exc:
-            if not tree.attributes:
+            if not sides:
                 raise
-            found = await self._answers(ask(sides=False))
-            renounce(tree, exc)
+            found = await self._answers(ask(sides=False), sides=False)
+            self._refuse_sides(exc)
             return found
+        if sides:
+            tree.rights.allow_reading()
+        return found
 
-    async def _answers(self, questions: list[Question]) -> Found:
+    async def _answers(self, questions: list[Question], *, sides: bool) -> Found:
         gets = [get for _, get in questions]
-        return answers_to(questions, await read_together(self._store, gets))
+        return answers_to(questions, await read_together(self._store, gets), sides=sides)
+
+    def _may_ask_for_sides(self) -> bool:
+        """Say whether to ask for side keys: always, but not again just after a refusal."""
+        return self.switch.tree.attributes and trio.current_time() >= self._sides_refused_until
+
+    def _refuse_sides(self, refusal: StorePermissionError) -> None:
+        self.switch.tree.rights.refuse_reading(refusal)
+        self._sides_refused_until = trio.current_time() + RECHECK_S
 
     async def listing(self, directory: Directory) -> None:
         """See `View.listing`: as many requests as the level has entries, whatever is below."""
@@ -130,7 +148,9 @@ class Direct:
             self._witness(directory, name, scan.witnesses.get(name))
             if name != MARKER_NAME:
                 side = scan.sides.get((name, value is None))
-                self._dress(directory, name, side, scan.markers.get(name), scan.revision)
+                marker = scan.markers.get(name)
+                answer = _Answer(side, marker, scan.revision, has_side=scan.has_sides)
+                self._dress(directory, name, answer)
 
     async def refresh(self, node: Node) -> None:
         """See `View.refresh`."""
@@ -144,7 +164,9 @@ class Direct:
             return
         found = await self._ask(())
         if found is not None:
-            self._dress_node(root, found.directory_side, found.marker, found.revision)
+            side, marker = found.directory_side, found.marker
+            answer = _Answer(side, marker, found.revision, has_side=found.has_sides)
+            self._dress_node(root, answer)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
@@ -232,7 +254,7 @@ class Direct:
     async def _fetch_sides(self, scan: Level) -> None:
         """Get the attributes of what was found: mostly one request, and nothing."""
         tree = self.switch.tree
-        if not tree.attributes or not scan.found:
+        if not scan.found or not self._may_ask_for_sides():
             return
         start, end = side_range(tree.keyspace.scan_prefix(scan.names))
         more = True
@@ -250,7 +272,10 @@ class Direct:
                 if page.entries:
                     scan.sides[VALUE_NAME, False] = page.entries[0]
         except StorePermissionError as exc:
-            renounce(tree, exc)
+            self._refuse_sides(exc)
+        else:
+            scan.has_sides = True
+            tree.rights.allow_reading()
 
     def _is_known(self, directory: Directory, name: bytes, entry: KeyValue) -> bool:
         child = directory.children.get(name)
@@ -315,36 +340,29 @@ class Direct:
                 return
         self._replace(directory, name, self.switch.tree.new_version(old, facts), over=value)
 
-    def _dress(
-        self,
-        directory: Directory,
-        name: bytes,
-        side: KeyValue | None,
-        marker: KeyValue | None,
-        revision: int,
-    ) -> None:
+    def _dress(self, directory: Directory, name: bytes, answer: "_Answer") -> None:
         """Give what is under a name its attributes."""
         node = directory.children.get(name)
         if isinstance(node, File):
-            if node.facts is None:
-                return  # made here: nobody else knows its attributes
-            found = None if side is None else side_of(side)
+            if node.facts is None or not answer.has_side:
+                return  # made here: nobody else knows its attributes; or they are not known
+            found = None if answer.side is None else side_of(answer.side)
             if not holds(found, node.facts):
                 found = None
             if type_of(found) != type_of(node.side) and node.lookups:
                 node = self.switch.tree.new_version(node, node.facts)
                 self._replace(directory, name, node)
         if node is not None:
-            self._dress_node(node, side, marker, revision)
+            self._dress_node(node, answer)
 
-    def _dress_node(
-        self, node: Node, side: KeyValue | None, marker: KeyValue | None, revision: int
-    ) -> None:
-        if node.side is not None and node.side.facts.mod_revision > revision:
+    def _dress_node(self, node: Node, answer: "_Answer") -> None:
+        if node.side is not None and node.side.facts.mod_revision > answer.revision:
             return  # a newer answer was here first
         if isinstance(node, Directory):
-            node.marker = None if marker is None else facts_of(marker)
-        found = None if side is None else side_of(side)
+            node.marker = None if answer.marker is None else facts_of(answer.marker)
+        if not answer.has_side and holds(node.side, facts_of_node(node)):
+            return  # what is known stays known
+        found = None if answer.side is None else side_of(answer.side)
         if not holds(found, facts_of_node(node)):
             found = None
         put_on(node, found)
@@ -393,6 +411,16 @@ class Direct:
             for directory in self.switch.tree.directories(node)
             for child in directory.children.values()
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What etcd said of one name's attributes; `has_side` says whether it was asked."""
+
+    side: KeyValue | None
+    marker: KeyValue | None
+    revision: int
+    has_side: bool
 
 
 def _own_value(keyspace: Keyspace, names: tuple[bytes, ...]) -> bytes | None:

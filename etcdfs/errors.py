@@ -179,13 +179,27 @@ class OutcomeUnknownError(StoreError):
 
 
 class StorePermissionError(StoreError):
-    """etcd's roles do not allow it, or it wants a user and was given none."""
+    """etcd's roles do not allow it.
+
+    Attributes:
+        is_of_role: Whether it says anything of what the user may do. What depends on that must
+            not be decided by a password that has just been changed.
+    """
 
     errno = errno.EACCES
+    is_of_role: ClassVar[bool] = True
+
+
+class StoreUserError(StorePermissionError):
+    """etcd wants a user and was given none, or one that it does not know (any more)."""
+
+    is_of_role = False
 
 
 class StoreLoginError(StorePermissionError):
     """etcd does not accept the user or the password, or the password cannot be read."""
+
+    is_of_role = False
 
 
 class StoreTlsError(StoreUnavailableError):
@@ -202,6 +216,7 @@ class MirrorDeniedError(StorePermissionError):
     """etcd no longer lets this mount read what it knows, so it must not be shown any more."""
 
     level = logging.DEBUG  # said once, when it begins
+    is_of_role = False
 
 
 class StoreFullError(StoreError):

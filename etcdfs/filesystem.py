@@ -41,8 +41,9 @@ from etcdfs.parents import parent_of, within
 from etcdfs.places import Places, check_length, file_in, is_a_file, missing, not_empty, taken
 from etcdfs.planner import Intent
 from etcdfs.records import drop_record, write_record
+from etcdfs.rights import commit_with
 from etcdfs.sidekeys import Record, Type
-from etcdfs.sides import record_of, renounce
+from etcdfs.sides import record_of
 from etcdfs.store import Committed, Event, Store, Transaction
 from etcdfs.subtrees import MAX_RETRIES
 from etcdfs.transactions import (
@@ -439,17 +440,18 @@ class Filesystem:
         self, making: Transaction, key: bytes, record: Record
     ) -> tuple[Transaction, Committed]:
         """Make a key with its attributes; without, if etcd's roles say so: content still works."""
-        if not record:
-            return making, await self._store.commit(making)
-        dressed = replace(making, then=(*making.then, *write_record(key, record, 0)))
+        dressed = making
+        if record:
+            dressed = replace(making, then=(*making.then, *write_record(key, record, 0)))
+        rights = self._tree.rights
+        bare = making if record.type is None else dressed
         try:
-            return dressed, await self._store.commit(dressed)
+            return await commit_with(self._store, rights, dressed, bare)
         except StorePermissionError as exc:
-            if record.type is not None:
-                raise NotPermittedError(str(exc)) from exc
-            committed = await self._store.commit(making)
-            renounce(self._tree, exc)
-            return making, committed
+            if record.type is None:
+                raise
+            rights.refuse_writing(exc)
+            raise NotPermittedError(str(exc)) from exc
 
     # --- removing ---------------------------------------------------------------------------
 
@@ -479,8 +481,8 @@ class Filesystem:
             await self._unlink_marker(key, locked)
             return
         with self._view.switch.intending(key, Intent()):
-            removal = self._with_record(self._removal(directory, name, key), key, file)
-            committed = await self._store.commit(removal)
+            bare = self._removal(directory, name, key)
+            removal, committed = await self._remove(bare, key, file)
             if not committed.succeeded:
                 raise _not_removed(key, committed)
             await self._settle(committed, events_of(removal, committed), locked)
@@ -505,8 +507,7 @@ class Filesystem:
                 raise not_empty(name)
             marker = self._tree.prefix_of(node)
             removal = remove_directory(marker, parent_prefix(marker, self._root))
-            removal = self._with_record(removal, marker, node)
-            committed = await self._store.commit(removal)
+            removal, committed = await self._remove(removal, marker, node)
             if not committed.succeeded:
                 raise not_empty(name)
             events = events_of(removal, committed)
@@ -530,13 +531,19 @@ class Filesystem:
         is_value = has_keys_below(self._tree.names(directory, name))
         return remove_file(key, parent, is_value=is_value)
 
-    def _with_record(self, removal: Transaction, key: bytes, node: Node) -> Transaction:
-        """Have the attributes go with the key; one that is void as well, if it is known."""
-        if not self._tree.attributes:
-            return removal
-        side = self._tree.sides.get(key) if self._tree.complete else node.side
-        drop = drop_record(key, 0 if side is None else side.facts.mod_revision)
-        return replace(removal, then=(*removal.then, *drop))
+    async def _remove(
+        self, removal: Transaction, key: bytes, node: Node
+    ) -> tuple[Transaction, Committed]:
+        """Remove a key with its attributes; one that is void as well, if it is known.
+
+        Without, if etcd's roles say so: what is left behind is void then.
+        """
+        dressed = removal
+        if self._tree.attributes:
+            side = self._tree.sides.get(key) if self._tree.complete else node.side
+            drop = drop_record(key, 0 if side is None else side.facts.mod_revision)
+            dressed = replace(removal, then=(*removal.then, *drop))
+        return await commit_with(self._store, self._tree.rights, dressed, removal)
 
     # --- moving -----------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ Concurrency: trio thread; started once the mirror has its first listing.
 """
 
 import logging
+from contextlib import suppress
 from typing import Final
 
 import trio
@@ -29,12 +30,26 @@ async def watch_over(mirror: Mirror) -> None:
         nursery.start_soon(mirror.auditor.run, mirror.doubt, mirror.link.deny)
         if mirror.sides is not None:
             nursery.start_soon(mirror.sides.audit)
+            nursery.start_soon(_watch_rights, mirror)
         while True:
             await mirror.link.until_refused()
             log.warning("nothing is shown any more: %s", mirror.link.statistics().refused)
             await _forget_everything(mirror)
             await mirror.link.until_shown()
             log.info("the mirror is shown again, at revision %d", mirror.revision)
+
+
+async def _watch_rights(mirror: Mirror) -> None:
+    """Have the kernel ask anew for all modes when they close, or open."""
+    turned, turns = trio.open_memory_channel[None](1)
+
+    def on_turn() -> None:
+        with suppress(trio.WouldBlock):  # one that waits will do
+            turned.send_nowait(None)
+
+    mirror.switch.tree.rights.on_turn = on_turn
+    async for _ in turns:
+        await _forget_everything(mirror)
 
 
 async def _forget_everything(mirror: Mirror) -> None:

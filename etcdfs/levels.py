@@ -39,6 +39,7 @@ class Level:
         markers: The subdirectories' markers.
         witnesses: Of each subdirectory, a key below it.
         sides: Side keys, by name and whether it is the marker's.
+        has_sides: Whether they were read.
     """
 
     keyspace: Keyspace
@@ -54,6 +55,7 @@ class Level:
     markers: dict[bytes, KeyValue] = field(default_factory=dict)
     witnesses: dict[bytes, bytes] = field(default_factory=dict)
     sides: dict[tuple[bytes, bool], KeyValue] = field(default_factory=dict)
+    has_sides: bool = False
     _jumped: bytes = b""  # the last subdirectory's prefix, without its `/`
     _alike: int = 0  # so many bytes of it bound the next range; 0: nothing does
     _usual: int = 0  # so many mostly do

@@ -10,7 +10,7 @@ Not everything has a key to keep attributes with: a file that is not published y
 with its first put), an old version that is still open, the root of the whole keyspace. And etcd's
 roles, or `--no-attrs`, may forbid it. Then times are remembered until the mount ends, because
 tools that copy files give up without; a mode or an owner is refused (EPERM), because it would
-protect nothing.
+protect nothing. Roles are asked each time: they change.
 
 Concurrency: trio thread. What was read before an `await` is a condition of the transaction.
 """
@@ -120,15 +120,15 @@ class Metadata:
 
     def _remember(self, node: Node, change: Change) -> None:
         """Change what has no key to keep it with, for as long as the mount lasts."""
-        shown = self._defaults.of(node, 0.0)
+        known = mode, uid, gid = self._defaults.permissions(node)
         wanted = (
-            shown.mode if change.mode is None else shown.mode & ~0o7777 | change.mode & 0o7777,
-            shown.uid if change.uid is None else change.uid,
-            shown.gid if change.gid is None else change.gid,
+            mode if change.mode is None else mode & ~0o7777 | change.mode & 0o7777,
+            uid if change.uid is None else change.uid,
+            gid if change.gid is None else change.gid,
         )
         if node.directory is not None or node is self._tree.root:
             is_new = isinstance(node, File) and node.facts is None and self._tree.attributes
-            if not is_new and wanted != (shown.mode, shown.uid, shown.gid):
+            if not is_new and wanted != known:
                 msg = f"inode {node.inode}: nothing but its times can be changed here"
                 raise NotPermittedError(msg)
         record = self._defaults.changed(node, change, mtime_holds=is_mtime_true(node))
@@ -241,8 +241,10 @@ class Metadata:
             try:
                 committed = await self._store.commit(wanted)
             except StorePermissionError as exc:
-                raise NotPermittedError(str(exc)) from exc
+                self._tree.rights.refuse_writing(exc)
+                return False
             if committed.succeeded:
+                self._tree.rights.allow_writing()
                 await self._view.settle(committed.revision, events_of(wanted, committed))
                 return True
             # checkpoint: the view may have changed the node, or taken it away

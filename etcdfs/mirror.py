@@ -236,6 +236,16 @@ class Mirror:
         """Return when readers see a newer revision."""
         await self._applier.advanced()
 
+    def refuse_sides(self, refusal: StorePermissionError) -> None:
+        """Go on without the attributes of what is new; see `SideMirror.refuse`.
+
+        Raises:
+            StorePermissionError: They are among the keys, and so are those refused.
+        """
+        if self.sides is None:
+            raise refusal
+        self.sides.refuse(refusal)
+
     async def let_go_first(self, stale: Collection[Cached]) -> None:
         """See `View.let_go_first`."""
         await self._letting.first(stale, timeout_s=self._settle_timeout_s)

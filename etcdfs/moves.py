@@ -19,15 +19,14 @@ from etcdfs.errors import (
     InvalidRequestError,
     NameReservedError,
     StaleError,
-    StorePermissionError,
 )
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, has_keys_below
 from etcdfs.openfiles import OpenFiles
 from etcdfs.parents import Parent, parent_of, within
 from etcdfs.places import Places, is_a_directory, missing, not_empty, taken
 from etcdfs.planner import Intent
+from etcdfs.rights import commit_with
 from etcdfs.sidekeys import encode, moved, side_key
-from etcdfs.sides import renounce
 from etcdfs.store import (
     Committed,
     Delete,
@@ -186,17 +185,15 @@ class Moves:
         file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
 
     async def _commit(self, move: _FileMove) -> tuple[Transaction, Committed]:
-        """Commit with the attributes; without, if etcd's roles say so: content still works."""
+        """Commit with the attributes; without, if roles say so and nothing is known to be lost.
+
+        Raises:
+            StorePermissionError: The file would lose its attributes, and be open to all perhaps.
+        """
         wanted = self._transaction(move)
-        if not self._tree.attributes:
-            return wanted, await self._store.commit(wanted)
-        dressed = _with_sides(wanted, move)
-        try:
-            return dressed, await self._store.commit(dressed)
-        except StorePermissionError as exc:
-            committed = await self._store.commit(wanted)
-            renounce(self._tree, exc)
-            return wanted, committed
+        dressed = _with_sides(wanted, move) if self._tree.attributes else wanted
+        bare = wanted if move.side is None else dressed
+        return await commit_with(self._store, self._tree.rights, dressed, bare)
 
     def _transaction(self, move: _FileMove) -> Transaction:
         source, target = move.source, move.target

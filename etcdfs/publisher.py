@@ -29,7 +29,6 @@ from etcdfs.errors import (
 from etcdfs.keys import MARKER_NAME
 from etcdfs.nodelocks import NodeLocks
 from etcdfs.planner import Intent
-from etcdfs.sides import renounce
 from etcdfs.store import (
     Committed,
     Event,
@@ -185,10 +184,10 @@ class Publisher:
         try:
             return await self._resolve(file, draft, key, intent, company)
         except StorePermissionError as exc:
-            if company == ALONE:
+            if company == ALONE or not exc.is_of_role:
                 raise
             done = await self._resolve(file, draft, key, intent, ALONE)
-            renounce(tree, exc)
+            tree.rights.refuse_writing(exc)
             return done
 
     async def _resolve(

@@ -19,9 +19,10 @@ from etcdfs.store import Committed, Get, KeyValue, range_end
 
 @dataclass(slots=True, kw_only=True)
 class Found:
-    """What there is at one path."""
+    """What there is at one path; `has_sides` says whether side keys were asked for."""
 
     revision: int
+    has_sides: bool
     value: KeyValue | None = None
     file_side: KeyValue | None = None
     witness: bytes | None = None
@@ -77,9 +78,9 @@ def _without_sides(prefix: bytes) -> list[tuple[bytes, bytes]]:
     return [(prefix, ATTRIBUTES), (ATTRIBUTES_END, end)]
 
 
-def answers_to(questions: list[Question], committed: Committed) -> Found:
+def answers_to(questions: list[Question], committed: Committed, *, sides: bool) -> Found:
     """Return the answers to `questions_about` by what they are about."""
-    found = Found(revision=committed.revision)
+    found = Found(revision=committed.revision, has_sides=sides)
     for (about, get), result in zip(questions, committed.results, strict=True):
         for entry in page_of(result).entries:
             match about:

@@ -10,7 +10,10 @@ changes of attributes come by the watch of the side keys alone.
 
 Audits compare the side keys as they do the keys; what differs is listed again.
 
-If etcd's roles do not allow it, the mount goes on without attributes.
+etcd's roles may not allow it, at the start or later. Then what is known of attributes stays, all
+is shown closed (`rights`), and reading them is tried again after each backoff. Meanwhile nothing
+is asked about what is new; so once they may be read, first that begins again, and then a listing,
+which brings all that was missed.
 
 Concurrency: trio thread; one task follows.
 """
@@ -36,7 +39,7 @@ from etcdfs.errors import (
 from etcdfs.link import UNLIMITED, Link
 from etcdfs.replica import Replica, State
 from etcdfs.sidekeys import side_key
-from etcdfs.sides import renounce, side_of
+from etcdfs.sides import side_of
 from etcdfs.steps import (
     Apply,
     BackOff,
@@ -110,32 +113,34 @@ class SideMirror:
         self._replica = Replica(self._keyspace.start, self._keyspace.end)
         self._histories = 0  # how often another one was found
         self._staged: dict[bytes, KeyValue] = {}
-        self._is_restored = False
+        self._is_restored = self._is_started = False
+        self._is_asking = True  # for the attributes of what is new
         self._advanced = trio.Event()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """List, watch, and follow until cancelled. Started once the first listing is in.
+        """List, watch, and follow until cancelled. Started once the first listing is in, or refused.
 
         Raises:
             StoreError: The first listing failed. Later failures are retried for ever.
         """
         replica = self._replica = Replica(self._keyspace.start, self._keyspace.end)
-        self._is_restored = False
+        self._is_restored = self._is_started = False
+        self._is_asking = True
         self._histories = 0
         async with aclosing(self._watching):
             steps = replica.start()
-            while self._tree.attributes:
+            while True:
                 try:
                     message: Message | None = None
                     for step in steps:
                         message = await self._carry_out(step)
-                    if self._is_restored:
+                    if self._is_restored or not self._is_asking:
+                        self._is_started = True
                         task_status.started()
                         task_status = trio.TASK_STATUS_IGNORED
-                    if self._tree.attributes:
-                        steps = replica.receive(message or await self._watching.receive())
+                    steps = replica.receive(message or await self._watching.receive())
                 except Exception as exc:
-                    if not self._is_restored:
+                    if not self._is_started:
                         raise
                     # The border of this task, as the handlers have theirs: the mount goes on.
                     log.exception("following the side keys went wrong; this is a bug of etcdfs")
@@ -143,15 +148,14 @@ class SideMirror:
                 connected = replica.state is State.WATCHING
                 self._link.turn(connected=connected)
                 self.auditor.note(connected=connected, dropped=replica.dropped)
-        task_status.started()
 
     async def reached(self, revision: int) -> None:
         """Return once readers see what side keys were at a revision; the caller bounds it."""
-        while self.revision < revision and self._tree.attributes:
+        while self.revision < revision and self._is_asking:
             await self._advanced.wait()
 
     async def audit(self) -> None:
-        """Compare the side keys with etcd now and then, until there are no attributes."""
+        """Compare the side keys with etcd now and then."""
         await self.auditor.run(self._doubt, self._deny)
 
     def _doubt(self, reason: str) -> None:
@@ -159,8 +163,22 @@ class SideMirror:
         self._watching.tell(Doubted(reason))
 
     def _deny(self, error: StorePermissionError) -> None:
-        renounce(self._tree, error)
-        self._wake()
+        if error.is_of_role:
+            self.refuse(error)
+        else:
+            log.info("side keys could not be audited against: %s", error)
+
+    def refuse(self, refusal: StorePermissionError) -> None:
+        """Go on without the attributes of what is new: etcd does not let us read them.
+
+        Raises:
+            StorePermissionError: The refusal, if it says nothing of that.
+        """
+        self._tree.rights.refuse_reading(refusal)
+        if self._is_asking:
+            self._is_asking = False
+            self._watching.tell(Doubted("etcd does not let us read them"))
+            self._wake()
 
     async def sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
         """Return the attributes of what is made in a batch.
@@ -171,7 +189,7 @@ class SideMirror:
         Raises:
             StoreError: They could not be read.
         """
-        if not self._tree.attributes:
+        if not self._is_asking:
             return ()
         sizes = Counter(event.mod_revision for event in events)
         made = {
@@ -183,7 +201,7 @@ class SideMirror:
         try:
             sides = await self._read_sides(sorted(made))
         except StorePermissionError as exc:
-            renounce(self._tree, exc)
+            self.refuse(exc)
             return ()
         self.auditor.saw(sides)  # perhaps before the watch brings them
         return sides
@@ -209,6 +227,8 @@ class SideMirror:
             case Restore(revision):
                 await self._apply(self._difference(revision), revision, force=True)
                 self._is_restored = True
+                if self._is_asking:
+                    self._tree.rights.allow_reading()
             case Apply(events, revision):
                 self.auditor.saw(events)
                 await self._apply(events, revision, force=False)
@@ -218,14 +238,19 @@ class SideMirror:
             case CloseWatch():
                 await self._watching.aclose()
             case BackOff():
-                log.info("side keys: %s (attempt %d)", step.reason, step.attempt + 1)
+                level = logging.INFO if step.attempt.bit_count() <= 1 else logging.DEBUG
+                log.log(level, "side keys: %s (attempt %d)", step.reason, step.attempt + 1)
                 await pause(step.attempt)
             case _ as never:
                 assert_never(never)
         return None
 
     async def _read(self, read: Read) -> Message:
+        is_asking = self._is_asking
         try:
+            if not is_asking:
+                await self._store.range(read.start, read.end, limit=1, keys_only=True)
+                self._is_asking = True  # first this, then a listing that begins after it
             page = await self._store.range(
                 read.start, read.end, limit=read.limit, revision=read.revision
             )
@@ -233,14 +258,20 @@ class SideMirror:
             return RevisionCompacted(exc.compact_revision)
         except FutureRevisionError:
             return RevisionAhead()
-        except StorePermissionError as exc:
-            self._deny(exc)
-            return ReadFailed(str(exc))
         except StoreError as exc:
-            if not self._is_restored:
-                raise
-            return ReadFailed(str(exc))
+            return self._failed(exc)
+        if read.revision and not is_asking:
+            return RevisionCompacted(read.revision)  # what was missed since is not in it
         return PageArrived(page)
+
+    def _failed(self, error: StoreError) -> Message:
+        if isinstance(error, StorePermissionError) and error.is_of_role:
+            self._tree.rights.refuse_reading(error)
+            self._is_asking = False
+            self._wake()
+        elif not self._is_started:
+            raise error
+        return ReadFailed(str(error))
 
     def _difference(self, revision: int) -> list[Event]:
         """Return the events that make what the tree has of side keys what was listed.

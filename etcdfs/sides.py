@@ -10,14 +10,11 @@ until something in it is made or removed, as far as this mount can know.
 Concurrency: synchronous; used on the trio thread only.
 """
 
-import logging
 from collections.abc import Iterator
 
 from etcdfs.sidekeys import Record, Type, is_side_key, owner_of, read, side_key
 from etcdfs.store import KeyValue
 from etcdfs.tree import Directory, Facts, File, Node, Side, Tree, facts_of
-
-log = logging.getLogger(__name__)
 
 NOTHING = Record()
 
@@ -83,13 +80,6 @@ def put_on(node: Node, side: Side | None) -> None:
 
 def _sets_time(side: Side, file: File, facts: Facts) -> bool:
     return side.record.mtime_at(facts.mod_revision) not in (None, file.mtime_ns)
-
-
-def renounce(tree: Tree, reason: object) -> None:
-    """Go on without attributes: etcd does not let us have them. Said once."""
-    if tree.attributes:
-        tree.attributes = False
-        log.warning("attributes are not kept: %s", reason)
 
 
 def dress(tree: Tree) -> None:

@@ -39,7 +39,6 @@ from etcdfs.parents import Parent, Witnessed, parent_of
 from etcdfs.places import Places, is_a_file, missing, not_empty, taken
 from etcdfs.planner import Relocation
 from etcdfs.sidekeys import ATTRIBUTES, is_side_key, moved, owner_of, side_key, side_range
-from etcdfs.sides import renounce
 from etcdfs.store import (
     Compare,
     Get,
@@ -198,9 +197,11 @@ class Subtrees:
         assert isinstance(node, Directory)
         above = Witnessed(self._store, parent_of(self._tree, target.directory))
 
-        async def attempt() -> _Attempt:
+        async def attempt(sides: bool) -> _Attempt:
             parent = await above.parent()
-            return await self._try_to_move(node, source, target, parent, replace=replace)
+            return await self._try_to_move(
+                node, source, target, parent, replace=replace, sides=sides
+            )
 
         await self._carry_out(attempt, source, target)
         if target.node is not node:
@@ -208,9 +209,16 @@ class Subtrees:
         node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
 
     async def _try_to_move(
-        self, node: Directory, source: End, target: End, above: Parent | None, *, replace: bool
+        self,
+        node: Directory,
+        source: End,
+        target: End,
+        above: Parent | None,
+        *,
+        replace: bool,
+        sides: bool,
     ) -> _Attempt:
-        revision, (old, new) = await self._read((source, 0), (target, 2))
+        revision, (old, new) = await self._read((source, 0), (target, 2), sides=sides)
         if not old.is_directory:
             raise missing(source.name)
         if new.keys:
@@ -224,7 +232,6 @@ class Subtrees:
         assert target.prefix is not None
         self._check_depth(old, target)
         puts = _puts(old, target)
-        sides = self._tree.attributes
         ranges = [(source.prefix, range_end(source.prefix))]
         ranges += [side_range(source.prefix)] if sides else []
         parent = parent_prefix(source.prefix, self._tree.keyspace.prefix)
@@ -269,14 +276,13 @@ class Subtrees:
             (second, source.directory, source.name),
         )
 
-        async def attempt() -> _Attempt:
-            revision, (old, new) = await self._read((source, 0), (target, 0))
+        async def attempt(sides: bool) -> _Attempt:
+            revision, (old, new) = await self._read((source, 0), (target, 0), sides=sides)
             for held, node in ((old, first), (new, second)):
                 _check_still(held, node)
             self._check_depth(old, target)
             self._check_depth(new, source)
             puts = {**_puts(old, target), **_puts(new, source)}
-            sides = self._tree.attributes
             return _Attempt(
                 Rewriting(before=_before(old, new), after=puts),
                 _relocation(
@@ -304,8 +310,12 @@ class Subtrees:
     # --- in etcd ----------------------------------------------------------------------------
 
     async def _carry_out(
-        self, attempt: Callable[[], Awaitable[_Attempt]], source: End, target: End
+        self, attempt: Callable[[bool], Awaitable[_Attempt]], source: End, target: End
     ) -> None:
+        """Commit what `attempt` makes, with records or without, until no race is lost.
+
+        Without, if roles forbid it and none is known that would be lost: content still works.
+        """
         nodes = [node for node in (source.node, target.node) if node is not None]
         # The kernel holds the locks of what is moved and replaced as well.
         held = (*_entries(source, target), *(Entry(node.inode, b"") for node in nodes))
@@ -315,11 +325,20 @@ class Subtrees:
             ends = (source, target)
             keys, prefixes = [end.own for end in ends], [end.prefix for end in ends]
             await stack.enter_async_context(self._files.locks.still(keys, prefixes))
+            sides = self._tree.attributes
             for _ in range(MAX_RETRIES):
+                made = None
                 with suppress(CompactedError, TransactionAbortedError):
-                    if await self._commit(await attempt(), source, _entries(source, target)):
-                        self._files.give_up(keys, prefixes)
-                        return
+                    try:
+                        made = await attempt(sides)
+                        if await self._commit(made, source, _entries(source, target)):
+                            self._files.give_up(keys, prefixes)
+                            return
+                    except StorePermissionError as exc:
+                        if not sides or _has_records(made, nodes):
+                            raise
+                        self._tree.rights.refuse_writing(exc)
+                        sides = False
             msg = f"what is below {source.prefix!r} changed {MAX_RETRIES} times meanwhile"
             raise StaleError(msg)
 
@@ -342,34 +361,19 @@ class Subtrees:
         except (StoreValueTooLargeError, TooManyOperationsError) as exc:
             msg = f"{source.names!r} does not fit into one transaction: {exc}"
             raise CrossDirectoryError(msg) from exc
-        except StorePermissionError as exc:
-            if not any(is_side_key(key) for key in attempt.rewriting.before):
-                raise
-            renounce(self._tree, exc)
-            return False
         finally:
             relocations.remove(attempt.relocation)
         return committed.succeeded
 
     # --- reading ----------------------------------------------------------------------------
 
-    async def _read(self, *wanted: tuple[End, int]) -> tuple[int, list[Held]]:
+    async def _read(self, *wanted: tuple[End, int], sides: bool) -> tuple[int, list[Held]]:
         """Read what is at some ends, at one revision; of each so many keys below, or all (0).
 
         Raises:
             CrossDirectoryError: It is more than one request can carry.
             CompactedError: It took so long that the revision is gone.
         """
-        try:
-            return await self._read_with(*wanted, sides=self._tree.attributes)
-        except StorePermissionError as exc:
-            if not self._tree.attributes:
-                raise
-            found = await self._read_with(*wanted, sides=False)
-            renounce(self._tree, exc)
-            return found
-
-    async def _read_with(self, *wanted: tuple[End, int], sides: bool) -> tuple[int, list[Held]]:
         ends = [(Held(end), limit) for end, limit in wanted]
         questions = [
             (held, limit, about, get)
@@ -476,6 +480,20 @@ def _unchanged(held: Held, revision: int, *, sides: bool) -> Iterator[Compare]:
 
 def _is_missing(key: bytes | None, held: Held) -> TypeGuard[bytes]:
     return key is not None and all(found.key != key for found in held.keys)
+
+
+def _has_records(attempt: _Attempt | None, nodes: list[Node]) -> bool:
+    """Say whether something has attributes of its own that would be left behind."""
+    if attempt is not None and any(is_side_key(key) for key in attempt.rewriting.before):
+        return True
+    pending = [*nodes]
+    while pending:
+        node = pending.pop()
+        if node.side is not None and node.side.facts.mod_revision:
+            return True
+        if isinstance(node, Directory):
+            pending.extend(node.children.values())
+    return False
 
 
 def _check_still(held: Held, node: Node) -> None:

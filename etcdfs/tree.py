@@ -38,6 +38,7 @@ from etcdfs.nodes import Directory as Directory  # noqa: PLC0414
 from etcdfs.nodes import File as File  # noqa: PLC0414
 from etcdfs.nodes import Node as Node  # noqa: PLC0414
 from etcdfs.nodes import is_within as is_within  # noqa: PLC0414
+from etcdfs.rights import Rights
 from etcdfs.store import Clock
 from etcdfs.times import Times
 
@@ -84,8 +85,9 @@ class Tree:
         self.clock = clock
         # --- constants
         self.complete = complete
-        # --- mutable state
         self.attributes = attributes
+        # --- mutable state
+        self.rights = Rights()  # to read and write them
         # Side keys by the key each belongs to, void ones too; only in a complete tree.
         self.sides: dict[bytes, Side] = {}
         self.root = Directory(ROOT_INODE, clock())

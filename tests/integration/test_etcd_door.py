@@ -25,6 +25,7 @@ from etcdfs.errors import (
     StoreProtocolError,
     StoreTimeoutError,
     StoreUnavailableError,
+    StoreUserError,
     StoreValueTooLargeError,
     TooManyOperationsError,
     TransactionAbortedError,
@@ -175,8 +176,8 @@ CERTAIN_REFUSALS = [
     ),
     (Code.RESOURCE_EXHAUSTED, "etcdserver: mvcc: database space exceeded", StoreFullError),
     (Code.PERMISSION_DENIED, "etcdserver: permission denied", StorePermissionError),
-    (Code.INVALID_ARGUMENT, "etcdserver: user name is empty", StorePermissionError),
-    (Code.UNAUTHENTICATED, "etcdserver: invalid auth token", StorePermissionError),
+    (Code.INVALID_ARGUMENT, "etcdserver: user name is empty", StoreUserError),
+    (Code.UNAUTHENTICATED, "etcdserver: invalid auth token", StoreUserError),
     (
         Code.OUT_OF_RANGE,
         "etcdserver: mvcc: required revision has been compacted",
@@ -552,7 +553,7 @@ async def test_a_stream_that_ends_before_it_began(store: EtcdStore, server: Scri
     ("code", "details", "error"),
     [
         (Code.UNAVAILABLE, "etcdserver: no leader", WatchLostError),
-        (Code.UNAUTHENTICATED, "etcdserver: invalid auth token", StorePermissionError),
+        (Code.UNAUTHENTICATED, "etcdserver: invalid auth token", StoreUserError),
         (Code.PERMISSION_DENIED, "etcdserver: permission denied", StorePermissionError),
         (Code.RESOURCE_EXHAUSTED, "trying to send message larger than max", WatchLostError),
         (Code.UNKNOWN, "", WatchLostError),

@@ -14,6 +14,7 @@ from etcdfs.errors import (
     StorePermissionError,
     StoreTlsError,
     StoreUnavailableError,
+    StoreUserError,
 )
 from etcdfs.etcd import EtcdStore, open_store
 from etcdfs.options import OPEN, Security
@@ -292,7 +293,7 @@ async def test_a_user_that_may_only_read(guarded: EtcdProcess) -> None:
 @pytest.mark.parametrize(
     ("security", "error", "said"),
     [
-        (OPEN, StorePermissionError, "ETCD: etcdserver: user name is empty"),
+        (OPEN, StoreUserError, "ETCD: etcdserver: user name is empty"),
         (
             Security(user="app", password="wrong"),
             StoreLoginError,

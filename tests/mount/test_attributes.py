@@ -260,14 +260,6 @@ def test_b37_void_side_keys_are_swept_out(pool: Pool, cached: Lab) -> None:
         assert mode_of(tidy.path / cached.path.name / "anew") == 0o644
 
 
-def test_b36_a_record_that_cannot_be_read_says_nothing(lab: Lab) -> None:
-    lab.put("file", b"value")
-    lab.shown(lab.client.put(side_key(lab.key("file")), b"{"))
-    assert mode_of(lab.path / "file") == 0o644
-    (lab.path / "file").chmod(0o600)
-    assert record(lab, "file") == {"mode": "0600"}
-
-
 def test_b36_people_can_change_records_too(lab: Lab) -> None:
     lab.put("file", b"target")
     inode = os.lstat(lab.path / "file").st_ino

@@ -64,16 +64,16 @@ def secured(guarded: EtcdProcess, watched: None) -> EtcdProcess:
 def test_b48_where_roles_do_not_reach_the_side_keys_content_works(
     pool: Pool, etcd_binary: Path, watched: None, mode: str
 ) -> None:
-    """As etcd itself refuses it: nothing is kept, nobody is told that it was, and once is said."""
+    """As etcd itself refuses it: nothing is kept or open, nobody is told else, and once is said."""
     with EtcdProcess(etcd_binary, "--bcrypt-cost=4") as etcd:
         add_user(etcd, "app", "secret", ("readwrite", b"/app/"))
         etcd.etcdctl("put", "/app/a", "1")
         etcd.etcdctl("put", "/.etcdfs/attrs//app/a", '{"mode":"0600"}')
         switch_users_on(etcd)
         with pool.private(etcd, mode, "--prefix=/app", "--user=app:secret") as mounted:
-            mounted.expect_log("attributes are not kept")
+            mounted.expect_log("attributes cannot be")
             a = mounted.path / "a"
-            assert (a.read_text(), a.stat().st_mode & 0o7777) == ("1", 0o644)
+            assert (a.read_text(), a.stat().st_mode & 0o7777) == ("1", 0o600)
 
             def make_link() -> None:
                 (mounted.path / "link").symlink_to("a")
@@ -94,7 +94,11 @@ def test_b48_where_roles_do_not_reach_the_side_keys_content_works(
                 "echo 2 >a; echo 3 >>a; mkdir -p d/e; cp a d/e/; mv d f; rm f/e/a; rmdir f/e",
             )
             assert sorted(os.listdir(mounted.path)) == ["a", "f"]
-            assert mounted.log.count("attributes are not kept") == 1
+            assert mounted.log.count("attributes cannot be read") == 1
+            assert mounted.log.count("attributes cannot be written") == 1
+        flags = (mode, "--prefix=/app", "--user=app:secret", "--no-attrs")
+        with pool.private(etcd, *flags) as mounted:
+            assert (mounted.path / "a").stat().st_mode & 0o7777 == 0o644
         assert etcd.etcdctl("get", "--print-value-only", "/app/a") == b"2\n3\n\n"
         found = etcd.etcdctl("get", "--keys-only", "--prefix", "/.etcdfs/")
         assert found.split() == [b"/.etcdfs/attrs//app/a"]
@@ -118,7 +122,7 @@ def test_b69_a_user_may_mount_what_its_role_covers(
         **tls,
     ) as mounted:
         # Attributes are kept elsewhere, where its role does not reach.
-        mounted.expect_log("attributes are not kept")
+        mounted.expect_log("attributes cannot be")
         assert (mounted.path / "a").read_text() == "1"
         sh(
             mounted.path,

@@ -249,8 +249,10 @@ async def test_attributes_of_another_history_go_with_it(
         assert await mode(mount, b"f") == 0o644
 
 
-@pytest.mark.expect_log("attributes are not kept: %s")
-async def test_attributes_that_may_no_longer_be_read_are_audited_no_more(
+@pytest.mark.expect_log(
+    "attributes cannot be read: all is its owner's alone (%s); --no-attrs opens it"
+)
+async def test_an_audit_finds_that_attributes_may_no_longer_be_read(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     store.put_now(b"/app/f", b"one")
@@ -266,11 +268,14 @@ async def test_attributes_that_may_no_longer_be_read_are_audited_no_more(
 
         store.range = guarded  # type: ignore[method-assign]
         await audited(mount)
-        assert (audit.statistics().failed, mount.tree.attributes) == (1, False)
+        assert (audit.statistics().failed, mount.tree.rights.readable) == (1, False)
         assert await content(mount, (b"f",)) == b"one"
-        before = audit.statistics()
+        assert await mode(mount, b"f") == 0o600
+        store.range = allowed  # type: ignore[method-assign]
+        store.put_now(side_key(b"/app/f"), b'{"mode":"0664"}')
         await audited(mount)
-        assert audit.statistics() == before
+        assert mount.tree.rights.readable
+        assert await mode(mount, b"f") == 0o664
 
 
 # --- what is no difference ------------------------------------------------------------------

@@ -10,12 +10,18 @@ import trio
 from trio.testing import MockClock
 
 from etcdfs.attributes import Attributes, Caller, Change
-from etcdfs.errors import EtcdfsError, OutcomeUnknownError, StorePermissionError
+from etcdfs.errors import (
+    EtcdfsError,
+    OutcomeUnknownError,
+    StorePermissionError,
+    StoreUnavailableError,
+)
 from etcdfs.sidekeys import is_side_key, side_key
 from etcdfs.store import Delete, Operation, Put, Transaction
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore, FakeWatch
 
+CLOSED = "attributes cannot be read: all is its owner's alone (%s); --no-attrs opens it"
 CALLER = Caller(7, 8)  # the default owner of a FakeMount
 LONG_AGO = 1_000_000_007
 
@@ -310,7 +316,8 @@ async def test_b35_now_is_told_from_a_time_that_is_set(
         assert (record(store, b"/f") is not None) == kept
 
 
-@pytest.mark.expect_log("attributes are not kept: %s")
+@pytest.mark.expect_log("attributes cannot be written: %s")
+@pytest.mark.expect_log(CLOSED)
 @pytest.mark.parametrize("reading", [True, False])
 async def test_b48_without_rights_to_side_keys_content_still_works(
     autojump_clock: MockClock,
@@ -325,8 +332,7 @@ async def test_b48_without_rights_to_side_keys_content_still_works(
     forbid(store, monkeypatch, reading=reading, writing=True)
     async with open_mount(store, cache=cache, prefix=b"/p/") as mount:
         inode = (await stat_of(mount, b"f")).inode
-        expected = 0o644 if reading else 0o600
-        assert (await stat_of(mount, b"f")).mode & 0o7777 == expected
+        assert (await stat_of(mount, b"f")).mode & 0o7777 == 0o600
         for change in (Change(mode=0o640), Change(uid=1)):
             number = await errno_of(mount.filesystem.setattr(inode, change))
             assert os.strerror(number) == "Operation not permitted"
@@ -338,10 +344,73 @@ async def test_b48_without_rights_to_side_keys_content_still_works(
         await mount.filesystem.create(1, b"x", os.O_CREAT | os.O_EXCL, 0o600, CALLER)
         await mount.filesystem.mkdir(1, b"d", 0o700, CALLER)
         assert sorted(await mount.kernel.listdir(())) == [b"d", b"f", b"new", b"x"]
-        assert (await stat_of(mount, b"new")).mode & 0o7777 == 0o644
+        expected = 0o600 if reading else 0o644
+        assert (await stat_of(mount, b"new")).mode & 0o7777 == expected
         await mount.kernel.unlink((b"f",))
         assert store.current(b"/p/f") is None
-        assert [r.levelname for r in caplog.records if "not kept" in r.message] == ["WARNING"]
+        said = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        assert sum("cannot be read" in line for line in said) == reading
+        assert sum("cannot be written" in line for line in said) == 1
+
+
+@pytest.mark.expect_log(CLOSED)
+@pytest.mark.parametrize("outage", [False, True])
+async def test_b121_what_was_missed_is_known_before_anything_opens(
+    autojump_clock: MockClock, store: FakeStore, outage: bool
+) -> None:
+    """Files are made before, while and after attributes are listed that may be read again."""
+    names = iter(range(100))
+    refusing = True
+    look, commit = store.range, store.commit
+
+    def make() -> None:
+        key = b"/p/%d" % next(names)
+        puts = (Put(key, b"secret"), Put(side_key(key), b'{"mode":"0600"}'))
+        store.commit_now(Transaction(then=puts))
+
+    async def guarded_range(start: bytes, *args: Any, **kwargs: Any) -> Any:
+        if not is_side_key(start):
+            return await look(start, *args, **kwargs)
+        if refusing:
+            raise StorePermissionError("etcdserver: permission denied")
+        make()
+        if outage and trio.current_time() < 40:
+            raise StoreUnavailableError("away")
+        found = await look(start, *args, **kwargs)
+        make()
+        return found
+
+    async def guarded_commit(transaction: Transaction) -> Any:
+        if refusing and side_keys_of((transaction,)):
+            raise StorePermissionError("etcdserver: permission denied")
+        return await commit(transaction)
+
+    store.range, store.commit = guarded_range, guarded_commit  # type: ignore[method-assign]
+    store.put_now(b"/p/open", b"value")
+    async with open_mount(store, prefix=b"/p/") as mount:
+        make()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await stat_of(mount, b"0")).mode & 0o7777 == 0o600
+        assert (await stat_of(mount, b"open")).mode & 0o7777 == 0o600
+        refusing = False
+        rights, opened = mount.tree.rights, trio.Event()
+        forget = rights.on_turn
+
+        def on_turn() -> None:
+            forget()
+            opened.set()
+
+        rights.on_turn = on_turn
+        with trio.fail_after(120):
+            await opened.wait()
+        for name in set(mount.tree.root.children) - {b"open"}:
+            assert (await stat_of(mount, name)).mode & 0o7777 == 0o600
+        make()
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await stat_of(mount, b"open")).mode & 0o7777 == 0o644
+        assert {(await stat_of(mount, b"%d" % n)).mode & 0o7777 for n in range(next(names))} == {
+            0o600
+        }
 
 
 async def test_changes_that_other_rights_forbid_say_so(
@@ -356,7 +425,8 @@ async def test_changes_that_other_rights_forbid_say_so(
         if cache:
             number = await errno_of(mount.filesystem.mkdir(1, b"d", 0o700, CALLER))
             assert os.strerror(number) == "Permission denied"
-            assert mount.tree.attributes, "it was not the side key that was refused"
+            rights = mount.tree.rights.statistics()
+            assert rights.writable, "it was not the side key that was refused"
 
 
 async def test_a_ttl(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:

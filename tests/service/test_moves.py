@@ -21,6 +21,8 @@ NOREPLACE = 1
 EXCHANGE = 2
 WHITEOUT = 4
 
+CLOSED = "attributes cannot be read: all is its owner's alone (%s); --no-attrs opens it"
+
 
 def keys(store: FakeStore) -> dict[bytes, bytes]:
     found = store.range_now(b"/", b"0").entries
@@ -406,14 +408,22 @@ async def test_attributes_go_along(
         await quiet(mount)
 
 
-@pytest.mark.expect_log("attributes are not kept: %s")
-async def test_without_rights_on_attributes_content_moves(
-    autojump_clock: MockClock, store: FakeStore, cache: bool
+@pytest.mark.expect_log("attributes cannot be written: %s")
+@pytest.mark.expect_log(CLOSED)
+@pytest.mark.parametrize("name", [b"d", b"g"])
+@pytest.mark.parametrize("known", [True, False])
+async def test_without_rights_on_attributes_content_moves_unless_they_would_be_lost(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, name: bytes, known: bool
 ) -> None:
+    """What is kept from others must not be open to all under its new name."""
     fill(store, {b"/d/f": b"1", b"/g": b"2"})
-    store.put_now(side_key(b"/d/f"), encode(Record(mode=0o600)))
+    before = keys(store)
+    if known:
+        for key in (b"/d/f", b"/g"):
+            store.put_now(side_key(key), encode(Record(mode=0o600)))
     async with open_mount(store, cache=cache) as mount:
-        await mount.kernel.walk((b"d", b"f"))
+        for path in ((b"d", b"f"), (b"g",)):
+            await mount.kernel.walk(path)
         commit = store.commit
 
         async def forbid(transaction: Transaction) -> Committed:
@@ -423,8 +433,19 @@ async def test_without_rights_on_attributes_content_moves(
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(store, "commit", forbid)
-            await mount.kernel.rename((b"d",), (b"e",))
-        assert keys(store) == {b"/e/f": b"1", b"/g": b"2"}
+            if known:
+                with pytest.raises(PermissionError):
+                    await mount.kernel.rename((name,), (b"e",))
+            else:
+                await mount.kernel.rename((name,), (b"e",))
+        found = keys(store)
+        assert found == (
+            before
+            if known
+            else {b"/e/f": b"1", b"/g": b"2"}
+            if name == b"d"
+            else {b"/d/f": b"1", b"/e": b"2"}
+        )
         await quiet(mount)
 
 

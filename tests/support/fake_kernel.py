@@ -770,7 +770,7 @@ def make_mount(
         store,
         view,
         files,
-        Defaults(uid=7, gid=8, file_mode=0o644, dir_mode=0o755, umask=0),
+        Defaults(uid=7, gid=8, file_mode=0o644, dir_mode=0o755, umask=0, rights=tree.rights),
         kernel_timeout_s=kernel_timeout_s if cache and not care.get("linearizable") else 0.0,
         timeout_s=5.0,
         read_only=read_only,
