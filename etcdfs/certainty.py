@@ -6,7 +6,7 @@ not know: what the transaction is for.
 A name that was to go and is gone, or that has moved with its value, is as the caller wanted it,
 whoever did it: that is success. A name that was claimed (its absence was a condition) and is
 there may have been claimed by somebody else, and etcd's keys bear no names of their writers: that
-stays unknown, so that of two who claim a name never both succeed. What has left no trace may
+stays unknown, so that of two who claim a name (or an attribute, XATTR_CREATE) never both succeed. What has left no trace may
 still be carried out, and stays unknown, too. Nothing is sent again.
 
 The publisher resolves the puts of files by itself: it knows what it has sent before.
@@ -14,9 +14,9 @@ The publisher resolves the puts of files by itself: it knows what it has sent be
 Concurrency: as the store's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import assert_never, final
+from typing import TypeGuard, assert_never, final
 
 from etcdfs.errors import OutcomeUnknownError, StoreError
 from etcdfs.store import (
@@ -126,10 +126,15 @@ def _questions(transaction: Transaction) -> Iterator[Get]:
 def _resolve(transaction: Transaction, found: Committed) -> Committed | None:
     """Return what etcd would have answered; None if it cannot be told."""
     answers = iter(found.results)
-    traces = [_trace(operation, answers, found.revision) for operation in transaction.then]
+    traces = [
+        _trace(operation, answers, found.revision, transaction.when)
+        for operation in transaction.then
+    ]
     puts = [operation for operation in transaction.then if isinstance(operation, Put)]
     deletes = [operation for operation in transaction.then if isinstance(operation, Delete)]
-    claims = any(_wants_absent(c, put.key) for c in transaction.when for put in puts)
+    claims = transaction.claims or any(
+        _wants_absent(c, put.key) for c in transaction.when for put in puts
+    )
     if None in traces or not (puts or deletes) or (claims and not deletes):
         return None
     written = {
@@ -155,14 +160,14 @@ _Trace = tuple[int, _Result]
 """The revision at which an operation wrote, 0 if that cannot be seen, and its result."""
 
 
-def _trace(operation: Operation, answers: Iterator[_Result], now: int) -> _Trace | None:
+def _trace(
+    operation: Operation, answers: Iterator[_Result], now: int, when: Sequence[Compare]
+) -> _Trace | None:
     """Return the trace of an operation; None if there is none, or another one."""
     match operation:
-        case Put(key, value):
+        case Put():
             entry = _entry(next(answers))
-            if entry is None or entry.key != key or entry.value != value:
-                return None
-            return entry.mod_revision, None
+            return (entry.mod_revision, None) if _is_of(entry, operation, when) else None
         case Delete():
             return (0, 1) if _entry(next(answers)) is None else None
         case Get():
@@ -170,13 +175,37 @@ def _trace(operation: Operation, answers: Iterator[_Result], now: int) -> _Trace
         case Abort():
             return None
         case Transaction():
-            # It may have had nothing to do; what it did is known by its revision, if at all.
-            inner = [_trace(part, answers, now) for part in operation.then]
+            # With conditions of its own it may have had nothing to do, unless they are those of
+            # the whole (`Abort`). What it did is known by its revision, if at all.
+            inner = [_trace(part, answers, now, operation.when) for part in operation.then]
             done = tuple(trace[1] for trace in inner if trace is not None)
             ran = len(done) == len(inner)
-            return 0, Committed(ran, Revision(now), done if ran else ())
+            if ran or (operation.when and not operation.otherwise):
+                return 0, Committed(ran, Revision(now), done if ran else ())
+            return None
         case _:
             assert_never(operation)
+
+
+def _is_of(entry: KeyValue | None, put: Put, when: Sequence[Compare]) -> TypeGuard[KeyValue]:
+    """Tell whether an entry can be what a put has made of its key, and not what was there before.
+
+    What was there before may look just the same: a file is put again as it is to be given a
+    lease. But it is still the version that the conditions ask for.
+    """
+    if entry is None or (entry.key, entry.value) != (put.key, put.value):
+        return False
+    if not put.keep_lease and entry.lease != put.lease:
+        return False
+    return not any(_names_version(compare, entry) for compare in when)
+
+
+def _names_version(compare: Compare, entry: KeyValue) -> bool:
+    if (compare.key, compare.end, compare.field) != (entry.key, None, "mod_revision"):
+        return False
+    if compare.operator == "==":
+        return entry.mod_revision == compare.number
+    return compare.operator == "<" and entry.mod_revision < compare.number
 
 
 def _entry(answer: _Result) -> KeyValue | None:

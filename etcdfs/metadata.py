@@ -170,7 +170,7 @@ class Metadata:
                 raise AttributesFullError(msg)
             return record
 
-        await self._keep_xattrs(node, edit)
+        await self._keep_xattrs(node, edit, claims=is_there is False)
 
     async def remove_xattr(self, node: Node, name: bytes) -> None:
         """Remove a user.* attribute.
@@ -189,8 +189,8 @@ class Metadata:
 
         await self._keep_xattrs(node, edit)
 
-    async def _keep_xattrs(self, node: Node, edit: Edit) -> None:
-        if await self._keep(node, edit):
+    async def _keep_xattrs(self, node: Node, edit: Edit, *, claims: bool = False) -> None:
+        if await self._keep(node, edit, claims=claims):
             return
         is_unpublished = isinstance(node, File) and node.facts is None
         if not self._tree.attributes or not (is_unpublished or node.directory is None):
@@ -204,8 +204,10 @@ class Metadata:
 
     # --- in etcd ----------------------------------------------------------------------------
 
-    async def _keep(self, node: Node, edit: Edit) -> bool:
+    async def _keep(self, node: Node, edit: Edit, *, claims: bool = False) -> bool:
         """Bring a change to etcd; False if the node has no key to keep it with.
+
+        Of one that `claims`, one of many clients that make the same may succeed.
 
         Raises:
             StaleError: The key was made anew by another client, or races were lost.
@@ -215,14 +217,14 @@ class Metadata:
         if isinstance(node, Directory):
             # The kernel holds the directory's own lock.
             with self._view.holding((Entry(node.inode, b""),)):
-                return await self._keep_settled(node, edit)
-        return await self._keep_settled(node, edit)
+                return await self._keep_settled(node, edit, claims=claims)
+        return await self._keep_settled(node, edit, claims=claims)
 
-    async def _keep_settled(self, node: Node, edit: Edit) -> bool:
+    async def _keep_settled(self, node: Node, edit: Edit, *, claims: bool) -> bool:
         async with self._files.locks.settled(node):
-            return await self._keep_still(node, edit)
+            return await self._keep_still(node, edit, claims=claims)
 
-    async def _keep_still(self, node: Node, edit: Edit) -> bool:
+    async def _keep_still(self, node: Node, edit: Edit, *, claims: bool) -> bool:
         for _ in range(MAX_RETRIES):
             key = self._key_of(node)
             if key is None:
@@ -239,7 +241,7 @@ class Metadata:
                 known=0 if node.side is None else node.side.facts.mod_revision,
             )
             try:
-                committed = await self._store.commit(wanted)
+                committed = await self._store.commit(replace(wanted, claims=claims))
             except StorePermissionError as exc:
                 self._tree.rights.refuse_writing(exc)
                 return False

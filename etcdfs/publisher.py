@@ -5,7 +5,7 @@ how a put whose answer never came is resolved. What it must not know: handles, n
 
 Rules (DESIGN.md 4.1): one put per flush; nothing changed, nothing put; a key that was deleted or
 made anew by another client is never resurrected; a put without an answer is not sent again by
-itself, it is recognised by reading back. Each put is for one version of the key, so that one which
+itself, it is recognised by reading back, unless it appends. Each put is for one version of the key, so that one which
 etcd carries out late undoes nothing; and what failed goes over nothing that may be newer.
 
 Concurrency: trio thread. One publication of a file at a time, under the file's lock, which
@@ -197,6 +197,8 @@ class Publisher:
         try:
             return await self._commit(file, draft, key, intent, company)
         except OutcomeUnknownError as unknown:
+            if draft.adds:
+                raise  # what was found could be another's, see `_check_tellable`
             try:
                 entries = (await self._store.range(key)).entries
             except StoreError as exc:
@@ -297,6 +299,7 @@ class Publisher:
             found = current[0]
             arrived = self._recognise(draft, found)
             if arrived == draft.value:
+                _check_tellable(draft, found)
                 self._resolved += 1
                 return _Done(facts_of(found), found.value, merged=found.value != arrived)
             if arrived is not None:
@@ -328,8 +331,10 @@ class Publisher:
         arrived = self._recognise(draft, entries[0]) if entries else None
         if arrived is None:
             return None
-        self._resolved += 1
         found = entries[0]
+        if arrived == draft.value:
+            _check_tellable(draft, found)
+        self._resolved += 1
         if arrived == draft.value:
             return _Done(facts_of(found), found.value, merged=found.value != arrived)
         draft.published(arrived)
@@ -338,9 +343,10 @@ class Publisher:
         return None
 
     def _recognise(self, draft: Draft, found: KeyValue) -> bytes | None:
-        """Return what the draft was when it was sent and became what was found, else None.
+        """Return what the draft was when it was sent and, it seems, became what was found, or None.
 
-        Others may have appended to it since.
+        Others may have appended to it since; and they may have appended the same, see
+        `_check_tellable`. Its writer was told that this is not known, and goes on from there.
         """
         for sent, meant in reversed(draft.tries):
             if found.value == sent:
@@ -372,6 +378,23 @@ def _check_whole(draft: Draft, key: bytes) -> None:
     if draft.is_torn:
         msg = f"{key!r}: a write did not fit, and half a value is not published"
         raise FileTooLargeError(msg)
+
+
+def _check_tellable(draft: Draft, found: KeyValue) -> None:
+    """Refuse to take an append that was found for one's own: two may append the same bytes.
+
+    Then one of them would be reported as done and be nowhere. No trace in etcd says whose put made
+    a version. A whole value is another matter: it is there, whoever put it, and a request that is
+    on its way yet cannot be carried out any more, as it is for an older version.
+
+    Raises:
+        OutcomeUnknownError: All that there is to publish are added bytes.
+    """
+    if draft.adds:
+        msg = (
+            f"{found.key!r}: the append may be there (revision {found.mod_revision}), or another's"
+        )
+        raise OutcomeUnknownError(msg)
 
 
 def _check_not_refused(draft: Draft, found: KeyValue) -> None:

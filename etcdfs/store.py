@@ -135,11 +135,14 @@ class Transaction:
 
     A transaction may stand inside another; all conditions, inner ones too, are judged on the
     state before the whole transaction (etcd: server/etcdserver/apply.go, compareToPath).
+
+    Of those that `claims`, one of many that ask for the same may succeed; etcd is not told.
     """
 
     when: tuple[Compare, ...] = ()
     then: tuple["Operation", ...] = ()
     otherwise: tuple["Operation", ...] = ()
+    claims: bool = False
 
     @property
     def only_reads(self) -> bool:

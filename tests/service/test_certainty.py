@@ -4,8 +4,9 @@ import pytest
 
 from etcdfs.certainty import Certain
 from etcdfs.errors import OutcomeUnknownError, StoreUnavailableError
-from etcdfs.store import END_OF_KEYS, Put, Transaction, exists
+from etcdfs.store import END_OF_KEYS, Put, Transaction, exists, unchanged
 from etcdfs.transactions import (
+    Rewriting,
     clear_marker,
     make_directory,
     make_file,
@@ -100,6 +101,51 @@ async def test_another_value_is_another_clients() -> None:
     store.fail_next("commit", LOST)
     with pytest.raises(OutcomeUnknownError):
         await Certain(store).commit(Transaction((exists(b"/m/"),), (Put(b"/m/", b"2"),)))
+
+
+async def test_a_lease_is_not_attached_because_the_value_is_the_same() -> None:
+    """The value is put as it is, so that only its revision and its lease tell."""
+    store = await made()
+    known = await revision_of(store, b"/d/a")
+    for lease in (0, await store.lease_grant(100)):
+        again = Transaction((unchanged(b"/d/a", known),), (Put(b"/d/a", b"1", lease),))
+        store.fail_next("commit", LOST)
+        with pytest.raises(OutcomeUnknownError):
+            await Certain(store).commit(again)
+
+
+async def test_a_lease_is_known_by_its_number() -> None:
+    store = await made()
+    lease = await store.lease_grant(100)
+    known = await revision_of(store, b"/d/a")
+    store.fail_next("commit", LOST, applied=True)
+    again = Transaction((unchanged(b"/d/a", known),), (Put(b"/d/a", b"1", lease),))
+    assert (await Certain(store).commit(again)).succeeded
+
+
+async def test_an_attribute_that_is_claimed_may_be_anothers() -> None:
+    store = await made()
+    store.fail_next("commit", LOST, applied=True)
+    claim = Transaction((exists(b"/m/"),), (Put(b"/m/", b"2"),), claims=True)
+    with pytest.raises(OutcomeUnknownError):
+        await Certain(store).commit(claim)
+
+
+@pytest.mark.parametrize("applied", [False, True])
+async def test_a_directory_has_moved_if_it_is_there(applied: bool) -> None:
+    """That it is no longer at its old name says little: another client may have deleted it."""
+    store = await made()
+    page = await store.range(b"/d/", b"/d0")
+    before = {entry.key: entry for entry in page.entries}
+    after = {b"/t" + key[2:]: Put(b"/t" + key[2:], e.value) for key, e in before.items()}
+    moving = Rewriting(before=before, after=after, ranges=((b"/d/", b"/d0"),))
+    store.fail_next("commit", LOST, applied=applied)
+    if applied:
+        assert (await Certain(store).commit(moving.transaction(()))).succeeded
+        return
+    store.delete_now(b"/d/", b"/d0")
+    with pytest.raises(OutcomeUnknownError):
+        await Certain(store).commit(moving.transaction(()))
 
 
 async def test_when_it_cannot_be_read_back_it_stays_unknown() -> None:
