@@ -309,6 +309,8 @@ def refusal(code: Code | None, details: str, endpoint: object) -> StoreError | N
     for text, error in _REFUSALS:
         if text in details:
             return error(message)
+    if any(text in details for text in _NOT_SENT):  # another member may take it, whatever the code
+        return None
     error_of_code = _REFUSING_CODES.get(code)
     return None if error_of_code is None else error_of_code(message)
 
