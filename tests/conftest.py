@@ -46,10 +46,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test marked `every_etcd` once on each etcd release that is found."""
-    if "etcd_binary" in metafunc.fixturenames and _is_marked(metafunc, "every_etcd"):
-        binaries = _etcds()
-        metafunc.parametrize("etcd_binary", binaries.values(), ids=binaries.keys(), indirect=True)
+    """Run a test once on each etcd release that its mark asks for."""
+    if "etcd_binary" not in metafunc.fixturenames:
+        return
+    found = list(_etcds().items())
+    if _is_marked(metafunc, "every_etcd"):
+        chosen = found
+    elif _is_marked(metafunc, "oldest_and_newest_etcd"):
+        nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+        chosen = found if nightly or len(found) < 2 else [found[0], found[-1]]
+    else:
+        return
+    metafunc.parametrize(
+        "etcd_binary",
+        [binary for _, binary in chosen],
+        ids=[version for version, _ in chosen],
+        indirect=True,
+        scope="module",
+    )
 
 
 def _is_marked(metafunc: pytest.Metafunc, name: str) -> bool:
@@ -92,9 +106,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(reason)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def etcd_binary(request: pytest.FixtureRequest) -> Path:
-    """Return an etcd binary: the oldest release found, or each in turn with `every_etcd`."""
+    """Return an etcd binary: the oldest release found, or in turn those that a mark asks for."""
     if hasattr(request, "param"):
         binary: Path = request.param
         return binary

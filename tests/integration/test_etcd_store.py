@@ -5,6 +5,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 
 import pytest
 import trio
@@ -26,10 +27,10 @@ from etcdfs.store import (
     WatchEvents,
     WatchOpened,
 )
-from tests.support.etcd_process import EtcdProcess, find_etcds
+from tests.support.etcd_process import EtcdProcess
 from tests.support.store_contract import BOUND_S, Lab, StoreContract
 
-pytestmark = pytest.mark.etcd
+pytestmark = [pytest.mark.etcd, pytest.mark.every_etcd]
 
 TIMEOUT_S = 10.0
 """For what is meant to succeed: generous, the machine may be busy."""
@@ -39,13 +40,10 @@ SHORT_S = 0.5
 PUT = Transaction(then=(Put(b"a", b"1"),))
 
 
-@pytest.fixture(scope="module", params=["3.4", "3.5"])
-def etcd(request: pytest.FixtureRequest) -> Iterator[EtcdProcess]:
+@pytest.fixture(scope="module")
+def etcd(etcd_binary: Path) -> Iterator[EtcdProcess]:
     """One etcd of each release for the whole module; `restore` it after doing harm."""
-    binary = find_etcds().get(request.param)
-    if binary is None:
-        pytest.skip(f"there is no etcd {request.param} here")
-    with EtcdProcess(binary) as process:
+    with EtcdProcess(etcd_binary) as process:
         yield process
 
 

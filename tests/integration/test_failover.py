@@ -24,10 +24,10 @@ from etcdfs.etcd import EtcdStore, open_store
 from etcdfs.options import Endpoint
 from etcdfs.store import END_OF_KEYS, Put, Transaction, WatchEvents, WatchOpened, unchanged
 from tests.support.cluster import Cluster
-from tests.support.etcd_process import EtcdProcess, EtcdProcessError, find_etcds
+from tests.support.etcd_process import EtcdProcess, EtcdProcessError
 from tests.support.proxy import Proxy
 
-pytestmark = pytest.mark.etcd
+pytestmark = [pytest.mark.etcd, pytest.mark.oldest_and_newest_etcd]
 
 TIMEOUT_S = 6.0
 BOUND_S = 40.0
@@ -35,10 +35,9 @@ PUT = Transaction(then=(Put(b"a", b"1"),))
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[Cluster]:
-    """Three members for the whole module; of one release, since all takes its time."""
-    *_, binary = find_etcds().values()
-    with Cluster(binary) as cluster:
+def shared(etcd_binary: Path) -> Iterator[Cluster]:
+    """Three members for the whole module."""
+    with Cluster(etcd_binary) as cluster:
         yield cluster
 
 
@@ -76,10 +75,6 @@ def member_at(cluster: Cluster, endpoint: Endpoint) -> EtcdProcess:
 @pytest.mark.parametrize("how", ["kill", "pause"])
 async def test_the_member_in_use_fails(cluster: Cluster, how: str, leader_first: bool) -> None:
     """Reads and writes go on elsewhere, the watch ends at once, and goes on elsewhere, too."""
-    await go_on_elsewhere(cluster, how, leader_first=leader_first)
-
-
-async def go_on_elsewhere(cluster: Cluster, how: str, *, leader_first: bool) -> None:
     endpoints = ordered(cluster, leader_first=leader_first)
     async with opened(*endpoints) as store:
         revision = (await store.commit(PUT)).revision
@@ -112,20 +107,6 @@ async def test_a_write_after_a_while_is_not_entrusted_to_a_frozen_member(
 
 async def test_a_majority_is_lost_and_found(cluster: Cluster) -> None:
     """Nobody pretends: reads and writes fail in time, and the watch is told."""
-    await lose_and_find_a_majority(cluster)
-
-
-async def test_the_same_on_the_oldest_release() -> None:
-    oldest, *newer = find_etcds().values()
-    if not newer:
-        pytest.skip("there is only one release here, which the other tests are about")
-    with Cluster(oldest) as cluster:
-        await go_on_elsewhere(cluster, "kill", leader_first=True)
-        cluster.heal()
-        await lose_and_find_a_majority(cluster)
-
-
-async def lose_and_find_a_majority(cluster: Cluster) -> None:
     async with opened(*cluster.endpoints, timeout_s=2.0) as store:
         revision = (await store.commit(PUT)).revision
         in_use = member_at(cluster, store.endpoint)
@@ -146,9 +127,8 @@ async def lose_and_find_a_majority(cluster: Cluster) -> None:
 
 
 @pytest.fixture(scope="module")
-def wired() -> Iterator[Cluster]:
-    binary, *_ = find_etcds().values()
-    with Cluster(binary, wired=True, election_ms=500) as cluster:
+def wired(etcd_binary: Path) -> Iterator[Cluster]:
+    with Cluster(etcd_binary, wired=True, election_ms=500) as cluster:
         yield cluster
 
 

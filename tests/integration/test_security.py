@@ -32,7 +32,7 @@ from tests.support.secured import (
 )
 from tests.support.store_contract import BOUND_S, Lab, StoreContract
 
-pytestmark = pytest.mark.etcd
+pytestmark = [pytest.mark.etcd, pytest.mark.every_etcd]
 
 TIMEOUT_S = 10.0
 SHORT_S = 1.0
@@ -249,13 +249,10 @@ async def test_an_expired_certificate(tmp_path: Path, session_binary: Path) -> N
 # --- users ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["3.4", "3.5"])
-def guarded(request: pytest.FixtureRequest) -> Iterator[EtcdProcess]:
+@pytest.fixture(scope="module")
+def guarded(etcd_binary: Path) -> Iterator[EtcdProcess]:
     """An etcd with users: `app`, who has all below /app/, and `reader`, who may read there."""
-    binary = find_etcds().get(request.param)
-    if binary is None:
-        pytest.skip(f"there is no etcd {request.param} here")
-    with EtcdProcess(binary, *short_tokens()) as etcd:
+    with EtcdProcess(etcd_binary, *short_tokens()) as etcd:
         add_user(etcd, "app", "secret", ("readwrite", b"/app/"))
         add_user(etcd, "reader", "other", ("read", b"/app/"))
         switch_users_on(etcd)
@@ -376,7 +373,6 @@ async def test_a_role_that_changes_under_a_store(guarded: EtcdProcess) -> None:
         await store.commit(APP_PUT)
 
 
-@pytest.mark.every_etcd
 async def test_users_are_switched_on_under_a_store(etcd_binary: Path) -> None:
     """With a user, nothing is noticed; without, etcd says what it wants."""
     with EtcdProcess(etcd_binary) as etcd:

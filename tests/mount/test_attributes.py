@@ -79,7 +79,7 @@ def change_all(path: Path) -> None:
 # --- everywhere, and later ------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b33_every_mount_sees_the_same_and_so_does_the_next(pool: Pool, cached: Lab) -> None:
     change_all(cached.path)
     names = ("file", "d", "link")
@@ -246,7 +246,7 @@ def test_b36_a_key_that_was_deleted_and_is_made_here(lab: Lab) -> None:
     assert mode_of(file) == 0o600
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b37_void_side_keys_are_swept_out(pool: Pool, cached: Lab) -> None:
     with pool.private(cached.etcd, "--cache", "--audit-interval", "0.2") as tidy:
         for name in ("gone", "anew", "kept"):
@@ -320,7 +320,7 @@ def test_b40_xattrs_that_do_not_fit(lab: Lab) -> None:
     assert os.getxattr(lab.path / "file", "user.0") == bytes(65536)
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b41_what_etcd_knows_of_a_key(lab: Lab) -> None:
     (lab.path / "file").write_bytes(b"value")
     created = lab.client.revision()
@@ -346,7 +346,7 @@ def test_b41_what_etcd_knows_of_a_key(lab: Lab) -> None:
         assert errno_of(partial(os.removexattr, path, f"user.etcd.{name}")) == "EPERM"
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b42_a_ttl_is_a_lease(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")

@@ -16,7 +16,7 @@ from tests.mount.posix.calls import opened
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b24_a_remote_put_is_seen_by_every_call(lab: Lab) -> None:
     file = lab.path / "file"
     lab.put("file", b"one")
@@ -31,7 +31,7 @@ def test_b24_a_remote_put_is_seen_by_every_call(lab: Lab) -> None:
             assert [entry.stat().st_size for entry in entries] == [len(value)]
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b24_a_value_of_the_same_size_is_seen(lab: Lab) -> None:
     file = lab.path / "file"
     for n in range(10):
@@ -39,7 +39,7 @@ def test_b24_a_value_of_the_same_size_is_seen(lab: Lab) -> None:
         assert file.read_bytes() == b"%d" % n * 5000
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b24_a_name_known_to_be_missing_appears(lab: Lab) -> None:
     for n in range(10):
         path = lab.path / f"file{n}"
@@ -67,7 +67,7 @@ def test_b24_a_directory_known_to_be_missing_appears(lab: Lab) -> None:
         (lab.path / "a").stat()
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b24_listings_follow(lab: Lab) -> None:
     expected: set[str] = set()
     for n in range(15):
@@ -144,7 +144,7 @@ def test_b24_a_program_that_stays_in_a_directory_that_goes(lab: Lab) -> None:
 # --- versions -------------------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b25_an_open_file_keeps_its_version(lab: Lab) -> None:
     old = os.urandom(200_000)
     lab.put("file", old)
@@ -260,7 +260,7 @@ def test_b28_mtime_changes_exactly_with_the_content(lab: Lab) -> None:
 # --- the mirror -----------------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b29_what_is_known_costs_no_request(cached: Lab) -> None:
     file = cached.path / "file"
     missing = cached.path / "missing"
@@ -315,7 +315,7 @@ def test_b30_without_the_mirror_every_call_asks_etcd(pool: Pool, cached: Lab) ->
                 (path / "file").stat()
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b31_evicted_values_are_fetched_at_their_revision(pool: Pool, cached: Lab) -> None:
     values = {f"file{n}": os.urandom(20_000) for n in range(10)}
     cached.client.put_all([(cached.key(name), value) for name, value in values.items()])

@@ -272,7 +272,7 @@ def test_b61_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode:
 # --- etcd is away ---------------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b50_while_etcd_does_not_answer(pool: Pool, own_etcd: EtcdProcess) -> None:
     with pool.private(own_etcd, "--cache", "--timeout", "0.5") as mounted:
         file = mounted.path / "d" / "file"
@@ -323,7 +323,7 @@ def _check_recovered(etcd: EtcdProcess, path: Path) -> None:
                 assert Path(os.fsdecode(os.fsencode(path) + entry.key)).read_bytes() == entry.value
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b50_without_the_mirror_while_etcd_does_not_answer(
     pool: Pool, own_etcd: EtcdProcess
 ) -> None:
@@ -363,7 +363,7 @@ def test_b50_etcd_is_down_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> N
         _check_recovered(own_etcd, mounted.path)
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 @pytest.mark.parametrize("compacted", [False, True], ids=["resumed", "compacted"])
 def test_b51_changes_made_while_disconnected_are_seen(
     pool: Pool, own_etcd: EtcdProcess, *, compacted: bool

@@ -29,7 +29,7 @@ def write_all(path: Path, flags: int, *pieces: bytes) -> None:
         os.close(fd)
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 @pytest.mark.parametrize(
     "value",
     [b"", b"x", b"\0", bytes(range(256)) * 3, b"a\n" * 2048, os.urandom(4097), os.urandom(300_000)],
@@ -314,7 +314,7 @@ def test_an_unsupported_kind_of_node_is_refused(place: Path) -> None:
     assert os.listdir(place) == ["file"]
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_shell_redirections(place: Path) -> None:
     sh(place, "echo one > file; echo two >> file; echo three >> file")
     assert (place / "file").read_text() == "one\ntwo\nthree\n"

@@ -45,7 +45,7 @@ def errno_of(call: Callable[[], object]) -> int:
 # --- functions of a path --------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b19_a_directory_moves_with_all_that_is_in_it(place: Path) -> None:
     sh(place, "mkdir -p d/e/empty t; echo 1 > d/one; echo 2 > d/e/two; chmod 600 d/one")
     inodes = {name: (place / "d" / name).stat().st_ino for name in (".", "one", "e", "e/two")}
@@ -117,7 +117,7 @@ def test_b19_noreplace(place: Path) -> None:
     assert tree_of(place) == {"n": None, "n/f": b"1\n", "e": None, "file": b"2\n"}
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b20_exchange(place: Path) -> None:
     sh(place, "mkdir -p d/x e; echo 1 > d/f; echo 2 > e/f; echo 3 > e/g; echo 4 > file")
 

@@ -33,7 +33,7 @@ def walk(directory: bytes, above: tuple[bytes, ...] = ()) -> dict[tuple[bytes, .
     return found
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b1_a_file_is_a_key_and_its_content_the_value(lab: Lab) -> None:
     (lab.path / "a").mkdir()
     (lab.path / "a" / "b").write_bytes(b"\0 any bytes \xff")
@@ -42,7 +42,7 @@ def test_b1_a_file_is_a_key_and_its_content_the_value(lab: Lab) -> None:
     assert (lab.path / "a" / "c").read_bytes() == b"\xff by another client \0"
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b1_etcdctl_prints_what_the_shell_wrote(lab: Lab) -> None:
     sh(lab.path, "echo colour=green > app.conf")
     assert lab.etcd.etcdctl("get", lab.key("app.conf"), "--print-value-only") == b"colour=green\n\n"
@@ -52,7 +52,7 @@ def test_b1_etcdctl_prints_what_the_shell_wrote(lab: Lab) -> None:
     assert sh(lab.path, "ls -A") == ""
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b2_keys_of_other_clients_make_directories_and_take_them(lab: Lab) -> None:
     lab.put("a/b/c", b"deep")
     lab.put("a/d", b"shallow")
@@ -101,7 +101,7 @@ def test_b3_a_marker_keeps_a_directory_when_others_empty_it(lab: Lab) -> None:
     assert listing(lab) == []
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b4_every_key_has_a_path_of_its_own(lab: Lab) -> None:
     long = b"L" * 300
     keys = [
@@ -236,7 +236,7 @@ def test_b5_only_a_slash_bounds_a_directory(lab: Lab) -> None:
     assert sorted(lab.own_keys()) == sorted(set(keys) - {b"foo/x"})
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b6_a_key_that_is_also_a_directory(lab: Lab) -> None:
     lab.put("a", b"value of a")
     with (lab.path / "a").open("rb") as opened:

@@ -183,7 +183,7 @@ def _command(*command: object) -> "subprocess.CompletedProcess[str]":
 # --- not permitted --------------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b57_what_may_no_longer_be_read_is_not_shown(pool: Pool, own_etcd: EtcdProcess) -> None:
     """The watch of a mount that lost its rights goes on delivering: only a read tells."""
     with pool.private(own_etcd, "--cache", "--audit-interval", "0.3") as mounted:
@@ -432,7 +432,7 @@ def test_b56_an_etcd_that_is_lost_while_it_is_listed_is_waited_for(cached: Lab) 
 # --- other histories ------------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b58_whatever_becomes_of_etcd_the_mount_becomes_it(
     pool: Pool, own_etcd: EtcdProcess, tmp_path: Path
 ) -> None:

@@ -41,7 +41,7 @@ def value_of(number: int) -> bytes:
     return b"%d\n" % number + bytes((number % 251,)) * (1000 + number * 37 % 12_000)
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b25_b21_nothing_torn_and_nothing_older(lab: Lab) -> None:
     file = lab.path / "file"
     lab.put("file", value_of(0))
@@ -70,7 +70,7 @@ def test_b25_a_file_that_is_replaced_all_the_time_is_always_there(lab: Lab) -> N
             last = (found.st_mtime_ns, found.st_size)
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b26_two_keys_of_one_transaction_are_never_inverted(cached: Lab) -> None:
     """Whoever has read the new value of one never reads the old one of the other."""
     pair = [cached.key("one/a"), cached.key("two/b")]
@@ -104,7 +104,7 @@ def test_b26_names_that_come_and_go_together(cached: Lab) -> None:
             assert os.listdir(cached.path) in (["here"], ["there"])
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b12_two_mounts_append_and_no_line_is_lost(cached: Lab, other: Lab) -> None:
     def append(path: Path, who: str) -> None:
         for n in range(40):

@@ -41,7 +41,7 @@ def test_an_empty_directory(place: Path) -> None:
     assert found.st_nlink == 2
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_directories_in_directories(place: Path) -> None:
     deep = place.joinpath(*(f"d{n}" for n in range(20)))
     deep.mkdir(parents=True)
@@ -132,7 +132,7 @@ def test_a_working_directory_that_goes(place: Path) -> None:
 # --- renaming -------------------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_rename_to_a_new_name(place: Path) -> None:
     (place / "old").write_bytes(b"value")
     inode = (place / "old").stat().st_ino
@@ -218,7 +218,7 @@ def test_mv_moves_a_whole_directory(place: Path) -> None:
 # --- tools ----------------------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_ls(place: Path) -> None:
     sh(place, "mkdir d; echo hello > f; : > .hidden")
     assert sh(place, "ls -A").split() == [".hidden", "d", "f"]
@@ -235,7 +235,7 @@ def test_ls(place: Path) -> None:
     assert len({line.split()[0] for line in sh(place, "ls -Ai").splitlines()}) == 3
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_cp_find_and_rm(place: Path) -> None:
     sh(place, "mkdir -p a/b/c; echo 1 > a/1; echo 2 > a/b/2; : > a/b/c/3; cp -r a z; diff -r a z")
     assert sh(place, "find z | sort").split() == [

@@ -34,7 +34,7 @@ def write_for_ever(fd: int) -> None:
         os.write(fd, bytes(100_000))
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b9_one_close_is_one_revision(lab: Lab) -> None:
     with revisions(lab, 1):
         sh(lab.path, "echo new > file")
@@ -103,7 +103,7 @@ def test_b9_other_changes_are_one_revision_each(lab: Lab) -> None:
         sh(lab.path, "! rm missing 2>&1; ! mkdir . 2>&1; ! rmdir missing 2>&1")
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b10_readers_put_nothing(lab: Lab) -> None:
     (lab.path / "file").write_bytes(b"value\n")
     with revisions(lab, 0):
@@ -158,7 +158,7 @@ def test_b11_a_duplicated_descriptor_publishes_at_each_close(lab: Lab) -> None:
     assert lab.version("file") == 1
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b12_an_append_goes_to_the_newest_value(lab: Lab) -> None:
     (lab.path / "log").write_bytes(b"one\n")
     with (lab.path / "log").open("ab", buffering=0) as opened:
@@ -177,7 +177,7 @@ def test_b12_a_write_at_the_old_end_is_an_append(lab: Lab) -> None:
     assert lab.value("log") == b"one\ntwo\nthree\n"
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b13_a_partial_overwrite_that_lost_is_stale(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"0123456789")
@@ -207,7 +207,7 @@ def test_b13_a_new_file_takes_the_name_from_whoever_took_it_meanwhile(lab: Lab) 
     assert (lab.path / "file").read_bytes() == b"mine"
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b14_o_excl_claims_the_name_at_open(lab: Lab) -> None:
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     fd = os.open(lab.path / "lock", flags, 0o644)
@@ -282,7 +282,7 @@ def test_b15_a_smaller_limit(pool: Pool, lab: Lab) -> None:
 # --- open files that lose their name --------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b16_an_unlinked_file_is_not_resurrected(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
@@ -355,7 +355,7 @@ def test_b16_a_new_file_in_a_directory_that_another_client_removed(lab: Lab) -> 
 # --- renaming and removing ------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_b17_a_rename_is_one_revision_of_both_keys(lab: Lab) -> None:
     (lab.path / "a").write_bytes(b"value")
     (lab.path / "b").write_bytes(b"replaced")
@@ -397,7 +397,7 @@ def test_b18_a_removal_of_what_another_client_removed_says_so(lab: Lab) -> None:
     assert os.listdir(lab.path) == []
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 @pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
 def test_b77_what_failed_goes_over_nothing_that_was_written_later(
     lab: Lab, old: bytes | None

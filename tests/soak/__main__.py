@@ -25,16 +25,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="make soak")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--duration", type=float, default=1200.0, help="seconds")
-    parser.add_argument("--etcd", default="both", help="3.4, 3.5 or both")
+    parser.add_argument("--etcd", default="all", help="all, or versions: 3.4,3.7.3")
     parser.add_argument("--defect", default="", help=f"one of {', '.join(CONTROLS)}, or all")
     parser.add_argument("--fault", default="", help="only faults whose titles contain one of these")
     parser.add_argument("--arena", default="", help="only faults of this arena")
     parser.add_argument("--options", default="", help="further options of the mounts")
     arguments = parser.parse_args()
     found = find_etcds()
-    wanted = list(found) if arguments.etcd == "both" else arguments.etcd.split(",")
-    releases: dict[str, Path] = {name: found[name] for name in wanted if name in found}
-    if len(releases) < len(wanted) or not releases:
+    wanted = [""] if arguments.etcd == "all" else arguments.etcd.split(",")
+    releases: dict[str, Path] = {
+        version: binary
+        for version, binary in found.items()
+        if any(version.startswith(part) for part in wanted)
+    }
+    if not releases or not all(any(v.startswith(part) for v in releases) for part in wanted):
         print(f"etcd {arguments.etcd} is not here, only {', '.join(found)}", file=sys.stderr)  # noqa: T201
         return 2
     if arguments.defect:

