@@ -109,6 +109,7 @@ class Rooms:
         self.tree = Tree(
             Keyspace(options.prefix),
             time.time_ns,
+            monotonic=time.monotonic_ns,
             complete=options.cache,
             attributes=not options.no_attrs,
         )

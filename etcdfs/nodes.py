@@ -23,6 +23,7 @@ class File:
         "gone",
         "handles",
         "inode",
+        "left_ns",
         "lookups",
         "lost_key",
         "mtime_ns",
@@ -39,6 +40,7 @@ class File:
         self.directory: Directory | None = None
         self.name = b""
         self.lost_key: bytes | None = None
+        self.left_ns = 0  # when it was superseded or deleted, by a clock that never jumps
         self.gone = False  # its name was taken away: no path leads here, an O_PATH may
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns

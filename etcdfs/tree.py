@@ -45,6 +45,8 @@ from etcdfs.times import Times
 ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
 MAX_NEGATIVES: Final = 65_536
 """Missing names remembered as told to the kernel; past it, further ones are not cached."""
+TOLD_LATER_NS: Final = 1_000_000_000
+"""How much later than we the kernel may begin to count the lifetime of an answer."""
 SUPERSEDED_GRACE_NS: Final = 1_000_000_000
 """How long a call may take from looking a path up to using the inode, before it looks again."""
 
@@ -69,13 +71,20 @@ class Tree:
     """All nodes, by name and by inode number."""
 
     def __init__(
-        self, keyspace: Keyspace, clock: Clock, *, complete: bool, attributes: bool = True
+        self,
+        keyspace: Keyspace,
+        clock: Clock,
+        *,
+        monotonic: Clock | None = None,
+        complete: bool,
+        attributes: bool = True,
     ) -> None:
         """Make an empty tree.
 
         Args:
             keyspace: Which keys are shown, and how.
-            clock: Nanoseconds since the epoch.
+            clock: Nanoseconds since the epoch; may jump. For times that are shown.
+            monotonic: Nanoseconds that pass and never jump; None: as `clock`. For what lasts.
             complete: Whether the tree will hold every key (a mirror), so that the kernel may
                 cache what it says and an empty directory without a marker is known to be gone.
             attributes: Whether keys have attributes of their own, in side keys.
@@ -83,6 +92,7 @@ class Tree:
         # --- dependencies
         self.keyspace = keyspace
         self.clock = clock
+        self._monotonic = clock if monotonic is None else monotonic
         # --- constants
         self.complete = complete
         self.attributes = attributes
@@ -158,7 +168,7 @@ class Tree:
         """
         if file.directory is not None or file.handles:
             return
-        if file.lost_key is not None and self.clock() - file.ctime_ns < SUPERSEDED_GRACE_NS:
+        if file.lost_key is not None and self._monotonic() - file.left_ns < SUPERSEDED_GRACE_NS:
             return
         msg = f"inode {file.inode} is an old version"
         raise StaleError(msg)
@@ -249,16 +259,15 @@ class Tree:
         entry = Entry(directory.inode, name)
         if not self.may_cache(entry):
             return False
-        now = self.clock()
+        now = self._monotonic()
         negatives = self._negatives
         # Only those at the front are looked at: looking through all, once there are so many,
-        # took milliseconds at every missing name. And only then: should the clock jump, the
-        # kernel still has them.
+        # took milliseconds at every missing name.
         while len(negatives) >= MAX_NEGATIVES:
             if next(iter(negatives.values())) > now:
                 return False
             negatives.popitem(last=False)
-        negatives[entry] = now + lifetime_ns
+        negatives[entry] = now + lifetime_ns + TOLD_LATER_NS
         negatives.move_to_end(entry)
         return True
 
@@ -358,6 +367,7 @@ class Tree:
             node.lost_key = None if gone else self.key_of(node)
             node.gone = gone
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
+            node.left_ns = self._monotonic()
         else:
             directory.subdirectories -= 1
             if not is_moved and node.children:

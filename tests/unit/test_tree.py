@@ -11,6 +11,8 @@ from etcdfs.loader import load
 from etcdfs.store import KeyValue, Revision
 from etcdfs.tree import (
     MAX_NEGATIVES,
+    SUPERSEDED_GRACE_NS,
+    TOLD_LATER_NS,
     Directory,
     Entry,
     Facts,
@@ -24,6 +26,9 @@ from etcdfs.tree import (
 ROOT = Keyspace(b"/")
 _components = st.sampled_from([b"a", b"a-b", b"a.b", b"a0", b"", b".", b"%value", b"\xff", b"\0"])
 _keys = st.lists(_components, min_size=1, max_size=4).map(lambda c: b"/" + b"/".join(c))
+
+
+HOUR_NS = 3600 * 10**9
 
 
 class Clock:
@@ -198,7 +203,7 @@ def test_missing_names_are_bounded() -> None:
     for i in range(MAX_NEGATIVES):
         assert tree.tell_negative(tree.root, b"%d" % i, 1000)
     assert not tree.tell_negative(tree.root, b"one more", 1000)
-    clock.now += 2000
+    clock.now += TOLD_LATER_NS + 2000
     assert tree.tell_negative(tree.root, b"one more", 1000)
     assert tree.statistics().negatives == MAX_NEGATIVES
 
@@ -215,11 +220,25 @@ def test_missing_names_make_room_in_the_order_in_which_they_end(
         if name == b"c":
             tree.attach(tree.root, b"c", tree.new_file(None))
     assert tree.tell_negative(tree.root, b"d", 1000)
-    clock.now += 850  # now the time of b is up, but not that of a, which was told again
+    clock.now += (
+        TOLD_LATER_NS + 850
+    )  # now the time of b is up, but not that of a, which was told again
     assert tree.tell_negative(tree.root, b"e", 1000)
     assert not tree.is_told(tree.root, b"b")
     assert tree.is_told(tree.root, b"a")
     assert not tree.tell_negative(tree.root, b"f", 1000)
+
+
+def test_a_clock_that_jumps_ahead_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcdfs.tree, "MAX_NEGATIVES", 1)
+    wall, passed = Clock(), Clock()
+    tree = Tree(ROOT, wall, monotonic=passed, complete=True)
+    assert tree.tell_negative(tree.root, b"a", 1000)
+    wall.now += HOUR_NS
+    assert not tree.tell_negative(tree.root, b"b", 1000)
+    assert tree.is_told(tree.root, b"a"), "the kernel has it still"
+    passed.now += TOLD_LATER_NS + 1000
+    assert tree.tell_negative(tree.root, b"b", 1000)
 
 
 def test_names_in_a_forgotten_directory_are_not_told() -> None:
@@ -242,6 +261,21 @@ def test_listing_of() -> None:
 
 
 # --- versions -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("jump_ns", [-1, 0, 1])
+def test_an_old_version_is_usable_for_a_moment_whatever_the_clock_does(jump_ns: int) -> None:
+    wall, passed = Clock(), Clock()
+    tree = Tree(ROOT, wall, monotonic=passed, complete=True)
+    old = tree.new_file(Facts(Revision(2), Revision(2), 1, 0, 1))
+    tree.attach(tree.root, b"f", old)
+    passed.now += HOUR_NS
+    tree.detach(tree.root, b"f", gone=False)
+    wall.now += jump_ns * HOUR_NS
+    tree.check_usable(old)
+    passed.now += SUPERSEDED_GRACE_NS
+    with pytest.raises(StaleError):
+        tree.check_usable(old)
 
 
 def test_new_version_has_a_later_mtime_even_if_the_clock_went_back() -> None:
