@@ -169,6 +169,12 @@ class StoreTimeoutError(StoreError):
     errno = errno.ETIMEDOUT
 
 
+class RevisionNotReachedError(StoreTimeoutError):
+    """Somebody waited for a revision, and it did not come within `--timeout`."""
+
+    level = logging.DEBUG  # anybody may ask for one that is far away
+
+
 class OutcomeUnknownError(StoreError):
     """A write got no answer: it may or may not have been applied, now or soon.
 
@@ -217,6 +223,13 @@ class MirrorDeniedError(StorePermissionError):
 
     level = logging.DEBUG  # said once, when it begins
     is_of_role = False
+
+
+class BusyError(StoreError):
+    """Too many requests wait, or too many of this user's; nothing was done for this one."""
+
+    errno = errno.EAGAIN
+    level = logging.DEBUG  # whoever makes so many should not fill the log with them
 
 
 class StoreFullError(StoreError):

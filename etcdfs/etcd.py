@@ -20,6 +20,7 @@ import grpc
 import trio
 
 from etcdfs import etcd_wire as wire
+from etcdfs.admission import about_to_wait
 from etcdfs.errors import (
     StoreError,
     StoreTimeoutError,
@@ -79,6 +80,7 @@ class EtcdStore(LeaseCalls):
         keys_only: bool = False,
     ) -> Page:
         """Read a range, linearizable; see the port."""
+        about_to_wait()
         self._ranges += 1
         request = wire.range_request(
             start, end, limit=limit, revision=revision, keys_only=keys_only
@@ -88,6 +90,7 @@ class EtcdStore(LeaseCalls):
 
     async def commit(self, transaction: Transaction) -> Committed:
         """Carry out a transaction, at most once; see the port."""
+        about_to_wait()
         self._transactions += 1
         request = wire.txn_request(transaction)
         deadline = self._deadline()
@@ -165,6 +168,7 @@ class EtcdStore(LeaseCalls):
         return EtcdWatch(stream, request, endpoint=connection.endpoint, timeout_s=self._timeout_s)
 
     async def _lease(self, method: str, request: wire.Message) -> wire.Message:
+        about_to_wait()
         deadline = self._deadline()
         return await self._read(
             lambda c: c.lease(method, request, deadline), deadline, linearizable=False
@@ -172,6 +176,7 @@ class EtcdStore(LeaseCalls):
 
     async def status(self) -> StoreStatus:
         """Ask the member in use for its version and size."""
+        about_to_wait()
         deadline = self._deadline()
         return wire.store_status(
             await self._read(lambda c: c.status(deadline), deadline, linearizable=False)

@@ -39,6 +39,7 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
+from etcdfs.admission import Admission, Request, current
 from etcdfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError, FuseRefusedError, NoAttributeError
 from etcdfs.filesystem import Filesystem
@@ -50,9 +51,9 @@ log = logging.getLogger(__name__)
 
 SECTOR_SIZE: Final = 512  # the unit of st_blocks (stat(2))
 
-MAX_TASKS: Final = 1024
-"""Requests handled at once. A writer that waits for etcd holds one; pyfuse3's default of 99
-would let a hundred of them stop cached stats as well (FACTS.md 7, worker limit)."""
+MAX_TASKS: Final = 1 << 20
+"""Requests handled at once: all there are. When so many wait, pyfuse3 reads no further request,
+not even one that memory answers; so who may wait is decided by `etcdfs.admission`, not here."""
 
 _asked: ContextVar[tuple[RequestContext, bool] | None] = ContextVar("_asked", default=None)
 """The last request for an extended attribute in this task, and whether there was one.
@@ -68,12 +69,14 @@ R = TypeVar("R")
 def handler(
     function: Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]],
 ) -> Callable[Concatenate["Operations", P], Coroutine[Any, Any, R]]:
-    """Count a request and let nothing but `FUSEError` out."""
+    """Count a request, let it wait only if it may, and let nothing but `FUSEError` out."""
     name = function.__name__
 
     @functools.wraps(function)
     async def wrapped(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> R:
         self.requests[name] += 1
+        request = Request(self.admission, lambda: self.user_of(name, args))
+        before = current.set(request)
         try:
             return await function(self, *args, **kwargs)
         except FUSEError:
@@ -84,6 +87,9 @@ def handler(
         except Exception as exc:
             log.exception("%s failed; this is a bug of etcdfs", name)
             raise FUSEError(errno.EIO) from exc
+        finally:
+            current.reset(before)
+            request.end()
 
     return wrapped
 
@@ -116,6 +122,20 @@ class Operations(pyfuse3.Operations):
         # --- mutable state
         self.requests: Counter[str] = Counter()
         self.openers = Openers()
+        self.admission = Admission()
+        self._users: dict[tuple[str, int], int] = {}  # who opened what, by kind and handle
+
+    def user_of(self, name: str, arguments: tuple[object, ...]) -> int:
+        """Return the user who makes a request.
+
+        pyfuse3 does not tell with a handle who uses it: that is taken to be who opened it.
+        """
+        user = getattr(arguments[-1], "uid", None)  # of the context, which comes last if at all
+        if user is not None:
+            return int(user)
+        assert isinstance(arguments[0], int)
+        kind = _DIRECTORY if name in _OF_DIRECTORIES else _FILE
+        return self._users.get((kind, arguments[0]), os.geteuid())
 
     # --- names ------------------------------------------------------------------------------
 
@@ -266,6 +286,7 @@ class Operations(pyfuse3.Operations):
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
         handle = await self._filesystem.open(inode, flags)
+        self._users[_FILE, handle] = ctx.uid
         self.openers.note(handle, flags, ctx.pid, inode)
         if self._store is not None and (value := self._files.to_store(handle)) is not None:
             self._store(inode, value)
@@ -283,6 +304,7 @@ class Operations(pyfuse3.Operations):
         handle, attributes = await self._filesystem.create(
             parent_inode, name, flags, mode, _caller(ctx)
         )
+        self._users[_FILE, handle] = ctx.uid
         self.openers.note(handle, flags, ctx.pid, attributes.inode)
         info = FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
         return info, _pack(attributes)
@@ -305,14 +327,18 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def release(self, fh: FileHandleT) -> None:
+        self._users.pop((_FILE, fh), None)
         self.openers.forget(fh)
+        current.set(None)  # never refused: nobody would be told
         await self._files.release(fh)
 
     # --- directories ------------------------------------------------------------------------
 
     @handler
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
-        return FileHandleT(await self._filesystem.opendir(inode))
+        handle = await self._filesystem.opendir(inode)
+        self._users[_DIRECTORY, handle] = ctx.uid
+        return FileHandleT(handle)
 
     @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
@@ -336,6 +362,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def releasedir(self, fh: FileHandleT) -> None:
+        self._users.pop((_DIRECTORY, fh), None)
         await self._filesystem.releasedir(fh)
 
     @handler
@@ -418,6 +445,10 @@ def _listening_to_stderr(said: list[str]) -> Iterator[None]:
             heard.seek(0)
             said += filter(None, heard.read().decode(errors="replace").split("\n"))
 
+
+_FILE: Final = "file"
+_DIRECTORY: Final = "directory"
+_OF_DIRECTORIES: Final = frozenset(("readdir", "releasedir", "fsyncdir"))
 
 _DOTS: Final = 2  # "." and ".." come first in every listing
 

@@ -174,6 +174,7 @@ class Rooms:
             "kernel": asdict(self.kernel.statistics()),
             "publisher": asdict(self.publisher.statistics()),
             "open_files": len(self.files),
+            "admission": asdict(self.operations.admission.statistics()),
         }
         if self.mirror is not None:
             counters["mirror"] = asdict(self.mirror.statistics())

@@ -23,6 +23,7 @@ from typing import final
 
 import trio
 
+from etcdfs.admission import about_to_wait
 from etcdfs.errors import CallerError
 from etcdfs.tree import Directory, Node, Tree
 
@@ -52,9 +53,15 @@ class NodeLocks:
 
     @asynccontextmanager
     async def held(self, node: Node) -> AsyncIterator[None]:
-        """Hold a node's lock for a change that needs no key: a write to its draft."""
+        """Hold a node's lock for a change that needs no key: a write to its draft.
+
+        Raises:
+            BusyError: It would have to wait, and too many do.
+        """
         lock = self._locks.setdefault(node, trio.Lock())
         try:
+            if lock.locked():
+                about_to_wait()
             async with lock:
                 yield
         finally:

@@ -15,6 +15,7 @@ from typing import final
 
 import trio
 
+from etcdfs.admission import about_to_wait
 from etcdfs.errors import (
     CallerError,
     ExistsError,
@@ -69,6 +70,7 @@ class Places:
     async def at_rest(self, *places: tuple[Directory, bytes]) -> None:
         """Return when none of some names, which the kernel holds locked, is being moved."""
         while any(self._is_moving(directory) for directory, _ in places):
+            about_to_wait()
             with self._view.holding([Entry(directory.inode, name) for directory, name in places]):
                 await self._stir.wait()
 

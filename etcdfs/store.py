@@ -247,7 +247,8 @@ class StoreStatistics:
 class Store(Protocol):
     """A linearizable key-value store with history and watches: etcd v3.
 
-    Every call is bounded by the store's own timeout. Reads raise `StoreUnavailableError` or
+    Every call is bounded by the store's own timeout, and may be refused (`BusyError`) if a request
+    of the kernel's makes it and too many wait already. Reads raise `StoreUnavailableError` or
     `StoreTimeoutError` when etcd cannot be asked; they are safe to repeat. All raise
     `StorePermissionError` when roles forbid it.
     """

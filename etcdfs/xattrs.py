@@ -26,12 +26,13 @@ from typing import Any, Final, final
 
 import trio
 
+from etcdfs.admission import about_to_wait
 from etcdfs.errors import (
     InvalidRequestError,
     NotPermittedError,
     NotSupportedError,
     ReadOnlyError,
-    StoreTimeoutError,
+    RevisionNotReachedError,
 )
 from etcdfs.leases import Leases
 from etcdfs.metadata import Metadata, no_attribute
@@ -86,7 +87,8 @@ class Xattrs:
         Raises:
             NoAttributeError: There is none of that name.
             NotSupportedError: Only user.* attributes can be kept.
-            StoreTimeoutError: The revision to wait for did not come within `--timeout`.
+            RevisionNotReachedError: The revision to wait for did not come within `--timeout`.
+            BusyError: Too many wait.
         """
         _check_name(name)  # first: the kernel asks for security.capability before each write
         node = self._tree.node(inode)
@@ -155,11 +157,12 @@ class Xattrs:
             raise no_attribute(name)
         if name == STATISTICS:
             return json.dumps(self._statistics(), sort_keys=True).encode()
+        about_to_wait()
         with trio.move_on_after(self._timeout_s):
             await self._view.reached(int(wanted))
             return wanted
         msg = f"revision {int(wanted)} was not reached within {self._timeout_s} s"
-        raise StoreTimeoutError(msg)
+        raise RevisionNotReachedError(msg)
 
     async def _fact(self, node: Node, name: bytes) -> bytes:
         facts = facts_of_node(node)

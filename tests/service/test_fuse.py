@@ -13,6 +13,7 @@ import pytest
 from pyfuse3 import EntryAttributes, FUSEError
 
 import etcdfs.errors
+from etcdfs.admission import Admission, about_to_wait
 from etcdfs.attributes import Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError, NotFoundError, StoreFullError
 from etcdfs.filesystem import Filesystem, Listed, SpaceStatistics
@@ -366,3 +367,56 @@ async def test_a_listing_counts_what_the_kernel_took(
     assert taken == [b".", b"..", b"0", b"1", b"2"]
     assert fake.remembered == [b"0", b"1", b"2"]
     assert positions == sorted(set(positions)), "each position is another one"
+
+
+# --- waiting --------------------------------------------------------------------------------
+
+
+class Waiting(Recording):
+    """A filesystem and open files that cannot answer from memory."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        answer = super().__getattr__(name)
+
+        async def call(*args: Any) -> Any:
+            about_to_wait()
+            return await answer(*args)
+
+        return call
+
+
+async def refused(answer: Awaitable[Any]) -> bool:
+    try:
+        await answer
+    except FUSEError as exc:
+        return exc.errno == errno.EAGAIN
+    return False
+
+
+async def test_who_waits_too_often_is_refused_before_anything_is_done() -> None:
+    fake = Waiting(opendir=3, getattr=ATTRIBUTES)
+    calls = operations(fake)
+    calls.admission = admission = Admission(2)
+    inode, handle = pyfuse3.InodeT(5), pyfuse3.FileHandleT(3)
+    assert not await refused(calls.getattr(inode, CONTEXT))
+    assert admission.statistics().waiting == 0, "it gave its place back"
+    assert await calls.opendir(inode, CONTEXT) == handle
+    done = len(fake.calls)
+    admission.take(CONTEXT.uid)
+    assert await refused(calls.getattr(inode, CONTEXT))
+    assert not await refused(calls.fsyncdir(handle, False)), "it need not wait"
+    assert len(fake.calls) == done
+    assert await refused(calls.rmdir(inode, pyfuse3.FileNameT(b"d"), CONTEXT))
+    assert admission.statistics().refused == 2
+    other = SimpleNamespace(uid=77, gid=2, pid=os.getpid(), umask=0)
+    assert not await refused(calls.getattr(inode, cast("pyfuse3.RequestContext", other)))
+
+
+async def test_a_call_with_a_handle_waits_for_who_opened_it() -> None:
+    calls = operations(Waiting(open=3, flush=None, release=None))
+    calls.admission = admission = Admission(2)
+    inode, handle = pyfuse3.InodeT(5), pyfuse3.FileHandleT(3)
+    await calls.open(inode, pyfuse3.FlagT(os.O_RDWR), CONTEXT)
+    admission.take(CONTEXT.uid)
+    assert await refused(calls.flush(handle))
+    assert not await refused(calls.release(handle)), "or nobody would ever release it"

@@ -1,0 +1,136 @@
+"""What waits, for a revision or for etcd, leaves alone what is answered from memory."""
+
+import contextlib
+import errno
+import os
+import resource
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.lab import Pool
+from tests.support.churn import until
+from tests.support.etcd_process import EtcdProcess
+from tests.support.mounted import Mounted
+
+pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
+
+PATIENCE_S = 40
+MANY = 2500
+"""More than one user may have wait at once, and more than pyfuse3 once had tasks."""
+
+_STACK = 64 * 1024
+_WAITERS = """
+import collections, os, sys, threading
+path, count, revision, uid = sys.argv[1], *map(int, sys.argv[2:])
+if os.geteuid() == 0:
+    os.setgroups([])
+    os.setgid(uid)
+    os.setuid(uid)
+became = collections.Counter()
+def wait():
+    try:
+        os.getxattr(path, f"user.etcdfs.wait.{revision}")
+        became[0] += 1
+    except OSError as exc:
+        became[exc.errno] += 1
+threading.stack_size(64 * 1024)
+threads = [threading.Thread(target=wait) for _ in range(count)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(*(f"{number}:{times}" for number, times in became.items()))
+"""
+
+
+class Waiters:
+    """A process of another user, if there is one, that waits for a revision many times."""
+
+    def __init__(self, path: Path, revision: int) -> None:
+        arguments = [str(path), str(MANY), str(revision), "65534"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", _WAITERS, *arguments], stdout=subprocess.PIPE, text=True
+        )
+
+    def became(self) -> Counter[int]:
+        """Return how often which errno came, once all waiters have ended; 0 is success."""
+        said, _ = self._process.communicate(timeout=PATIENCE_S)
+        return Counter({int(n): int(times) for n, times in (w.split(":") for w in said.split())})
+
+
+@contextlib.contextmanager
+def files_of_mine(count: int) -> Iterator[None]:
+    """Have room for so many open files."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(before[0], count), before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def admission(mounted: Mounted) -> Counter[str]:
+    return Counter(mounted.statistics()["admission"])
+
+
+def test_b142_who_waits_stops_nobody(own_etcd: EtcdProcess, pool: Pool) -> None:
+    shared = ("--allow-other",) if os.geteuid() == 0 else ()
+    with pool.private(own_etcd, "--cache", "--timeout", str(PATIENCE_S), *shared) as mounted:
+        mounted.path.parent.chmod(0o711)
+        revision = mounted.put("/f", b"1")
+        waiters = Waiters(mounted.path, revision + 2)
+        until(lambda: admission(mounted).total() == MANY)
+        waiting = admission(mounted)["waiting"]
+        assert waiting < MANY, "not all may wait"
+        assert (mounted.path / "f").read_bytes() == b"1"
+        assert os.listdir(mounted.path) == ["f"]
+        assert not (mounted.path / "new").exists()
+        assert mounted.put("/f", b"2") == revision + 1, "others may still wait"
+        assert (mounted.path / "f").read_bytes() == b"2"
+        assert admission(mounted)["waiting"] == waiting
+        mounted.put("/f", b"3")
+        assert waiters.became() == {0: waiting, errno.EAGAIN: MANY - waiting}
+        until(lambda: admission(mounted)["waiting"] == 0)
+
+
+def test_b142_an_outage_stops_nobody_who_is_answered_from_memory(
+    own_etcd: EtcdProcess, pool: Pool
+) -> None:
+    count = 1100
+    became: Counter[int] = Counter()
+
+    def close(fd: int) -> None:
+        try:
+            os.close(fd)
+        except OSError as exc:
+            became[exc.errno or 0] += 1
+
+    with files_of_mine(count + 500), pool.private(own_etcd, "--cache") as mounted:
+        mounted.expect_log("flush:", "release:", "watch")
+        mounted.put("/f", b"1")
+        fds = [os.open(mounted.path / f"w{n}", os.O_CREAT | os.O_WRONLY) for n in range(count)]
+        for fd in fds:
+            os.write(fd, b"x")
+        own_etcd.pause()
+        before = threading.stack_size(_STACK)
+        try:
+            threads = [threading.Thread(target=close, args=(fd,)) for fd in fds]
+            for thread in threads:
+                thread.start()
+            until(lambda: admission(mounted)["waiting"] == count)
+            assert (mounted.path / "f").read_bytes() == b"1"
+            assert not (mounted.path / "new").exists()
+            assert not became, "all of them wait still"
+        finally:
+            threading.stack_size(before)
+            own_etcd.resume()
+        for thread in threads:
+            thread.join(PATIENCE_S)
+        assert became.keys() <= {errno.EIO, errno.ETIMEDOUT}
+        until(lambda: admission(mounted)["waiting"] == 0)
