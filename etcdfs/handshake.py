@@ -97,11 +97,13 @@ class Ready:
         revision: The revision of etcd that it shows; 0 without a cache.
         keys: The number of keys in it; 0 without a cache.
         client_url: Where the embedded etcd listens; None without one.
+        etcd: Which etcd that is, for a person; empty without one.
     """
 
     revision: int
     keys: int
     client_url: str | None = None
+    etcd: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -270,7 +272,8 @@ def waiting_line(report: Waiting) -> str:
 
 def _print(report: Report) -> None:
     match report:
-        case Ready(client_url=str(url)):
+        case Ready(client_url=str(url), etcd=etcd):
+            sys.stderr.write(f"etcdfs: {etcd}\n")
             sys.stdout.write(f"{url}\n")
             sys.stdout.flush()
         case Failed(message=message):

@@ -34,7 +34,7 @@ from etcdfs.attributes import Defaults
 from etcdfs.certainty import Certain
 from etcdfs.contents import Contents
 from etcdfs.direct import Direct
-from etcdfs.embedded import default_data_dir, open_embedded
+from etcdfs.embedded import default_data_dir, describe, open_embedded
 from etcdfs.errors import (
     CommandError,
     EtcdRefusedError,
@@ -355,11 +355,16 @@ async def _announce(rooms: Rooms, reporter: Reporter, client_url: str | None) ->
         await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
     log.info("mounted %s", mountpoint)
     mirror = rooms.mirror
+    etcd = ""
+    if client_url is not None:
+        etcd = describe((await rooms.store.status()).version)
+        log.info("%s", etcd)
     reporter.report(
         Ready(
             revision=0 if mirror is None else mirror.revision,
             keys=0 if mirror is None else mirror.statistics().listed_keys,
             client_url=client_url,
+            etcd=etcd,
         )
     )
     if mirror is not None:

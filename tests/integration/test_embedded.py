@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import importlib.util
 import os
 import select
 import signal
@@ -17,7 +18,7 @@ import trio
 import trio.testing
 
 import etcdfs.embedded
-from etcdfs.embedded import default_data_dir, find_etcd, open_embedded
+from etcdfs.embedded import default_data_dir, describe, find_etcd, open_embedded
 from etcdfs.errors import EmbeddedFailedError, EmbeddedMissingError
 from etcdfs.etcd import open_store
 from etcdfs.options import Endpoint
@@ -350,6 +351,23 @@ def test_etcd_is_found_in_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_etcd() is None
     (package / "etcdbin" / "etcd").chmod(0o755)
     assert find_etcd() == package / "etcdbin" / "etcd"
+
+
+def test_a_release_that_may_lose_data_is_the_last_resort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsound, sound = tmp_path / "unsound", tmp_path / "sound"
+    for home, version in ((unsound, "3.5.1"), (sound, "3.4.23")):
+        home.mkdir()
+        (home / "etcd").write_text(f"#!/bin/sh\necho etcd Version: {version}\n")
+        (home / "etcd").chmod(0o755)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setenv("PATH", f"{unsound}:{sound}:/bin")
+    assert find_etcd() == sound / "etcd"
+    monkeypatch.setenv("PATH", f"{unsound}:/bin")
+    assert find_etcd() == unsound / "etcd"
+    assert "may lose data" in describe("3.5.1")
+    assert describe("3.4.23") == "embedded etcd 3.4.23"
 
 
 async def test_no_etcd_at_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,9 +150,10 @@ def test_embedded_refuses_endpoints(shell: Shell) -> None:
     assert shell.refuses("mount", place, "--embedded", "--endpoints", "a:1")[0] == 2
 
 
-def test_embedded_prints_its_url(shell: Shell) -> None:
-    shell.word = Ready(revision=1, keys=1, client_url="http://127.0.0.1:1")
-    assert shell.run("mount", str(shell.place)) == (0, "http://127.0.0.1:1\n", "")
+def test_embedded_prints_its_url_and_says_what_it_runs(shell: Shell) -> None:
+    shell.word = Ready(revision=1, keys=1, client_url="unix:///d/client:0", etcd="embedded etcd 3")
+    done = shell.run("mount", str(shell.place))
+    assert done == (0, "unix:///d/client:0\n", "etcdfs: embedded etcd 3\n")
 
 
 def test_foreground_becomes_the_daemon(shell: Shell) -> None:

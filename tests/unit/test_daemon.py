@@ -147,11 +147,11 @@ def test_foreground_prints_the_url_and_the_failure(capsys: pytest.CaptureFixture
     assert isinstance(reporter, TerminalReporter)
     reporter.report(Progress(keys=1, bytes=1))
     reporter.report(Ready(revision=1, keys=1))
-    reporter.report(Ready(revision=1, keys=1, client_url="http://127.0.0.1:1"))
+    reporter.report(Ready(revision=1, keys=1, client_url="unix:///d/client:0", etcd="etcd 3"))
     reporter.report(Waiting(reason="nobody there", left_s=4.6))
     reporter.report(Failed(message="no", exit_code=1))
-    said = "etcdfs: waiting for etcd (5 s left): nobody there\netcdfs: no\n"
-    assert capsys.readouterr() == ("http://127.0.0.1:1\n", said)
+    said = "etcdfs: etcd 3\netcdfs: waiting for etcd (5 s left): nobody there\netcdfs: no\n"
+    assert capsys.readouterr() == ("unix:///d/client:0\n", said)
 
 
 @pytest.mark.parametrize("abstract", [False, True])
