@@ -32,7 +32,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 .PHONY: help
 help:
-	@echo "make demo | test | lint | bench | soak | etcd-releases | clean"
+	@echo "make demo | test | test-on | lint | bench | soak | etcd-releases | clean"
 
 # --- what has to be there -------------------------------------------------------------------
 
@@ -147,6 +147,18 @@ soak: etcd etcd-releases $(VENV)/.dev
 	$(SUDO) env PATH="$$PATH:/usr/sbin:/sbin" GRPC_VERBOSITY=NONE $(BIN)/python -m tests.soak \
 	  $(if $(SEED),--seed $(SEED)) --duration $(DURATION) --etcd $(ETCD) \
 	  $(if $(DEFECT),--defect $(DEFECT))
+
+# The two commands on a fresh machine of another Debian release, as a clone of this commit.
+#   DEBIAN=trixie    or bookworm, forky, sid
+#   TARGETS=...      what is made there
+# Root is needed, and /dev/fuse. The first run of a release takes half a minute more than others.
+DEBIAN ?= trixie
+TARGETS ?= demo test
+MIRROR ?= http://deb.debian.org/debian
+.PHONY: test-on
+test-on:
+	@$(MAKE) --no-print-directory packages PACKAGES="debootstrap git"
+	$(SUDO) env PATH="$$PATH:/usr/sbin:/sbin" .ci/test-on $(DEBIAN) $(MIRROR) $(TARGETS)
 
 .PHONY: clean
 clean:
