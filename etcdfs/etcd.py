@@ -21,8 +21,11 @@ import trio
 
 from etcdfs import etcd_wire as wire
 from etcdfs.admission import about_to_wait
+from etcdfs.checks import fault_in_page, fault_in_results
 from etcdfs.errors import (
+    OutcomeUnknownError,
     StoreError,
+    StoreProtocolError,
     StoreTimeoutError,
     StoreUnavailableError,
     WatchLostError,
@@ -36,6 +39,7 @@ from etcdfs.etcd_watch import EtcdWatch
 from etcdfs.options import OPEN, Endpoint, Security
 from etcdfs.store import (
     Committed,
+    Get,
     Page,
     StoreStatistics,
     StoreStatus,
@@ -86,7 +90,11 @@ class EtcdStore(LeaseCalls):
             start, end, limit=limit, revision=revision, keys_only=keys_only
         )
         deadline = self._deadline()
-        return wire.page(await self._read(lambda c: c.range(request, deadline), deadline))
+        page = wire.page(await self._read(lambda c: c.range(request, deadline), deadline))
+        fault = fault_in_page(page, Get(start, end, limit, keys_only), revision)
+        if fault is not None:
+            raise self._disbelieve(fault)
+        return page
 
     async def commit(self, transaction: Transaction) -> Committed:
         """Carry out a transaction, at most once; see the port."""
@@ -96,7 +104,7 @@ class EtcdStore(LeaseCalls):
         deadline = self._deadline()
         if transaction.only_reads:
             answer = await self._read(lambda c: c.txn(request, deadline), deadline)
-            return wire.committed(answer)
+            return self._checked(answer, transaction)
         for pause in _pauses():
             connection = await self._trusted(deadline)
             known = self._members.horizon.known
@@ -109,14 +117,32 @@ class EtcdStore(LeaseCalls):
             except StoreUnavailableError as exc:  # it has not been sent
                 error = exc
             else:
+                committed = self._checked(answer, transaction)
                 header = wire.header(answer)
                 if not self._members.horizon.holds(header, known):
                     self._members.horizon.move_back(header)
-                return wire.committed(answer)
+                return committed
             if trio.current_time() + pause >= deadline:
                 raise error
             await trio.sleep(pause)
         raise AssertionError("there is always a next pause")
+
+    def _checked(self, answer: wire.Message, transaction: Transaction) -> Committed:
+        try:
+            committed = wire.committed(answer)
+            fault = fault_in_results(committed, transaction)
+        except StoreProtocolError as exc:
+            fault = str(exc)
+        else:
+            if fault is None:
+                return committed
+        error = self._disbelieve(fault)
+        raise error if transaction.only_reads else OutcomeUnknownError(str(error))
+
+    def _disbelieve(self, fault: str) -> StoreProtocolError:
+        """Return the error for an answer that cannot be; others are asked first from now on."""
+        self._members.failed(self.endpoint)
+        return StoreProtocolError(f"{self.endpoint}: etcd answers what cannot be: {fault}")
 
     def _write_error(self, connection: Connection, failure: wire.Message) -> StoreError:
         """Return what a failed write means, having learnt from it about the member."""
@@ -269,6 +295,8 @@ class EtcdStore(LeaseCalls):
                 self._members.horizon.move_back(wire.header(asked.behind))
                 return asked.behind
             was_behind = asked.behind is not None
+            if asked.is_disbelieved:
+                raise asked.error()
             hopeless = self._members.closed or (at_once and not asked.may_serve_soon)
             if hopeless or trio.current_time() + pause >= deadline:
                 raise asked.error()

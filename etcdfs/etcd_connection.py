@@ -38,6 +38,9 @@ _READY: Final[int] = grpc.ChannelConnectivity.READY.value[0]
 LOGIN_PAUSE_S: Final = 1.0
 """How long a refused password is not tried again: etcd spends a tenth of a second on each."""
 
+TOKEN_MAX: Final = 8192
+"""Characters of a token: what gRPC sends along with a call."""
+
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     # A range or a watch's catch-up may be of any size; gRPC's default is 4 MiB.
     ("grpc.max_receive_message_length", -1),
@@ -267,7 +270,10 @@ class Connection:
                 self._login.refused(word, refused)
                 raise refused from exc
             raise _as_unavailable(error) from exc
-        return str(answer.token)
+        token = str(answer.token)
+        if len(token) > TOKEN_MAX or not (token.isascii() and token.isprintable()):
+            raise StoreUnavailableError(f"{self.endpoint}: the token it gave cannot be sent back")
+        return token
 
     @staticmethod
     def _token_of(metadata: Metadata) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from aetcd import rpc
 
-from etcdfs.errors import StoreError
+from etcdfs.errors import StoreError, StoreProtocolError
 
 Message = Any
 """A generated protobuf message: `aetcd.rpc` has no types."""
@@ -28,6 +28,8 @@ class LeaseCalls(Protocol):
     async def lease_grant(self, ttl_s: int) -> int:
         """Make a lease; see the port."""
         answer = await self._lease("LeaseGrant", rpc.LeaseGrantRequest(TTL=ttl_s))
+        if answer.ID <= 0 or answer.TTL <= 0:
+            raise StoreProtocolError(f"etcd made no lease: {answer.error!r}")
         return int(answer.ID)
 
     async def lease_time_to_live(self, lease: int) -> int | None:

@@ -16,8 +16,10 @@ import grpc
 import trio
 
 from etcdfs import etcd_wire as wire
+from etcdfs.checks import REVISION_MAX
 from etcdfs.errors import (
     StoreError,
+    StoreProtocolError,
     StoreTimeoutError,
     StoreTlsError,
     StoreUnavailableError,
@@ -87,7 +89,15 @@ class Round:
             return StoreTlsError(message)
         if any(isinstance(failure, StoreTimeoutError) for failure in failures):
             return StoreTimeoutError(message)
-        return StoreUnavailableError(message)
+        return (
+            StoreProtocolError(message) if self.is_disbelieved else StoreUnavailableError(message)
+        )
+
+    @property
+    def is_disbelieved(self) -> bool:
+        """Whether a member said what cannot be, and no other anything better."""
+        failures = self.failures.values()
+        return any(isinstance(failure, StoreProtocolError) for failure in failures)
 
     async def _decided_in_turn(self) -> bool:
         with trio.move_on_after(self._members.patience_s):
@@ -117,6 +127,11 @@ class Round:
 
     def _on_answer(self, connection: Connection, answer: wire.Message) -> None:
         header = None if answer is None or self._known is None else wire.header(answer)
+        if header is not None and not 0 < header.revision <= REVISION_MAX:
+            # It must not count as the newest that was heard of, or nothing after it would do.
+            message = f"{connection.endpoint}: it says that it is at revision {header.revision}"
+            self._fail(connection.endpoint, StoreProtocolError(message))
+            return
         if header is not None and not self._members.horizon.holds(header, self._known):
             if self.behind is None or header > wire.header(self.behind):
                 self.behind = answer

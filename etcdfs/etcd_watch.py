@@ -1,8 +1,8 @@
 """One watch on one stream, with every way it can end told as an error.
 
-What this room knows: etcd's watch stream (created, fragments, progress notices, cancellation).
-What it must not know: how to resume; that is the replica's business. It is part of the etcd
-door.
+What this room knows: etcd's watch stream, and how long it may take to open. What it must not
+know: what its messages say (`etcd_responses`), how to resume (the replica's). It is part of the
+etcd door.
 
 aetcd's own watcher drops revisions, progress notices and the server's cancellations, and takes
 the end of the stream for silence; here only its generated stub is used.
@@ -21,7 +21,8 @@ import trio
 from etcdfs import etcd_wire as wire
 from etcdfs.errors import StoreError, WatchLostError
 from etcdfs.etcd_calls import Stream
-from etcdfs.store import Event, WatchEvents, WatchMessage, WatchOpened, WatchProgress
+from etcdfs.etcd_responses import Responses
+from etcdfs.store import WatchMessage
 
 
 @final
@@ -46,12 +47,10 @@ class EtcdWatch:
         # dependencies
         self._stream = stream
         # constants
-        self._from_revision: int = create_request.create_request.start_revision
         self._endpoint = endpoint
         self._timeout_s = timeout_s
         # mutable state
-        self._opened = False
-        self._parts: list[Event] = []
+        self._responses = Responses(create_request, endpoint)
         self._error: StoreError | None = None
         self._question: trio.Event | None = None
         stream.write(create_request)
@@ -62,7 +61,7 @@ class EtcdWatch:
             raise self._error
         try:
             while True:
-                message = self._understand(await self._response())
+                message = self._responses.read(await self._response())
                 if message is not None:
                     return message
         except StoreError as exc:
@@ -99,7 +98,9 @@ class EtcdWatch:
 
     async def _response(self) -> wire.Message:
         """Return the next raw response; what a cancelled receiver waited for comes first."""
-        bound = trio.CancelScope() if self._opened else trio.move_on_after(self._timeout_s)
+        bound = (
+            trio.CancelScope() if self._responses.opened else trio.move_on_after(self._timeout_s)
+        )
         try:
             with bound:
                 response = await self._stream.read()
@@ -111,34 +112,6 @@ class EtcdWatch:
                 raise self._lost("the watch was closed") from exc
             raise wire.stream_error(exc, self._endpoint) from exc
         raise self._lost("the watch was not opened in time")
-
-    def _understand(self, response: wire.Message) -> WatchMessage | None:
-        """Return what a response says; None when it is part of a larger one."""
-        # Before `created`: a refused watch comes as both at once, with watch id -1.
-        if response.canceled:
-            raise wire.watch_cancelled(response, self._endpoint)
-        if response.created:
-            self._opened = True
-            return WatchOpened(response.header.revision)
-        if response.events or self._parts:
-            return self._collect(response)
-        return WatchProgress(response.header.revision)
-
-    def _collect(self, response: wire.Message) -> WatchEvents | None:
-        """Join fragments; return the batch when it is whole."""
-        self._parts.extend(wire.events(response.events))
-        if response.fragment:
-            return None
-        events = tuple(self._parts)
-        self._parts.clear()
-        # etcd issue 20221: a watch on a future revision may be told of older ones.
-        if events[0].mod_revision < self._from_revision:
-            events = tuple(e for e in events if e.mod_revision >= self._from_revision)
-        if not events:
-            return None
-        # Not the header's revision: while etcd replays history in batches of 1000 revisions,
-        # that is already the store's newest.
-        return WatchEvents(events, events[-1].mod_revision)
 
     def _lost(self, what: str) -> WatchLostError:
         return WatchLostError(f"{self._endpoint}: {what}")

@@ -171,6 +171,7 @@ def page(response: Message, revision: int | None = None) -> Page:
         entries=key_values(response.kvs),
         revision=response.header.revision if revision is None else Revision(revision),
         more=response.more,
+        remaining=response.count - len(response.kvs) if response.more else None,
     )
 
 
@@ -200,7 +201,11 @@ def events(messages: Iterable[Message]) -> list[Event]:
 
 
 def committed(response: Message) -> Committed:
-    """Return a transaction's answer."""
+    """Return a transaction's answer.
+
+    Raises:
+        StoreProtocolError: It cannot be understood; it may have been carried out.
+    """
     return _committed(response, response.header.revision)
 
 
@@ -223,8 +228,8 @@ def _result(op: Message, revision: int) -> Page | Committed | int | None:
             return deleted
         case "response_txn":
             return _committed(op.response_txn, revision)
-        case kind:  # it was carried out, only what it did cannot be understood
-            raise OutcomeUnknownError(f"etcd answered a transaction with {kind!r}")
+        case kind:
+            raise StoreProtocolError(f"etcd answered a transaction with {kind!r}")
 
 
 def header(response: Message) -> Header:
@@ -241,7 +246,7 @@ def store_status(response: Message) -> StoreStatus:
     """Return what a member says of itself."""
     return StoreStatus(
         version=response.version,
-        database_size=response.dbSize,
+        database_size=max(0, response.dbSize),
         revision=response.header.revision,
     )
 

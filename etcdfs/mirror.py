@@ -26,6 +26,7 @@ from etcdfs.errors import (
     FutureRevisionError,
     StoreError,
     StorePermissionError,
+    StoreProtocolError,
     WatchLostError,
 )
 from etcdfs.letting import KernelCache
@@ -63,6 +64,9 @@ from etcdfs.values import value_of
 from etcdfs.watching import Watching, back_off
 
 log = logging.getLogger(__name__)
+
+FIRST_LISTINGS: Final = 5
+"""How often the first listing is begun anew, as its revision was compacted away, say."""
 
 STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
@@ -347,6 +351,8 @@ class Mirror:
             case CloseWatch():
                 await self._watching.aclose()
             case BackOff():
+                if not self._is_restored and step.relist and step.attempt >= FIRST_LISTINGS:
+                    raise StoreProtocolError(step.reason)
                 await back_off(step)
             case _ as never:
                 assert_never(never)

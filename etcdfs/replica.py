@@ -183,6 +183,8 @@ class Replica:
         # The revision of the listing that is being read, or waits to be confirmed; 0: none.
         # INVARIANT: it is 0 in WATCHING.
         self._pinned = Revision(0)
+        # Keys of that listing that are still to come, if the store counts them.
+        self._remaining: int | None = None
         # The changes, last of their keys, to be read back after a break; none: there was nothing.
         self._witnesses: tuple[Event, ...] = ()
         # INVARIANT: there are some exactly in CONFIRMING, and the first one's read is `_read`.
@@ -318,6 +320,11 @@ class Replica:
             return f"a page begins before {read.start!r}"
         if max(map(_MOD_REVISION, page.entries), default=0) > self._pinned:
             return f"an entry is newer than its listing at {self._pinned}"
+        # All pages are of one revision: what is left gets less by what has come.
+        left = len(page.entries) + (page.remaining or 0)
+        if self._remaining is not None and read.revision and left != self._remaining:
+            return f"{self._remaining} keys were left of a listing, and now {left}"
+        self._remaining = page.remaining
         return None
 
     # --- opening and confirming -------------------------------------------------------------

@@ -54,11 +54,13 @@ class Page:
         entries: The keys; their values are empty when only keys were asked for.
         revision: The revision of the store at which the range was read.
         more: Whether the limit cut it short.
+        remaining: The keys that were cut off, if the store counts them.
     """
 
     entries: tuple[KeyValue, ...]
     revision: Revision
     more: bool
+    remaining: int | None = None
 
 
 # --- transactions ---------------------------------------------------------------------------
@@ -267,6 +269,7 @@ class Store(Protocol):
         Raises:
             CompactedError: `revision` is no longer in history.
             FutureRevisionError: `revision` is not yet in history.
+            StoreProtocolError: The answer is none to this question (`checks`).
         """
         ...
 
@@ -281,6 +284,7 @@ class Store(Protocol):
             StoreValueTooLargeError: The request is too large.
             TooManyOperationsError: The transaction has too many operations.
             TransactionAbortedError: An `Abort` was to run.
+            StoreProtocolError: It only reads, and the answer is none to this question.
         """
         ...
 

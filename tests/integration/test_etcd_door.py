@@ -297,7 +297,11 @@ async def test_a_read_is_sent_again(store: EtcdStore, server: ScriptedEtcd) -> N
 async def test_a_transaction_that_only_reads_is_sent_again(
     store: EtcdStore, server: ScriptedEtcd, operation: Operation
 ) -> None:
-    server.answer = rpc.TxnResponse(header=header(8), succeeded=True)
+    found = rpc.ResponseOp(response_range=rpc.RangeResponse(header=header(8)))
+    if isinstance(operation, Transaction):
+        inner = rpc.TxnResponse(header=header(8), succeeded=True, responses=[found])
+        found = rpc.ResponseOp(response_txn=inner)
+    server.answer = rpc.TxnResponse(header=header(8), succeeded=True, responses=[found])
     server.refusals.put((Code.UNAVAILABLE, "Socket closed"))
     assert (await store.commit(Transaction((), (operation,)))).succeeded
     assert server.transactions == 2
@@ -702,6 +706,7 @@ async def test_what_nobody_receives_stays_with_the_server(
         for revision in range(10, 110):
             sent.append(revision)
             kv = {"key": b"k", "value": value, "mod_revision": revision}
+            kv |= {"create_revision": 1, "version": revision}
             yield events(revision, rpc.Event(type="PUT", kv=kv))
 
     server.play = play
