@@ -19,7 +19,7 @@ from etcdfs.keys import MARKER_NAME, Keyspace
 from etcdfs.sidekeys import encode, is_side_key, owner_of, side_key
 from etcdfs.sides import find_facts, side_facts, side_of
 from etcdfs.store import KeyValue
-from etcdfs.tree import Directory, Facts, File, Tree, facts_of
+from etcdfs.tree import NOT_IN_ETCD, Directory, Facts, File, Tree, facts_of
 
 SLICE: Final = 100
 """Keys looked at at a time; well below a millisecond."""
@@ -67,7 +67,7 @@ class HeldKeys:
         """See `Audited`."""
         for directory in self._tree.directories():
             found: list[tuple[Holder, Facts]] = []
-            if directory.marker is not None:
+            if directory.marker is not None and directory.marker is not NOT_IN_ETCD:
                 found.append((directory, directory.marker))
             # A list, as the directory may change between two slices.
             children = list(directory.children.values())

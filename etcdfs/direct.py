@@ -36,7 +36,7 @@ from etcdfs.store import (
     range_end,
 )
 from etcdfs.switch import Switch
-from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree, facts_of
+from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree, facts_of, is_local
 from etcdfs.values import read_together, value_of
 
 FIRST_LIMIT: Final = 64
@@ -298,7 +298,7 @@ class Direct:
             if not isinstance(child, Directory):
                 made = self.switch.tree.new_directory()
                 self._replace(directory, name, made)
-                if child is not None and self._is_unpublished(child):
+                if child is not None and is_local(child):
                     self.switch.tree.attach(made, VALUE_NAME, child)
         elif value is None:
             if child is not None:
@@ -316,12 +316,10 @@ class Direct:
             child.witness = witness
 
     def _observe_missing(self, directory: Directory, name: bytes, child: Node) -> None:
-        if not self._is_unpublished(child):
+        if not is_local(child):
             self._replace(directory, name, None)
         elif isinstance(child, Directory):
-            waiting = {
-                n: below for n, below in child.children.items() if self._is_unpublished(below)
-            }
+            waiting = {n: below for n, below in child.children.items() if is_local(below)}
             if set(waiting) == {VALUE_NAME}:  # no directory any more: it is the file again
                 self.switch.tree.detach(child, VALUE_NAME, gone=False)
                 self._replace(directory, name, waiting[VALUE_NAME])
@@ -401,16 +399,6 @@ class Direct:
             for name, child in list(below.children.items()):
                 is_new = isinstance(child, File) and child.facts is None
                 tree.detach(below, name, gone=not is_new)
-
-    def _is_unpublished(self, node: Node) -> bool:
-        """Say whether a node is, or has below it, a file made here that is not yet in etcd."""
-        if isinstance(node, File):
-            return node.facts is None
-        return any(
-            isinstance(child, File) and child.facts is None
-            for directory in self.switch.tree.directories(node)
-            for child in directory.children.values()
-        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from etcdfs.errors import (
     StoreError,
     StorePermissionError,
 )
-from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below
+from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
 from etcdfs.metadata import Metadata
 from etcdfs.moves import Moves
 from etcdfs.openfiles import Handle, OpenFiles
@@ -302,11 +302,13 @@ class Filesystem:
         if isinstance(node, Directory):
             msg = f"{key!r} is a directory"
             raise IsADirectoryFileError(msg)
-        if node is not None and not flags & os.O_EXCL:
+        if node is not None:
+            if flags & os.O_EXCL:
+                raise taken(name)
             handle = await self._files.open(node, flags)
             return handle, self._hand_out(node)
         record = self._record(directory, mode, caller)
-        if flags & os.O_EXCL:
+        if flags & os.O_EXCL and name != MARKER_NAME:  # an empty one is not shown: close makes it
             file = await self._claim(directory, name, key, record)
         else:
             file = self._tree.new_file(None)
@@ -369,13 +371,15 @@ class Filesystem:
             ExistsError: The name is taken.
         """
         self._check_writable()
-        directory, _ = await self._places.place(parent, name)
+        directory = await self._places.parent(parent, name)
         if name in directory.children:
             raise taken(name)
+        if is_part(name):
+            return self._hand_out(self._places.make_part(directory, name))
         marker = self._tree.keyspace.directory_prefix(self._tree.names(directory, name))
         record = self._record(directory, None if mode is None else mode | stat.S_IFDIR, caller)
         async with self._places.changing((directory, name)) as locked:
-            making = make_directory(marker[:-1])
+            making = make_directory(marker)
             making, committed = await self._make_in(directory, name, making, marker, record)
             await self._settle(committed, events_of(making, committed), locked)
         # By its path: what was above it may have been deleted and made anew meanwhile.
@@ -501,6 +505,9 @@ class Filesystem:
             raise missing(name)
         if not isinstance(node, Directory):
             raise is_a_file(name)
+        if is_part(name):
+            await self._places.remove_part(directory, name, node)
+            return
         async with self._places.changing((directory, name)) as locked:
             await self._view.entry(node, MARKER_NAME)
             if self._places.has_entries(node):

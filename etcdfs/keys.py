@@ -14,12 +14,17 @@ empty, `.`, `..`, has NUL             `%=` + text, where text has `%25` for `%`,
 `.etcdfs` at the root                 `%=.etcdfs`
 `%value`, `%marker`                   `%=%25value`, `%=%25marker`
 the name of an escape                 escaped once more: `%=.` is shown as `%=%25=.`
-text too long for one name            `%+` + 253 bytes of text, again and again, `%=` + the rest
+text too long for one name            `%+` + up to 253 bytes of text, again and again, `%=` +
+                                      the rest; or the rest as it is, if a NUL comes before it
 what is deeper than `MAX_DEPTH`       with the last component above it, `%2F` for each `/`
 ====================================  =====================================================
 
 "The name of an escape" is exact: `%=abc` stands for nothing that needs an escape, so it is an
 ordinary name, and so is every other name with a `%` (`%home%me%file` of vim's undo directory).
+
+A name that begins with `%+` and is so long is a directory, *part* of a long name, and no key says
+that it is there. It is one like any other: programs write `.name.XXXXXX` beside what they replace.
+So an ordinary name in it has a key as well, that of the text up to there, a NUL and the name.
 
 A key that ends in `/` is the *marker* of a directory. Two reserved names reach what has no
 path of its own: `a/%value` is the value of the key `a` when `a/b` is a key too, and `a/%marker`
@@ -49,7 +54,9 @@ ordinary names ends near this depth anyway (PATH_MAX)."""
 
 _LAST: Final = b"%="  # begins the last, mostly the only, name of an escape
 _PART: Final = b"%+"  # begins every earlier one
+_NUL: Final = b"%00"  # in a text
 _TEXT_MAX: Final = NAME_MAX - len(_LAST)
+_JOINED_MAX: Final = len(_NUL) * (1 + NAME_MAX)  # of text: a NUL and a name
 _DOT: Final = ord(".")
 _SLASH: Final = ord("/")
 _PERCENT: Final = ord("%")
@@ -94,20 +101,28 @@ def escape(component: bytes, *, at_root: bool = False, deepest: bool = False) ->
     """
     if not _needs_escape(component, at_root=at_root, deepest=deepest):
         return (component,)
-    text = component.replace(b"%", b"%25").replace(b"\0", b"%00").replace(b"/", b"%2F")
-    cut = max(len(text) - 1, 0) // _TEXT_MAX * _TEXT_MAX
-    parts = (_PART + text[i : i + _TEXT_MAX] for i in range(0, cut, _TEXT_MAX))
-    return (*parts, _LAST + text[cut:])
+    text = _encode(component)
+    parts: list[bytes] = []
+    start = 0
+    while len(text) - start > _TEXT_MAX:
+        end = _end_of_part(text, start)
+        parts.append(_PART + text[start:end])
+        start = end
+        if text.startswith(_NUL, start) and len(text) - start <= _JOINED_MAX:
+            name = _decode(text[start + len(_NUL) :])
+            if _is_ordinary(name, deepest=deepest):
+                return (*parts, name)
+    return (*parts, _LAST + text[start:])
 
 
 def is_part(name: bytes) -> bool:
     """Tell whether a name is a directory that holds the rest of a long escape, no more."""
-    return len(name) == NAME_MAX and name.startswith(_PART)
+    return name.startswith(_PART) and NAME_MAX - len(_NUL) < len(name) <= NAME_MAX
 
 
 def has_keys_below(names: tuple[bytes, ...]) -> bool:
-    """Tell whether a file may have keys below its own, as a `%value`, or one too deep for that."""
-    return names[-1] == VALUE_NAME or depth_of(names) == MAX_DEPTH
+    """Tell whether a file may have keys below its own: if reserved, or too deep for directories."""
+    return names[-1] in (VALUE_NAME, MARKER_NAME) or depth_of(names) == MAX_DEPTH
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,10 +239,18 @@ class Keyspace:
         while whole and is_part(names[whole - 1]):
             whole -= 1
         text = b"".join(name[len(_PART) :] for name in names[whole:])
-        # The cut may have gone through a %25 or a %00, which then tells nothing.
+        # Of a name that stands for nothing, the rest says nothing.
         known = _text(deepest=depth_of(names[:whole]) == MAX_DEPTH - 1).match(text)
         assert known is not None  # it matches the empty text
         return self.directory_prefix(names[:whole]) + _decode(known[0])
+
+    def check_part(self, names: tuple[bytes, ...]) -> None:
+        """Refuse a path whose last name looks like part of a long name, and is not.
+
+        Raises:
+            CallerError: No key can be below it.
+        """
+        self.file_key((*names, _LAST + _NUL))  # whatever the text, it may go on like this
 
     def _marker_key(self, names: tuple[bytes, ...]) -> bytes:
         key = self.directory_prefix(names)
@@ -270,6 +293,22 @@ def _text(*, deepest: bool) -> re.Pattern[bytes]:
     return _DEEPEST_TEXT if deepest else _TEXT
 
 
+def _is_ordinary(name: bytes, *, deepest: bool) -> bool:
+    """Tell whether a name in part of a long name is no further piece of that."""
+    is_piece = name.startswith((_LAST, _PART))
+    return not is_piece and not _needs_escape(name, at_root=False, deepest=deepest)
+
+
+def _end_of_part(text: bytes, start: int) -> int:
+    """Return where the longest part of a text ends that cuts through no escape."""
+    end = start + _TEXT_MAX
+    return next((at for at in (end - 2, end - 1) if text[at] == _PERCENT), end)
+
+
+def _encode(component: bytes) -> bytes:
+    return component.replace(b"%", b"%25").replace(b"\0", _NUL).replace(b"/", b"%2F")
+
+
 def _decode(text: bytes) -> bytes:
     # In this order: every other % is followed by 25, so a %00 can only be a NUL.
     return text.replace(b"%00", b"\0").replace(b"%2F", b"/").replace(b"%25", b"%")
@@ -309,11 +348,12 @@ def _check_name(name: bytes) -> None:
 
 def _unescape(pieces: list[bytes], *, at_root: bool, deepest: bool) -> bytes:
     """Return the component that one whole name, or one whole split escape, stands for."""
-    last = pieces[-1]
-    if len(pieces) == 1 and not _needs_escape(last, at_root=at_root, deepest=deepest):
+    *parts, last = pieces
+    if not parts and not _needs_escape(last, at_root=at_root, deepest=deepest):
         return last
-    text = b"".join(piece[len(_LAST) :] for piece in pieces)
-    if last.startswith(_LAST) and _text(deepest=deepest).fullmatch(text):
+    rest = last[len(_LAST) :] if last.startswith(_LAST) else _NUL + _encode(last)
+    text = b"".join(part[len(_PART) :] for part in parts) + rest
+    if _text(deepest=deepest).fullmatch(text):
         component = _decode(text)
         if escape(component, at_root=at_root, deepest=deepest) == tuple(pieces):
             return component

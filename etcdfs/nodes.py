@@ -8,7 +8,7 @@ Concurrency: owned by the tree, on the trio thread.
 from typing import Final, final
 
 from etcdfs.cached import Inode
-from etcdfs.facts import Facts, Side
+from etcdfs.facts import NOT_IN_ETCD, Facts, Side
 
 
 @final
@@ -60,7 +60,11 @@ class File:
 
 @final
 class Directory:
-    """A prefix of keys. `marker` is what etcd says of its marker key, None without one."""
+    """A prefix of keys.
+
+    `marker` is what etcd says of its marker key, None without one; `NOT_IN_ETCD` of part of a
+    long name, which has no key, and was made here.
+    """
 
     __slots__ = (
         "children",
@@ -95,6 +99,20 @@ class Directory:
 
 
 Node = File | Directory
+
+
+def is_local(node: Node) -> bool:
+    """Tell whether a node is, or has below it, what was made here and is not in etcd."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Directory):
+            if node.marker is NOT_IN_ETCD:
+                return True
+            pending.extend(node.children.values())
+        elif node.facts is None:
+            return True
+    return False
 
 
 def is_within(node: Node, top: Node) -> bool:

@@ -26,8 +26,8 @@ from etcdfs.errors import (
     NotFoundError,
     StoreError,
 )
-from etcdfs.keys import MARKER_NAME, NAME_MAX
-from etcdfs.tree import Directory, Entry, File, Node, is_within
+from etcdfs.keys import MARKER_NAME, NAME_MAX, is_part
+from etcdfs.tree import NOT_IN_ETCD, Directory, Entry, File, Node, is_local, is_within
 from etcdfs.view import View
 
 
@@ -78,9 +78,7 @@ class Places:
         """Say whether a directory is known to have entries; without a mirror, etcd decides most."""
         if self._tree.complete:
             return bool(directory.children)
-        return MARKER_NAME in directory.children or any(
-            isinstance(child, File) and child.facts is None for child in directory.children.values()
-        )
+        return MARKER_NAME in directory.children or any(map(is_local, directory.children.values()))
 
     # --- changing ---------------------------------------------------------------------------
 
@@ -92,6 +90,9 @@ class Places:
         another client has changed by now: it is told to ask again.
         """
         entries = [Entry(directory.inode, name) for directory, name in places]
+        for directory, _ in places:
+            if is_part(directory.name):  # no marker can have it stay when it loses its last entry
+                directory.marker = NOT_IN_ETCD
         locked = self._view.switch.locked
         for entry in entries:
             locked[entry] = locked.get(entry, 0) + 1
@@ -109,6 +110,33 @@ class Places:
             self._busy.subtract(directory for directory, _ in places)
             self._busy = +self._busy
             self._wake()
+
+    def make_part(self, directory: Directory, name: bytes) -> Directory:
+        """Make part of a long name: no key says that it is there, so this mount remembers it.
+
+        Raises:
+            NameReservedError: No long name has this part.
+        """
+        self._tree.keyspace.check_part(self._tree.names(directory, name))
+        made = self._tree.new_directory()
+        made.marker = NOT_IN_ETCD
+        self._tree.attach(directory, name, made)
+        return made
+
+    async def remove_part(self, directory: Directory, name: bytes, node: Directory) -> None:
+        """Remove part of a long name.
+
+        Raises:
+            NotEmptyError: A key is there of which it is part.
+        """
+        async with self.changing((directory, name)):
+            await self._view.listing(node)
+            # checkpoint: another client may have made or removed something
+            if node.children:
+                raise not_empty(name)
+            if directory.children.get(name) is not node:
+                raise missing(name)
+            self._tree.detach(directory, name, gone=True)
 
     @asynccontextmanager
     async def still(self, nodes: Collection[Node]) -> AsyncIterator[None]:

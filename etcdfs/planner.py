@@ -423,7 +423,10 @@ class Planner:
         sheet = self._plan.entries.get(directory, {})
         if any(node is not None and name != VALUE_NAME for name, node in sheet.items()):
             return False
-        return not any(n not in sheet and n != VALUE_NAME for n in directory.children)
+        return not any(
+            name not in sheet and name != VALUE_NAME and not _is_bare(node)
+            for name, node in directory.children.items()
+        )
 
     # --- the sheet --------------------------------------------------------------------------
 
@@ -442,3 +445,8 @@ class Planner:
     def _marker_revision(self, directory: Directory) -> int:
         marker = self._plan.markers.get(directory, directory.marker)
         return 0 if marker is None else marker.mod_revision
+
+
+def _is_bare(node: Node) -> bool:
+    """Tell whether a node is nothing but a directory that no key is of, made here."""
+    return isinstance(node, Directory) and node.marker is NOT_IN_ETCD and not node.children

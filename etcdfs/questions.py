@@ -13,7 +13,7 @@ from typing import Literal
 from etcdfs.answers import page_of
 from etcdfs.errors import CallerError
 from etcdfs.keys import MARKER_NAME, Keyspace
-from etcdfs.sidekeys import ATTRIBUTES, ATTRIBUTES_END, side_key
+from etcdfs.sidekeys import shown_ranges, side_key
 from etcdfs.store import Committed, Get, KeyValue, range_end
 
 
@@ -63,19 +63,11 @@ def questions_about(
         if witness != prefix:
             found.append(("below", Get(witness, keys_only=True)))
     else:
-        for start, end in _without_sides(prefix):
+        for start, end in shown_ranges(prefix, range_end(prefix)):
             found.append(("below", Get(start, end, limit=1, keys_only=True)))
     if sides:
         found.append(("directory_side", Get(side_key(prefix))))
     return found
-
-
-def _without_sides(prefix: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the ranges of what is shown below a prefix; side keys are not."""
-    end = range_end(prefix)
-    if not ATTRIBUTES.startswith(prefix):
-        return [(prefix, end)]
-    return [(prefix, ATTRIBUTES), (ATTRIBUTES_END, end)]
 
 
 def answers_to(questions: list[Question], committed: Committed, *, sides: bool) -> Found:

@@ -39,7 +39,7 @@ from dataclasses import dataclass, field, fields, replace
 from operator import itemgetter
 from typing import Final, Literal, TypeVar, final, get_args
 
-from etcdfs.store import KeyValue, range_end
+from etcdfs.store import END_OF_KEYS, KeyValue, range_end
 
 ATTRIBUTES: Final = b"/.etcdfs/attrs/"
 """What all side keys begin with."""
@@ -95,6 +95,14 @@ def side_range(prefix: bytes) -> tuple[bytes, bytes]:
     """Return start and end of the side keys of all keys that begin with `prefix`."""
     start = side_key(prefix)
     return start, range_end(start)
+
+
+def shown_ranges(start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the parts of a range of keys in which there are no side keys."""
+    if start >= ATTRIBUTES_END or (end <= ATTRIBUTES and end != END_OF_KEYS):
+        return [(start, end)]
+    parts = [(start, ATTRIBUTES), (ATTRIBUTES_END, end)]
+    return [(first, last) for first, last in parts if first < last or last == END_OF_KEYS]
 
 
 # --- records --------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from etcdfs.errors import (
     TooManyOperationsError,
     TransactionAbortedError,
 )
-from etcdfs.keys import MARKER_NAME, MAX_DEPTH
+from etcdfs.keys import MARKER_NAME, MAX_DEPTH, is_part
 from etcdfs.openfiles import OpenFiles
 from etcdfs.parents import Parent, Witnessed, parent_of
 from etcdfs.places import Places, is_a_file, missing, not_empty, taken
@@ -509,8 +509,11 @@ def _check_ours(end: End) -> None:
     """Refuse to move what etcdfs keeps for itself."""
     if isinstance(end.node, File):
         return
+    if is_part(end.name):
+        msg = f"{end.name!r} is part of a long name, and what is in it has no prefix of its own"
+        raise CrossDirectoryError(msg)
     if end.prefix is None:
-        msg = f"no directory can be called {end.name!r}, or it is part of a long name"
+        msg = f"no directory can be called {end.name!r}"
         raise NameReservedError(msg)
     if ATTRIBUTES.startswith(end.prefix) or end.prefix.startswith(ATTRIBUTES):
         msg = f"{end.prefix!r} holds the attributes of other keys"

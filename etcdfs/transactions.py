@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from etcdfs.keys import MAX_DEPTH
+from etcdfs.sidekeys import shown_ranges
 from etcdfs.store import (
     Abort,
     Compare,
@@ -67,18 +68,17 @@ def make_file(key: bytes, value: bytes = b"", *, is_value: bool) -> Transaction:
     """
     conditions: tuple[Compare, ...] = (absent(key),)
     if not is_value:
-        conditions += (absent(key + b"/", range_end(key + b"/")),)
+        conditions += _nothing_below(key + b"/")
     return Transaction(
         conditions,
         (Put(key, value), Get(key, keys_only=True)),
     )
 
 
-def make_directory(key: bytes) -> Transaction:
-    """Put the marker of the directory `key`; fails if the name is a file or a directory."""
-    marker = key + b"/"
+def make_directory(marker: bytes) -> Transaction:
+    """Put the marker of a directory; fails if the name is a file or a directory."""
     return Transaction(
-        (absent(key), absent(marker, range_end(marker))),
+        (*_no_value(marker), *_nothing_below(marker)),
         (Put(marker, b""), Get(marker, keys_only=True)),
     )
 
@@ -94,7 +94,7 @@ def remove_file(key: bytes, parent: bytes | None, *, is_value: bool) -> Transact
     below = key + b"/"
     conditions: tuple[Compare, ...] = (exists(key),)
     if not is_value:
-        conditions += (absent(below, range_end(below)),)
+        conditions += _nothing_below(below)
     return Transaction(
         conditions,
         (Delete(key), *_stay(parent, key)),
@@ -112,10 +112,7 @@ def remove_directory(marker: bytes, parent: bytes | None) -> Transaction:
 
     The key of the directory's own name (its `%value`) counts as an entry.
     """
-    own = marker[:-1]
-    conditions: tuple[Compare, ...] = (absent(marker + b"\0", range_end(marker)),)
-    if own and not own.endswith(b"/"):  # else the name is empty, and that key another's marker
-        conditions += (absent(own),)
+    conditions = (*_nothing(marker + b"\0", range_end(marker)), *_no_value(marker))
     return Transaction(conditions, (Delete(marker), *_stay(parent, marker)))
 
 
@@ -146,7 +143,7 @@ def move_file(
     below = target + b"/"
     conditions: tuple[Compare, ...] = (unchanged(source, mod_revision),)
     if not is_value:
-        conditions += (absent(below, range_end(below)),)
+        conditions += _nothing_below(below)
     if not replace:
         conditions += (absent(target),)
     return Transaction(
@@ -236,20 +233,33 @@ def stay_without(parent: bytes | None, prefix: bytes) -> tuple[Operation, ...]:
         return ()
     # The names that come between `a` and `a/` in etcd's order are others: `a-b`, `a.conf`.
     own = prefix[:-1]
-    alone = (
-        absent(parent, own),
-        absent(own + b"\0", prefix),
-        absent(range_end(prefix), range_end(parent)),
-    )
+    before = _nothing(parent, own)
     if own.endswith(b"/"):  # the name is empty: what would be its value is the parent's marker
-        alone = (absent(parent), *alone[1:])
-    return (_keep(parent, alone),)
+        before = (absent(parent),)
+    after = _nothing(range_end(prefix), range_end(parent))
+    return (_keep(parent, (*before, *_nothing(own + b"\0", prefix), *after)),)
+
+
+def _nothing_below(prefix: bytes) -> tuple[Compare, ...]:
+    """Return the conditions that no key begins with a prefix, side keys aside."""
+    return _nothing(prefix, range_end(prefix))
+
+
+def _nothing(start: bytes, end: bytes) -> tuple[Compare, ...]:
+    return tuple(absent(first, last) for first, last in shown_ranges(start, end))
+
+
+def _no_value(marker: bytes) -> tuple[Compare, ...]:
+    """Return the condition that a directory has no `%value`; no empty name can have one."""
+    own = marker[:-1]
+    return () if not own or own.endswith(b"/") else (absent(own),)
 
 
 def _stay(parent: bytes | None, leaving: bytes) -> tuple[Operation, ...]:
     if parent is None:
         return ()
-    return (_keep(parent, (absent(parent, leaving), absent(leaving + b"\0", range_end(parent)))),)
+    others = (*_nothing(parent, leaving), *_nothing(leaving + b"\0", range_end(parent)))
+    return (_keep(parent, others),)
 
 
 def _keep(parent: bytes, alone: tuple[Compare, ...]) -> Transaction:

@@ -37,6 +37,7 @@ from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
 from etcdfs.nodes import Directory as Directory  # noqa: PLC0414
 from etcdfs.nodes import File as File  # noqa: PLC0414
 from etcdfs.nodes import Node as Node  # noqa: PLC0414
+from etcdfs.nodes import is_local as is_local  # noqa: PLC0414
 from etcdfs.nodes import is_within as is_within  # noqa: PLC0414
 from etcdfs.rights import Rights
 from etcdfs.store import Clock
@@ -236,7 +237,7 @@ class Tree:
     def prune(self, node: Node) -> None:
         """Drop a node nobody refers to from a tree that is not complete."""
         while not self.complete and node.lookups == 0 and node.directory is not None:
-            if node.children if isinstance(node, Directory) else _is_busy(node):
+            if is_local(node) or (node.children if isinstance(node, Directory) else node.handles):
                 return
             parent = node.directory
             self.times.keep(self.names(node), node)
@@ -418,7 +419,7 @@ class Tree:
         """
         for directory in self.directories(top):
             names = self.names(directory)
-            if directory.marker is not None:
+            if directory.marker is not None and directory.marker is not NOT_IN_ETCD:
                 yield self.keyspace.directory_prefix(names), directory.marker
             for name, child in directory.children.items():
                 if name == MARKER_NAME or isinstance(child, Directory):
@@ -464,7 +465,3 @@ class Tree:
     def _touch(self, directory: Directory) -> None:
         now = max(self.clock(), directory.mtime_ns + 1)
         directory.mtime_ns = directory.ctime_ns = now
-
-
-def _is_busy(file: File) -> bool:
-    return file.handles > 0 or file.facts is None

@@ -81,7 +81,7 @@ class Client:
 
     def below(self, prefix: bytes) -> list[Found]:
         """Return every key with a prefix, in order."""
-        return self._range({"key": _out(prefix), "range_end": _out(range_end(prefix))})
+        return self._range({"key": _out(prefix or b"\0"), "range_end": _out(range_end(prefix))})
 
     def revision(self) -> int:
         """Return the revision of the store."""

@@ -86,7 +86,7 @@ async def test_what_has_left_no_trace_may_still_come(name: str) -> None:
 
 @pytest.mark.parametrize("applied", [False, True])
 @pytest.mark.parametrize(
-    "transaction", [make_directory(b"/new"), make_file(b"/new", is_value=False)]
+    "transaction", [make_directory(b"/new/"), make_file(b"/new", is_value=False)]
 )
 async def test_a_claim_is_never_taken_for_ones_own(transaction: Transaction, applied: bool) -> None:
     """Another client may have made just the same: then both would hold it."""

@@ -17,51 +17,12 @@ from etcdfs.keys import (
     is_plain,
 )
 from etcdfs.store import END_OF_KEYS
+from tests.support.awkward_keys import components
 
 APP = Keyspace(b"/app/")
 RAW = Keyspace(b"")
 
-# --- strategies: bytes that are as awkward as keys can be -----------------------------------
-
-_TOKENS = (b"%", b"=", b"+", b"%=", b"%+", b"%25", b"%00", b"%2", b"\0", b".", b"..")
-_WORDS = (b"value", b"marker", b"%value", b"%marker", b".etcdfs", b"a", b"foo", b"\xff", b"\n")
-_LENGTHS = (1, 2, 251, 252, 253, 254, 255, 256, 257, 505, 506, 507, 508, 509, 760)
-
-
-def _fill(head: bytes, length: int) -> bytes:
-    return head + b"x" * (length - len(head))
-
-
-def _escaped_again(inner: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    def pick(component: bytes, rest: bytes, *, at_root: bool, deepest: bool, which: int) -> bytes:
-        whole = component + rest if deepest else component
-        names = escape(whole, at_root=at_root, deepest=deepest)
-        return names[which % len(names)]
-
-    return st.builds(
-        pick,
-        inner,
-        st.sampled_from((b"", b"/", b"//x", b"/%2F")),
-        at_root=st.booleans(),
-        deepest=st.booleans(),
-        which=st.integers(0, 3),
-    )
-
-
-_runs = st.builds(
-    lambda unit, n: unit * n,
-    st.sampled_from((b"a", b"%", b"\0", b"\xff")),
-    st.sampled_from(_LENGTHS),
-)
-_free = st.binary(max_size=4).map(lambda data: data.replace(b"/", b""))
-_raw = st.lists(st.sampled_from(_TOKENS + _WORDS) | _runs | _free, max_size=4).map(b"".join)
-_filled = st.builds(_fill, st.sampled_from(_TOKENS), st.sampled_from(_LENGTHS))
-
-# Strategies are made once: making them anew for every draw costs more than drawing.
-# Components, and names that one, two or three escapes in a row make of them.
-components = _raw | _filled
-for _ in range(3):
-    components |= _escaped_again(components)
+# --- strategies ----------------------------------------------------------------------------
 
 _few = st.lists(components, min_size=1, max_size=4).map(b"/".join)
 # Around the depth at which the rest of a key becomes one name.
@@ -192,10 +153,25 @@ def test_what_is_below_a_directory_begins_with_its_scan_prefix(
     assert key.startswith(keyspace.scan_prefix(names[: min(depth, max(len(names) - 1, 0))]))
 
 
+@given(components.filter(_is_legal), st.integers(251, 600))
+def test_any_ordinary_name_can_be_made_in_part_of_a_long_one(name: bytes, length: int) -> None:
+    *above, _ = escape(b"x" * length + b"\0" * 90)
+    assume(not name.startswith((b"%=", b"%+")) and escape(name) == (name,))
+    key = APP.file_key((b"d", *above, name))
+    assert APP.locate(key) == ((b"d", *above, name), False)
+    assert key.startswith(APP.scan_prefix((b"d", *above)))
+
+
+def test_parts_are_told_from_what_only_looks_like_one() -> None:
+    APP.check_part((b"d", b"%+" + b"x" * 253))
+    APP.check_part((b"d", b"%+" + b"x" * 251, b"%+%00" + b"x" * 250))
+    for name in (b"%+" + b"x" * 251 + b"%2", b"%+" + b"%" * 253):
+        with pytest.raises(NameReservedError):
+            APP.check_part((b"d", name))
+
+
 def test_the_scan_prefix_of_part_of_an_escape_stops_at_a_cut_percent() -> None:
-    component = b"x" * 252 + b"%" * 100
-    first, *_ = escape(component)
-    assert first.endswith(b"%")
+    first = b"%+" + b"x" * 252 + b"%"
     assert APP.scan_prefix((b"d", first)) == b"/app/d/" + b"x" * 252
     assert APP.scan_prefix((b"d",)) == APP.directory_prefix((b"d",)) == b"/app/d/"
 
@@ -226,7 +202,7 @@ def test_a_name_is_escaped_only_if_it_must_be(component: bytes) -> None:
     [
         b"foo", b"foo-bar", b"foo.conf", b"foo2", b".bashrc", b"...", b".etcdfs2", b"100%", b"%",
         b"%home%user%file", b"%=abc", b"%=%2E", b"%=%", b"%+", b"%+short", b"%values", b"%2F",
-        b"\xff\xfe", b"a b\n", b"x" * 255, b"%+" + b"x" * 252, b"%=%25value2",
+        b"\xff\xfe", b"a b\n", b"x" * 255, b"%+" + b"x" * 250, b"%=%25value2",
     ],
 )  # fmt: skip
 def test_ordinary_names_are_unchanged(name: bytes) -> None:
@@ -257,6 +233,12 @@ def test_ordinary_names_are_unchanged(name: bytes) -> None:
         (b"x" * 507, (b"%+" + b"x" * 253, b"%+" + b"x" * 253, b"%=x")),
         (b"\0" + b"x" * 250, (b"%=%00" + b"x" * 250,)),
         (b"\0" + b"x" * 251, (b"%+%00" + b"x" * 250, b"%=x")),
+        (b"x" * 251 + b"%" * 5, (b"%+" + b"x" * 251, b"%=" + b"%25" * 5)),  # no %25 is cut through
+        (b"x" * 252 + b"\0", (b"%+" + b"x" * 252, b"%=%00")),
+        (b"x" * 253 + b"\0.%=x.R4nd0m", (b"%+" + b"x" * 253, b".%=x.R4nd0m")),
+        (b"x" * 253 + b"\0" + b"y" * 255, (b"%+" + b"x" * 253, b"y" * 255)),
+        (b"x" * 253 + b"\0" + b"y" * 256, (b"%+" + b"x" * 253, b"%+%00" + b"y" * 250, b"%=yyyyyy")),
+        (b"x" * 253 + b"\0%=y", (b"%+" + b"x" * 253, b"%=%00%25=y")),
     ],
 )
 def test_the_escape_of(component: bytes, names: tuple[bytes, ...]) -> None:
@@ -295,7 +277,6 @@ def test_value_and_marker_reach_the_keys_that_have_no_path_of_their_own() -> Non
         (APP, (b"a", b"%value", b"x")),
         (APP, (b"a", b"%marker", b"x")),
         (APP, (b"%+" + b"x" * 253,)),
-        (APP, (b"%+" + b"x" * 253, b"x")),
         (APP, (b"%+" + b"x" * 253, b"%value")),
         (APP, (b"%+" + b"x" * 253, b"%marker")),
         (APP, (b"%+" + b"x" * 253, b"%=")),  # as long as one name can say
@@ -372,5 +353,5 @@ def test_no_path_is_deeper_than_the_deepest() -> None:
 
 def test_a_key_of_a_million_slashes_has_few_names() -> None:
     location = APP.locate(b"/app/" + b"/" * 1_000_000)
-    assert len(location.names) < MAX_DEPTH + 3 * 1_000_000 // 253 + 1
+    assert len(location.names) < MAX_DEPTH + 3 * 1_000_000 // 251 + 1
     assert _key_of(APP, location) == b"/app/" + b"/" * 1_000_000
