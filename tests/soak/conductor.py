@@ -21,6 +21,7 @@ from tests.soak import (
     faults_cluster,
     faults_files,
     faults_guarded,
+    faults_hostile,
     faults_single,
     faults_tamper,
 )
@@ -37,6 +38,7 @@ MODULES: Final = (
     faults_cluster,
     faults_files,
     faults_guarded,
+    faults_hostile,
     faults_single,
     faults_tamper,
 )

@@ -90,6 +90,11 @@ class Mount:
         os.kill(self.daemon, signal.SIGKILL)
         until(lambda: not os.path.exists(f"/proc/{self.daemon}"), "the daemon ends", _TIMEOUT_S)
 
+    def end(self) -> None:
+        """SIGTERM the daemon and wait until it serves nothing any more."""
+        os.kill(self.daemon, signal.SIGTERM)
+        until(lambda: find_daemon(str(self.path)) is None, "the daemon ends", _TIMEOUT_S)
+
     def wait(self, revision: int) -> None:
         """Return once readers see a revision; OSError if that is not in the mount's time."""
         os.getxattr(self.path, f"user.etcdfs.wait.{revision}")
