@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, final
 
 import pyfuse3
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -334,7 +335,20 @@ class Operations(pyfuse3.Operations):
         self._users.pop((_FILE, fh), None)
         self.openers.forget(fh)
         current.set(None)  # never refused: nobody would be told
-        await self._files.release(fh)
+        if self._files.may_wait_to_release(fh):
+            # The kernel has few RELEASEs, READs and WRITEs at once that nobody waits for
+            # (fs/fuse, max_background, 12): those that wait for etcd would stop the others.
+            trio.lowlevel.spawn_system_task(self._release, fh)
+        else:
+            await self._files.release(fh)
+
+    async def _release(self, fh: FileHandleT) -> None:
+        try:
+            await self._files.release(fh)
+        except EtcdfsError as exc:
+            log.log(exc.level, "release: %s", exc)
+        except Exception:
+            log.exception("release failed; this is a bug of etcdfs")
 
     # --- directories ------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class OpenFiles:
         self._read_only = read_only
         # --- mutable state
         self._open: dict[Handle, OpenFile] = {}
+        self._leaving: set[File] = set()  # those whose last publisher is being released
         self._next = 1
 
     def __len__(self) -> int:
@@ -239,6 +240,11 @@ class OpenFiles:
             raise
         self._drop_clean_draft(opened.file)
 
+    def may_wait_to_release(self, handle: int) -> bool:
+        """Say whether a release may have something to publish."""
+        opened = self._opened(handle)
+        return opened.publishes and opened.file.draft is not None
+
     async def release(self, handle: int) -> None:
         """Close for good; what a memory map wrote after the last flush is published now.
 
@@ -253,8 +259,10 @@ class OpenFiles:
         try:
             refused = _is_refused(opened.file)
             if opened.publishes and not refused and not self._has_publisher(opened.file):
+                self._leaving.add(opened.file)
                 await self.publish(opened.file)
         finally:
+            self._leaving.discard(opened.file)
             self._unpin(opened.file)
 
     async def publish(self, file: File) -> None:
@@ -298,7 +306,7 @@ class OpenFiles:
         Not what a flush could not publish, as in `release`.
         """
         failures: list[tuple[File, EtcdfsError]] = []
-        for file in {opened.file for opened in self._open.values() if opened.publishes}:
+        for file in self._published():
             if _is_refused(file):
                 continue
             try:
@@ -309,8 +317,7 @@ class OpenFiles:
 
     def unpublished(self) -> list[bytes]:
         """Return the keys that are open with writes of which neither etcd nor an errno told."""
-        files = {opened.file for opened in self._open.values() if opened.publishes}
-        lost = [f for f in files if isinstance(f.draft, Draft) and f.draft.is_dirty]
+        lost = [f for f in self._published() if isinstance(f.draft, Draft) and f.draft.is_dirty]
         keys = [self._view.switch.tree.key_of(f) for f in lost if not _is_refused(f)]
         return sorted(key for key in keys if key is not None)
 
@@ -332,6 +339,10 @@ class OpenFiles:
         if isinstance(file.draft, Draft) and not file.draft.is_dirty:
             file.value = file.draft.base
             file.draft = None
+
+    def _published(self) -> set[File]:
+        """Return the files of which somebody may have written what etcd does not have."""
+        return self._leaving | {o.file for o in self._open.values() if o.publishes}
 
     def _has_writer(self, file: File) -> bool:
         return any(o.file is file and o.writable for o in self._open.values())

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from etcdfs.openfiles import STORE_MAX
+from tests.mount.client import Client
 from tests.mount.lab import Pool
 from tests.support.churn import until
 from tests.support.etcd_process import EtcdProcess
@@ -46,6 +48,23 @@ for thread in threads:
 for thread in threads:
     thread.join()
 print(*(f"{number}:{times}" for number, times in became.items()))
+"""
+
+
+_MAPPER = """
+import ctypes, mmap, os, sys
+libc = ctypes.CDLL(None)
+libc.mmap.restype = ctypes.c_void_p
+pages = []
+for path in sys.argv[1:]:  # Python's own maps keep a descriptor, whose close would publish
+    fd = os.open(path, os.O_RDWR)
+    pages.append(libc.mmap(None, mmap.PAGESIZE, mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0))
+    os.close(fd)
+print("mapped", flush=True)
+sys.stdin.readline()
+for page in pages:
+    ctypes.memmove(page, b"new", 3)
+    libc.munmap(ctypes.c_void_p(page), mmap.PAGESIZE)
 """
 
 
@@ -134,3 +153,39 @@ def test_b142_an_outage_stops_nobody_who_is_answered_from_memory(
             thread.join(PATIENCE_S)
         assert became.keys() <= {errno.EIO, errno.ETIMEDOUT}
         until(lambda: admission(mounted)["waiting"] == 0)
+
+
+def test_b142_what_is_published_at_its_release_stops_no_read(
+    own_etcd: EtcdProcess, pool: Pool
+) -> None:
+    """Linux lets 12 requests that nobody waits for be under way, READs and RELEASEs together."""
+    names = [f"m{n}" for n in range(20)]
+    with pool.private(own_etcd, "--cache", "--timeout", str(PATIENCE_S)) as mounted:
+        for name in names:
+            mounted.put(f"/{name}", b"old")
+        (mounted.path / "large").write_bytes(bytes(STORE_MAX * 4))
+        with open(mounted.path / "large", "rb") as large:
+            paths = [str(mounted.path / name) for name in names]
+            process = subprocess.Popen(  # which dies (SIGBUS) if a page cannot be had
+                [sys.executable, "-I", "-c", _MAPPER, *paths],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            assert process.stdout is not None
+            assert process.stdout.readline() == "mapped\n"
+            own_etcd.pause()
+            try:
+                process.communicate("go on\n", PATIENCE_S / 2)
+                assert process.returncode == 0
+                os.posix_fadvise(large.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                with mounted.counting() as counted:
+                    assert large.read() == bytes(STORE_MAX * 4)
+                assert counted["read"]
+                assert "release:" not in mounted.log, "nothing has been given up yet"
+            finally:
+                own_etcd.resume()
+        mounted.close()  # the last chance to publish them
+        with contextlib.closing(Client(own_etcd.endpoint)) as client:
+            found = [client.get(b"/" + name.encode()) for name in names]
+        assert [f and f.value for f in found] == [b"new"] * len(names)

@@ -10,6 +10,8 @@ from typing import Any, cast
 
 import pyfuse3
 import pytest
+import trio
+import trio.testing
 from pyfuse3 import EntryAttributes, FUSEError
 
 import etcdfs.errors
@@ -23,6 +25,7 @@ from etcdfs.openfiles import OpenFiles
 from etcdfs.tree import Inode
 from etcdfs.xattrs import Xattrs
 
+RELEASE_BUG = "release failed; this is a bug of etcdfs"
 BUG = "%s failed; this is a bug of etcdfs"
 
 
@@ -59,6 +62,7 @@ class Recording:
 
     kernel_timeout_s = 60.0
     value: bytes | None = None
+    publishes = False
 
     def __init__(self, **results: Any) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -69,6 +73,9 @@ class Recording:
 
     def to_store(self, handle: int) -> bytes | None:
         return self.value
+
+    def may_wait_to_release(self, handle: int) -> bool:
+        return self.publishes
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         async def call(*args: Any) -> Any:
@@ -374,6 +381,39 @@ async def test_a_listing_counts_what_the_kernel_took(
     assert taken == [b".", b"..", b"0", b"1", b"2"]
     assert fake.remembered == [b"0", b"1", b"2"]
     assert positions == sorted(set(positions)), "each position is another one"
+
+
+@pytest.mark.parametrize(
+    ("error", "template"),
+    [(None, ""), (StoreFullError("full"), "release: %s"), (ValueError(), RELEASE_BUG)],
+)
+@pytest.mark.expect_log("release: %s")
+@pytest.mark.expect_log(RELEASE_BUG)
+async def test_a_release_that_publishes_is_answered_at_once(
+    error: Exception | None, template: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    may_go_on, has_ended = trio.Event(), trio.Event()
+
+    class Publishing(Recording):
+        publishes = True
+
+        async def release(self, handle: int) -> None:
+            about_to_wait()
+            await may_go_on.wait()
+            has_ended.set()
+            if error is not None:
+                raise error
+
+    calls = operations(Publishing())
+    await calls.release(pyfuse3.FileHandleT(3))
+    assert not has_ended.is_set()
+    may_go_on.set()
+    with trio.fail_after(10):
+        await has_ended.wait()
+    await trio.testing.wait_all_tasks_blocked()
+    assert [r.msg for r in caplog.records if r.name == "etcdfs.fuse"] == (
+        [template] if error else []
+    )
 
 
 # --- waiting --------------------------------------------------------------------------------
