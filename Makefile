@@ -32,7 +32,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 .PHONY: help
 help:
-	@echo "make demo | test | test-on | lint | bench | soak | etcd-releases | clean"
+	@echo "make demo | test | nightly | test-on | lint | bench | soak | etcd-releases | clean"
 
 # --- what has to be there -------------------------------------------------------------------
 
@@ -159,6 +159,12 @@ MIRROR ?= http://deb.debian.org/debian
 test-on:
 	@$(MAKE) --no-print-directory packages PACKAGES="debootstrap git"
 	$(SUDO) env PATH="$$PATH:/usr/sbin:/sbin" .ci/test-on $(DEBIAN) $(MIRROR) $(TARGETS)
+
+# What takes longer than a change can wait: more examples, each etcd release, other machines.
+.PHONY: nightly
+nightly: etcd etcd-releases lint programs
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest
+	for suite in bookworm trixie forky; do $(MAKE) --no-print-directory test-on DEBIAN=$$suite || exit 1; done
 
 .PHONY: clean
 clean:
