@@ -25,9 +25,8 @@ Concurrency: trio thread. `saw` and `note` are called by whoever changes the mir
 
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Final, Protocol, final
 
 import trio
@@ -46,8 +45,10 @@ from etcdfs.audited import (
 from etcdfs.contents import Contents
 from etcdfs.errors import StoreError, StorePermissionError
 from etcdfs.link import Link
-from etcdfs.sides import is_foreign, side_facts
-from etcdfs.store import Event, KeyValue, Revision, Store, Tombstone
+from etcdfs.pages import Pages
+from etcdfs.paging import Paging
+from etcdfs.sides import is_foreign
+from etcdfs.store import Event, KeyValue, Store
 from etcdfs.sweeper import Sweeper
 from etcdfs.tree import Facts, Tree
 
@@ -312,20 +313,16 @@ class Auditor:
         return sorted(key for key in found if key > self._held.keyspace.start)
 
     async def _read_range(self, audit: _Audit, start: bytes, end: bytes) -> None:
-        limit, more = PAGE, True
-        while more:
-            page = await self._store.range(start, end, limit=limit, revision=audit.revision)
-            audit.revision = audit.revision or page.revision
+        # What is known of the range already bounds its first page (`_milestones`).
+        paging = Paging(PAGE, most_bytes=PAGE_BYTES, first_keys=PAGE)
+        pages = Pages(self._store, start, end, paging, revision=audit.revision)
+        while (page := await pages.next()) is not None:
+            audit.revision = pages.revision
             self._link.allow()
             for first in range(0, len(page.entries), SLICE):
                 for entry in page.entries[first : first + SLICE]:
                     self._compare(audit, entry)
                 await _let_others(audit)
-            more = page.more and bool(page.entries)
-            if more:
-                start = page.entries[-1].key + b"\0"
-                size = sum(len(entry.value) for entry in page.entries) // len(page.entries)
-                limit = max(1, min(PAGE, PAGE_BYTES // (size + 1)))
 
     def _compare(self, audit: _Audit, entry: KeyValue) -> None:
         audit.keys += 1
@@ -395,22 +392,6 @@ class Auditor:
                     convicted.append(key)
             await _let_others(audit)
         return [key for key in convicted if key in audit.suspects] + audit.hollow
-
-
-def difference(
-    tree: Tree, contents: Contents, listed: Mapping[bytes, KeyValue], revision: Revision
-) -> list[Event]:
-    """Return the events that make a tree what was listed at a revision."""
-    listed = {key: entry for key, entry in listed.items() if not is_foreign(tree, key)}
-    events: list[Event] = []
-    for key, _ in chain(tree.facts(), side_facts(tree)):
-        entry = listed.pop(key, None)
-        if entry is None:
-            events.append(Tombstone(key, revision))
-        elif not is_as(tree, contents, entry):
-            events.append(entry)
-    events.extend(listed.values())
-    return events
 
 
 async def _let_others(audit: _Audit) -> None:

@@ -77,6 +77,11 @@ class Contents:
         self._hits = 0
         self._misses = 0
 
+    @property
+    def capacity(self) -> int:
+        """The most bytes to take, overhead included."""
+        return self._capacity
+
     def put(self, key: bytes, mod_revision: Revision, value: bytes) -> None:
         """Keep a value, and drop those not used for longest until it fits.
 

@@ -22,6 +22,8 @@ from etcdfs.contents import Contents
 from etcdfs.errors import CallerError, CompactedError, StorePermissionError
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
 from etcdfs.levels import Level
+from etcdfs.pages import Pages
+from etcdfs.paging import Paging
 from etcdfs.questions import Found, Question, answers_to, is_below, questions_about
 from etcdfs.rights import RECHECK_S
 from etcdfs.sidekeys import (
@@ -42,7 +44,7 @@ from etcdfs.values import read_together, value_of
 FIRST_LIMIT: Final = 64
 MAX_LIMIT: Final = 4096
 VALUES_LIMIT: Final = 256
-"""Values fetched at a time: a page of the largest values etcd takes stays below 400 MiB."""
+"""Values fetched at a time, at most."""
 MAX_LISTINGS: Final = 3
 """Listings begun anew because their revision was compacted away, before giving up."""
 
@@ -228,28 +230,22 @@ class Direct:
         """Get the values, for their sizes, of files whose version is not known yet."""
         own = _own_value(self.switch.tree.keyspace, scan.names)
         if own is not None:
-            page = await self._store.range(own, revision=scan.revision)
-            if page.entries:
-                scan.found[VALUE_NAME] = page.entries[0]
+            found = await self._store.range(own, revision=scan.revision)
+            if found.entries:
+                scan.found[VALUE_NAME] = found.entries[0]
         for run in scan.runs:
             if all(self._is_known(directory, name, entry) for name, entry in run):
                 scan.kept.update(name for name, _ in run)
                 continue
-            start, last = run[0][1].key, run[-1][1].key
-            more = True
-            while more:
-                page = await self._store.range(
-                    start, last + b"\0", limit=VALUES_LIMIT, revision=scan.revision
-                )
+            pages = self._pages(run[0][1].key, run[-1][1].key + b"\0", scan.revision)
+            while (page := await pages.next()) is not None:
                 for entry in page.entries:
                     scan.keep(entry)
                     self._contents.put(entry.key, entry.mod_revision, entry.value)
-                more = page.more
-                start = page.entries[-1].key + b"\0" if page.entries else last
         if scan.marker is not None:
-            page = await self._store.range(scan.marker, revision=scan.revision)
-            if page.entries and page.entries[0].value:
-                scan.found[MARKER_NAME] = page.entries[0]
+            found = await self._store.range(scan.marker, revision=scan.revision)
+            if found.entries and found.entries[0].value:
+                scan.found[MARKER_NAME] = found.entries[0]
 
     async def _fetch_sides(self, scan: Level) -> None:
         """Get the attributes of what was found: mostly one request, and nothing."""
@@ -257,15 +253,12 @@ class Direct:
         if not scan.found or not self._may_ask_for_sides():
             return
         start, end = side_range(tree.keyspace.scan_prefix(scan.names))
-        more = True
+        pages = self._pages(start, end, scan.revision)
         try:
-            while more:
-                page = await self._store.range(
-                    start, end, limit=VALUES_LIMIT, revision=scan.revision
-                )
+            while (page := await pages.next()) is not None:
                 for entry in page.entries:
                     start = scan.take_side(entry) if entry.key >= start else start
-                more = page.more and start < end
+                pages.skip_to(start)
             own = _own_value(tree.keyspace, scan.names)
             if own is not None and VALUE_NAME in scan.found:
                 page = await self._store.range(side_key(own), revision=scan.revision)
@@ -276,6 +269,9 @@ class Direct:
         else:
             scan.has_sides = True
             tree.rights.allow_reading()
+
+    def _pages(self, start: bytes, end: bytes, revision: int) -> Pages:
+        return Pages(self._store, start, end, Paging(VALUES_LIMIT), revision=revision)
 
     def _is_known(self, directory: Directory, name: bytes, entry: KeyValue) -> bool:
         child = directory.children.get(name)

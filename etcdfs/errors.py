@@ -244,6 +244,12 @@ class StoreValueTooLargeError(StoreError):
     errno = errno.EFBIG
 
 
+class AnswerTooLargeError(StoreError):
+    """What etcd answers is larger than this mount takes at a time; ask for less."""
+
+    errno = errno.EFBIG
+
+
 class TooManyOperationsError(StoreError):
     """The transaction has more operations than etcd's --max-txn-ops."""
 

@@ -30,7 +30,7 @@ from etcdfs.errors import (
     StoreUnavailableError,
     WatchLostError,
 )
-from etcdfs.etcd_connection import Connection, Login
+from etcdfs.etcd_connection import ANY_SIZE, Connection, Login
 from etcdfs.etcd_lease import LeaseCalls
 from etcdfs.etcd_members import Members
 from etcdfs.etcd_round import Round, Send
@@ -183,7 +183,7 @@ class EtcdStore(LeaseCalls):
 
     async def _separate(self) -> Connection:
         trusted = await self._trusted(self._deadline())
-        return await self._members.separate(trusted.endpoint)
+        return await self._members.separate(trusted.endpoint, answer_max=ANY_SIZE)
 
     async def _open_watch(self, connection: Connection, request: wire.Message) -> EtcdWatch:
         try:

@@ -41,9 +41,14 @@ LOGIN_PAUSE_S: Final = 1.0
 TOKEN_MAX: Final = 8192
 """Characters of a token: what gRPC sends along with a call."""
 
+ANSWER_MAX: Final = 32 << 20
+"""Bytes of an answer: above what etcd is ever told to take as a value (`--max-request-bytes`), and
+bearable in memory. Whoever may get more asks for less at a time (`paging`)."""
+
+ANY_SIZE: Final = -1
+"""For a watch: etcd catches up in answers of any size, and nobody can ask for less."""
+
 _CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
-    # A range or a watch's catch-up may be of any size; gRPC's default is 4 MiB.
-    ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
     # A silent peer is noticed after 13 s. Without the ping timeout it took 69 s. etcd closes
     # connections that ping more often than every 5 s (--grpc-keepalive-min-time), and at all
@@ -129,7 +134,9 @@ class Connection:
         self._closing: InThread[None] | None = None
 
     @classmethod
-    async def open(cls, endpoint: Endpoint, login: Login, timeout_s: float) -> "Connection":
+    async def open(
+        cls, endpoint: Endpoint, login: Login, timeout_s: float, *, answer_max: int = ANSWER_MAX
+    ) -> "Connection":
         """Return a connection; nothing is sent yet, but certificates are read.
 
         Raises:
@@ -137,7 +144,7 @@ class Connection:
             StoreTimeoutError: They could not be read in time.
         """
         trust, options = await credentials(login.security, endpoint, timeout_s)
-        options += _CHANNEL_OPTIONS
+        options += (*_CHANNEL_OPTIONS, ("grpc.max_receive_message_length", answer_max))
         if trust is None:
             channel = grpc.insecure_channel(str(endpoint), options=options)
         else:

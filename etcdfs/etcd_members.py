@@ -17,7 +17,7 @@ from typing import Final, Protocol, final
 import trio
 
 from etcdfs.errors import StoreUnavailableError
-from etcdfs.etcd_connection import Connection, Login
+from etcdfs.etcd_connection import ANSWER_MAX, Connection, Login
 from etcdfs.etcd_wire import Header
 from etcdfs.options import Endpoint
 
@@ -138,9 +138,9 @@ class Members:
                 self._put_aside(made)
         return found
 
-    async def separate(self, endpoint: Endpoint) -> Connection:
+    async def separate(self, endpoint: Endpoint, *, answer_max: int = ANSWER_MAX) -> Connection:
         """Return a connection of the caller's own, to be closed by it."""
-        return await Connection.open(endpoint, self._login, self._timeout_s)
+        return await Connection.open(endpoint, self._login, self._timeout_s, answer_max=answer_max)
 
     def trusted(self) -> Connection | None:
         """Return the connection in use if its member answered on it just now."""

@@ -17,6 +17,7 @@ import grpc
 from aetcd import rpc
 
 from etcdfs.errors import (
+    AnswerTooLargeError,
     CompactedError,
     FutureRevisionError,
     OutcomeUnknownError,
@@ -254,6 +255,7 @@ def store_status(response: Message) -> StoreStatus:
 # --- refusals -------------------------------------------------------------------------------
 
 _REFUSALS: tuple[tuple[str, type[StoreError]], ...] = (
+    ("Received message larger than max", AnswerTooLargeError),  # gRPC's limit, on this side
     ("request is too large", StoreValueTooLargeError),
     ("larger than max", StoreValueTooLargeError),  # gRPC's own limit, before etcd sees it
     ("too many operations", TooManyOperationsError),

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final, NewType, final
+from typing import Any, Final, final
 
 from etcdfs.answers import events_of, page_of, put_event
 from etcdfs.attributes import BLOCK_SIZE, Attributes, Caller, Change, Defaults
@@ -34,6 +34,7 @@ from etcdfs.errors import (
     StorePermissionError,
 )
 from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
+from etcdfs.listings import DirectoryHandle, Listings
 from etcdfs.metadata import Metadata
 from etcdfs.moves import Moves
 from etcdfs.openfiles import Handle, OpenFiles
@@ -57,8 +58,6 @@ from etcdfs.transactions import (
 from etcdfs.tree import NOT_IN_ETCD, Directory, Entry, File, Node, Side, Tree
 from etcdfs.view import View
 from etcdfs.xattrs import Xattrs
-
-DirectoryHandle = NewType("DirectoryHandle", int)
 
 ASSUMED_QUOTA: Final = 2 * 1024**3  # etcd's default --quota-backend-bytes
 ASSUMED_FREE_INODES: Final = 2**31
@@ -122,8 +121,7 @@ class Filesystem:
         self._kernel_timeout_s = kernel_timeout_s
         self._read_only = read_only
         # --- mutable state
-        self._listings: dict[DirectoryHandle, tuple[Directory, list[bytes]]] = {}
-        self._next_listing = 1
+        self._listings = Listings()
         self._last_size = 0
 
     @property
@@ -191,32 +189,28 @@ class Filesystem:
     async def opendir(self, inode: int) -> DirectoryHandle:
         """Open a directory; the listing is taken when it is first read."""
         directory = self._tree.directory(inode)
-        handle = DirectoryHandle(self._next_listing)
-        self._next_listing += 1
-        self._listings[handle] = (directory, [])
-        return handle
+        return self._listings.open(directory)
 
     async def readdir(self, handle: int, position: int) -> Iterator[Listed]:
         """Return the entries from a position on; a listing from 0 on is a new one.
 
         Names are those of one moment. One that has gone since is left out.
         """
-        directory, names = self._listings[DirectoryHandle(handle)]
+        directory = self._listings.directory(handle)
         if position == 0:
             await self._view.listing(directory)
-            names = list(directory.children)
-            self._listings[DirectoryHandle(handle)] = (directory, names)
-        return self._listed(directory, names, position)
+            self._listings.take(handle)
+        return self._listed(directory, handle, position)
 
-    def _listed(self, directory: Directory, names: list[bytes], start: int) -> Iterator[Listed]:
-        for position in range(start, len(names)):
-            node = directory.children.get(names[position])
+    def _listed(self, directory: Directory, handle: int, start: int) -> Iterator[Listed]:
+        for position, name in self._listings.names(handle, start):
+            node = directory.children.get(name)
             if node is not None:
-                yield Listed(names[position], node, position + 1)
+                yield Listed(name, node, position)
 
     def dots(self, handle: int) -> tuple[tuple[bytes, Directory], tuple[bytes, Directory]]:
         """Return `.` and `..` of an open directory; the root is its own parent."""
-        directory, _ = self._listings[DirectoryHandle(handle)]
+        directory = self._listings.directory(handle)
         return (b".", directory), (b"..", directory.directory or directory)
 
     def remember_listed(self, listed: Listed, attributes: Attributes) -> None:
@@ -226,10 +220,13 @@ class Filesystem:
 
     async def releasedir(self, handle: int) -> None:
         """Close a directory."""
-        directory, names = self._listings.pop(DirectoryHandle(handle))
+        directory = self._listings.directory(handle)
         if not self._tree.complete:
-            for node in [directory.children[name] for name in names if name in directory.children]:
-                self._tree.prune(node)
+            for _, name in self._listings.names(handle):
+                node = directory.children.get(name)
+                if node is not None:
+                    self._tree.prune(node)
+        self._listings.close(handle)
 
     async def statfs(self) -> SpaceStatistics:
         """Return the database's size against its quota; the last known one if etcd is away."""

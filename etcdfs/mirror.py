@@ -17,11 +17,12 @@ from typing import Any, Final, assert_never, final
 import trio
 
 from etcdfs.applier import Applier
-from etcdfs.audit import Auditor, difference
+from etcdfs.audit import Auditor
 from etcdfs.audited import HeldKeys
 from etcdfs.barrier import Barrier
-from etcdfs.contents import Contents
+from etcdfs.contents import Contents, entry_size
 from etcdfs.errors import (
+    AnswerTooLargeError,
     CompactedError,
     FutureRevisionError,
     StoreError,
@@ -38,6 +39,7 @@ from etcdfs.replica import Replica, State
 from etcdfs.sidekeys import is_side_key, owner_of
 from etcdfs.sidemirror import SideMirror
 from etcdfs.sides import dress, side_of
+from etcdfs.staging import Staging, TooDifferentError
 from etcdfs.steps import (
     Apply,
     BackOff,
@@ -46,6 +48,7 @@ from etcdfs.steps import (
     Message,
     OpenWatch,
     PageArrived,
+    PageTooLarge,
     Read,
     ReadFailed,
     Restore,
@@ -67,6 +70,9 @@ log = logging.getLogger(__name__)
 
 FIRST_LISTINGS: Final = 5
 """How often the first listing is begun anew, as its revision was compacted away, say."""
+
+STAGED_BYTES: Final = 64 << 20
+"""Bytes of values that may differ when all is listed again, if `--cache-size` is no more."""
 
 STAGE_SIZE: Final = 250
 """Keys staged at a time; about a millisecond, after which other tasks get their turn."""
@@ -165,10 +171,11 @@ class Mirror:
         # --- mutable state
         self.replica: Replica | None = None
         self._is_restored = False
-        self._staged: dict[bytes, KeyValue] = {}
+        self._staging: Staging | None = None
         self._fresh: Tree | None = None  # what is listed, if the tree has to be made anew
         self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
+        self._room = 0  # bytes of memory for values of the first listing
         self._ahead = 0
 
     @property
@@ -303,6 +310,10 @@ class Mirror:
                         task_status.started()
                         task_status = trio.TASK_STATUS_IGNORED
                     steps = replica.receive(message or await self._watching.receive())
+                except TooDifferentError as exc:
+                    # A tree of its own takes no values, and does not change meanwhile.
+                    self.switch.tree.doubtful = True
+                    steps = replica.restart(str(exc))
                 except Exception as exc:
                     if not self._is_restored:
                         raise
@@ -375,6 +386,8 @@ class Mirror:
             return RevisionCompacted(exc.compact_revision)
         except FutureRevisionError:
             return RevisionAhead()
+        except AnswerTooLargeError:
+            return PageTooLarge()
         except StoreError as exc:
             if not self._is_restored:
                 raise
@@ -395,9 +408,15 @@ class Mirror:
             except StoreError as exc:  # kept out of the nursery, which would wrap it
                 answers.append(exc)
 
+        too_different: TooDifferentError | None = None
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read_on)
-            await self._stage(stage, progress)
+            try:
+                await self._stage(stage, progress)
+            except TooDifferentError as exc:  # likewise
+                too_different = exc
+        if too_different is not None:
+            raise too_different
         (answer,) = answers
         if isinstance(answer, StoreError):
             raise answer
@@ -421,14 +440,17 @@ class Mirror:
         Nobody sees the tree then, and a keyspace need not fit into memory twice.
         """
         if stage.first:
-            self._staged.clear()
             self._staged_keys = self._staged_bytes = 0
-            self._fresh = None
+            self._fresh = self._staging = None
             if not self._is_restored:
                 self.switch.tree.clear()
                 self._loaded.clear()
+                self._room = self._contents.capacity
             elif self.switch.tree.doubtful:
                 self._fresh = self._make_tree()
+            else:
+                most = max(self._contents.capacity, STAGED_BYTES)
+                self._staging = Staging(self.switch.tree, self._contents, most_bytes=most)
         for start in range(0, len(stage.entries), STAGE_SIZE):
             self._stage_some(stage.entries[start : start + STAGE_SIZE])
             await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
@@ -454,11 +476,18 @@ class Mirror:
         if self._fresh is not None:
             load(self._fresh, entries)
             return
-        if self._is_restored:
-            self._staged.update((entry.key, entry) for entry in entries)
+        if self._staging is not None:
+            self._staging.add(entries)
             return
         load(self.switch.tree, entries)
-        self._loaded.append(entries)
+        # Those that fit, or all values would be in memory until the mount is usable.
+        if self._room > 0:
+            self._room -= sum(entry_size(entry.value) for entry in entries)
+            over = self._room
+            while over < 0:
+                over += entry_size(entries[-1].value)
+                entries = entries[:-1]
+            self._loaded.append(entries)
 
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:
@@ -471,8 +500,9 @@ class Mirror:
         if self._fresh is not None:
             await self._make_anew(self._fresh, revision)
             return
-        events = difference(self.switch.tree, self._contents, self._staged, revision)
-        self._staged.clear()
+        assert self._staging is not None
+        events = await self._staging.differences(revision)
+        self._staging = None
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
         self.switch.relisted()

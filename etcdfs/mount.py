@@ -14,7 +14,6 @@ Concurrency: one trio loop; the kernel door has a thread of its own.
 """
 
 import argparse
-import faulthandler
 import gc
 import json
 import logging
@@ -64,6 +63,7 @@ from etcdfs.handshake import (
 from etcdfs.kernel import KernelCache, is_in_kernel
 from etcdfs.keys import Keyspace
 from etcdfs.logs import keep_out_of, setup_logging
+from etcdfs.memory import keep_heap_small
 from etcdfs.mirror import Mirror
 from etcdfs.mountpoint import (
     SUBTYPE,
@@ -78,7 +78,6 @@ from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.processes import take_name
 from etcdfs.publisher import Publisher
-from etcdfs.shortage import describe_shortage, is_shortage
 from etcdfs.store import Store
 from etcdfs.tree import Tree
 from etcdfs.view import View
@@ -86,8 +85,6 @@ from etcdfs.view import View
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-_STDERR: Final = 2
 
 RETRY_S: Final = 1.0
 """Pause between two attempts to reach an etcd that is waited for."""
@@ -472,26 +469,21 @@ def main() -> int:
         os.chdir("/")  # a daemon must not keep anybody's disk busy
     try:
         setup_logging(handover.log, foreground=arguments.status_fd is None)
-        faulthandler.enable(_STDERR)  # what dies in a library in C leaves a word, too
+        keep_heap_small()
         with claimed(handover.options.mountpoint) as claim:
             trio.run(serve, handover.options, reporter, claim)
     except BaseExceptionGroup as group:
         failure = _command_error(group)
         if failure is None:
-            _say_why_it_dies(group)
+            log.critical("the daemon dies; this is a bug of etcdfs", exc_info=group)
             raise
         return _fail(reporter, failure)
     except CommandError as exc:
         return _fail(reporter, exc)
     except Exception as exc:
-        _say_why_it_dies(exc)
+        log.critical("the daemon dies; this is a bug of etcdfs", exc_info=exc)
         raise
     return 0
-
-
-def _say_why_it_dies(error: BaseException) -> None:
-    why = describe_shortage() if is_shortage(error) else "this is a bug of etcdfs"
-    log.critical("the daemon dies: %s", why, exc_info=error)
 
 
 def _command_error(group: BaseExceptionGroup[BaseException]) -> CommandError | None:

@@ -41,11 +41,12 @@ Concurrency: owned by the trio thread; no operation waits.
 """
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from operator import attrgetter
 from typing import Final, assert_never, final
 
+from etcdfs.paging import Paging
 from etcdfs.steps import (
     Apply,
     BackOff,
@@ -55,6 +56,7 @@ from etcdfs.steps import (
     Message,
     OpenWatch,
     PageArrived,
+    PageTooLarge,
     Read,
     ReadFailed,
     ReadMessage,
@@ -76,9 +78,8 @@ from etcdfs.store import (
 )
 from etcdfs.witnesses import Check, checks_on
 
-# Keys per page. etcd builds a page in memory and sends it whole: 5000 keys of 200 bytes are
-# 1.5 MB and about 60 ms, large enough that round trips do not show, small enough that others wait
-# little. Values of 64 KiB make it 300 MB: the etcd door lifts gRPC's limit on a message for it.
+# Keys per page, if they are small (`paging`): 5000 keys of 200 bytes are 1.5 MB and about 60 ms,
+# large enough that round trips do not show, small enough that others wait little.
 PAGE_SIZE: Final = 5000
 
 
@@ -137,6 +138,7 @@ _READ: Final = frozenset((State.LISTING, State.CONFIRMING))
 
 _IN_TURN: Final[dict[type[Message], frozenset[State]]] = {
     PageArrived: _READ,
+    PageTooLarge: _READ,
     ReadFailed: _READ,
     RevisionAhead: _READ,
     RevisionCompacted: _ANY,
@@ -177,6 +179,7 @@ class Replica:
         self._state = State.LISTING
         self._attempt = 0
         self._counts: Counter[str] = Counter()
+        self._paging = Paging(page_size)
         # The read to be answered, and again to be done if it fails.
         # INVARIANT: there is one exactly in LISTING and CONFIRMING.
         self._read: Read | None = self._first_page()
@@ -232,7 +235,7 @@ class Replica:
         if self._state not in _IN_TURN[type(message)]:
             raise RuntimeError(f"{type(message).__name__} is out of turn while {self._state.value}")
         match message:
-            case PageArrived() | ReadFailed() | RevisionAhead():
+            case PageArrived() | PageTooLarge() | ReadFailed() | RevisionAhead():
                 return self._on_read(message)
             case WatchOpened() | WatchEvents() | WatchProgress() | WatchLost():
                 return self._on_watch(message)
@@ -273,7 +276,8 @@ class Replica:
     # --- reading ----------------------------------------------------------------------------
 
     def _first_page(self) -> Read:
-        return Read(self._start, self._end, Revision(0), self._page_size)
+        self._paging = Paging(self._page_size)
+        return Read(self._start, self._end, Revision(0), self._paging.limit)
 
     def _on_read(self, message: ReadMessage) -> tuple[Step, ...]:
         assert self._read is not None
@@ -282,6 +286,11 @@ class Replica:
                 return self._on_page(self._read, page)
             case PageArrived(page):
                 return self._on_witness(page)
+            case PageTooLarge() if self._paging.shrink():
+                self._read = replace(self._read, limit=self._paging.limit)
+                return (self._read,)
+            case PageTooLarge():
+                return (self._back_off("a value is too large", relist=False), self._read)
             case ReadFailed(reason):
                 return (self._back_off(reason, relist=False), self._read)
             case RevisionAhead():
@@ -305,9 +314,10 @@ class Replica:
             newest = max(candidates, key=_MOD_REVISION)
             self._witnesses = (*self._witnesses[:1], newest)
         stage = Stage(page.entries, first)
+        self._paging.took(page)
         if page.more:
             after = page.entries[-1].key + b"\0"
-            self._read = Read(after, self._end, self._pinned, self._page_size)
+            self._read = Read(after, self._end, self._pinned, self._paging.limit)
             return (stage, self._read)
         return (stage, self._open())
 

@@ -31,6 +31,7 @@ from etcdfs.audit import Auditor
 from etcdfs.audited import HeldSides
 from etcdfs.contents import Contents
 from etcdfs.errors import (
+    AnswerTooLargeError,
     CompactedError,
     FutureRevisionError,
     StoreError,
@@ -48,6 +49,7 @@ from etcdfs.steps import (
     Message,
     OpenWatch,
     PageArrived,
+    PageTooLarge,
     Read,
     ReadFailed,
     Restore,
@@ -258,6 +260,8 @@ class SideMirror:
             return RevisionCompacted(exc.compact_revision)
         except FutureRevisionError:
             return RevisionAhead()
+        except AnswerTooLargeError:
+            return PageTooLarge()
         except StoreError as exc:
             return self._failed(exc)
         if read.revision and not is_asking:

@@ -37,6 +37,11 @@ class ReadFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class PageTooLarge:
+    """The page that `Read` asked for is larger than can be taken."""
+
+
+@dataclass(frozen=True, slots=True)
 class RevisionCompacted:
     """The revision that `Read` or `OpenWatch` asked for, or a standing watch needs, is gone."""
 
@@ -68,7 +73,7 @@ class Close:
 
 
 WatchMessage = WatchOpened | WatchEvents | WatchProgress | WatchLost
-ReadMessage = PageArrived | ReadFailed | RevisionAhead
+ReadMessage = PageArrived | PageTooLarge | ReadFailed | RevisionAhead
 Message = WatchMessage | ReadMessage | RevisionCompacted | Doubted | Close
 
 

@@ -23,6 +23,7 @@ from typing import Final, Literal, TypeGuard, final
 
 from etcdfs.answers import page_of, parent_event
 from etcdfs.errors import (
+    AnswerTooLargeError,
     CompactedError,
     CrossDirectoryError,
     NameReservedError,
@@ -35,6 +36,8 @@ from etcdfs.errors import (
 )
 from etcdfs.keys import MARKER_NAME, MAX_DEPTH, is_part
 from etcdfs.openfiles import OpenFiles
+from etcdfs.pages import Pages
+from etcdfs.paging import Paging
 from etcdfs.parents import Parent, Witnessed, parent_of
 from etcdfs.places import Places, is_a_file, missing, not_empty, taken
 from etcdfs.planner import Relocation
@@ -58,7 +61,7 @@ MAX_RETRIES: Final = 16
 """Lost races before a rename gives up; each loss means that somebody changed what it moves."""
 
 PAGE: Final = 256
-"""Keys read at a time: a page of the largest values etcd takes stays below 400 MiB."""
+"""Keys read at a time, at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +383,11 @@ class Subtrees:
             for held, limit in ends
             for about, get in _questions(held.end, limit or PAGE, sides=sides)
         ]
-        answers = await self._store.commit(Transaction((), tuple(get for *_, get in questions)))
+        try:
+            answers = await self._store.commit(Transaction((), tuple(get for *_, get in questions)))
+        except AnswerTooLargeError as exc:
+            msg = "there is more than one request can carry"
+            raise CrossDirectoryError(msg) from exc
         for (held, limit, about, get), result in zip(questions, answers.results, strict=True):
             page = page_of(result)
             if about == "own":
@@ -393,16 +400,14 @@ class Subtrees:
         return answers.revision, [held for held, _ in ends]
 
     async def _read_on(self, held: Held, entries: list[KeyValue], get: Get, revision: int) -> None:
-        more = True
-        while more:
+        assert get.end is not None, "only a range goes on"
+        after = entries[-1].key + b"\0"
+        pages = Pages(self._store, after, get.end, Paging(PAGE), revision=revision)
+        while (page := await pages.next()) is not None:
+            entries.extend(page.entries)
             if held.size > self._files.max_file_size:
                 msg = f"{held.end.names!r} holds more than one request can carry"
                 raise CrossDirectoryError(msg)
-            page = await self._store.range(
-                entries[-1].key + b"\0", get.end, limit=PAGE, revision=revision
-            )
-            entries.extend(page.entries)
-            more = page.more
 
 
 # --- what becomes of keys -------------------------------------------------------------------

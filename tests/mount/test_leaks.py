@@ -4,11 +4,14 @@ import contextlib
 from pathlib import Path
 
 import pytest
+from aetcd import rpc
 
 from tests.mount.client import Client
 from tests.mount.lab import Pool
+from tests.mount.load import kv
 from tests.support.churn import CENSUS_DIRECTORY, CENSUS_VARIABLE, Census, churn
 from tests.support.etcd_process import EtcdProcess
+from tests.support.mounted import Mounted
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
@@ -58,3 +61,30 @@ def test_b66_what_is_gone_leaves_nothing_in_the_daemon(
     # Libraries hold some things of the last moment's work.
     assert {name: n for name, n in types.items() if name.startswith("etcdfs")} == {}
     assert types.total() < MOMENT
+
+
+MIB = 1 << 20
+
+
+def peak(mounted: Mounted) -> int:
+    """Return the most memory that a daemon has had, in bytes."""
+    lines = Path(f"/proc/{mounted.daemon}/status").read_text().splitlines()
+    (found,) = (line for line in lines if line.startswith("VmHWM:"))
+    return int(found.split()[1]) * 1024
+
+
+def test_b162_values_that_are_not_kept_take_no_memory_while_they_are_listed(
+    pool: Pool, own_etcd: EtcdProcess
+) -> None:
+    options = ("--cache", "--cache-size", "1M")
+    with pool.private(own_etcd, *options) as mounted:
+        empty = peak(mounted)
+    with kv(own_etcd) as etcd:
+        for n in range(150):  # small ones first, so that much is asked for at a time
+            etcd.Put(rpc.PutRequest(key=b"/a%03d" % n, value=b"small"))
+        for n in range(100):
+            etcd.Put(rpc.PutRequest(key=b"/b%03d" % n, value=bytes(1_400_000)))
+    with pool.private(own_etcd, *options) as mounted:
+        full = peak(mounted)
+        assert len((mounted.path / "b099").read_bytes()) == 1_400_000
+    assert full - empty < 120 * MIB, f"{(full - empty) // MIB} MiB for 133 MiB of values"

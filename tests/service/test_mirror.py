@@ -9,7 +9,9 @@ import trio.testing
 from trio.testing import MockClock
 
 from etcdfs.errors import CompactedError, NotFoundError, StoreUnavailableError
-from etcdfs.store import Delete, Put, Transaction
+from etcdfs.loader import load
+from etcdfs.staging import Staging
+from etcdfs.store import Delete, KeyValue, Put, Revision, Transaction
 from etcdfs.tree import Entry, Listing
 from tests.service.mirrors import AGAIN, BOUND_S, content, quiet
 from tests.support.fake_kernel import FakeMount, Path, open_mount
@@ -698,3 +700,73 @@ async def test_whatever_goes_wrong_with_what_comes_the_mirror_goes_on(
         with trio.fail_after(BOUND_S):
             await mount.mirror.reached(store.revision)
         assert await content(mount, (b"f",)) == b"2"
+
+
+# --- memory and pauses ----------------------------------------------------------------------
+
+
+async def test_a_first_listing_holds_no_more_values_than_are_kept(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    for n in range(100):
+        store.put_now(b"/%03d" % n, b"x" * 100_000)
+    async with open_mount(store, cache_size=1 << 20) as mount:
+        loaded = [entry for page in mount.mirror._loaded for entry in page]
+        assert sum(len(entry.value) for entry in loaded) <= 1 << 20
+        await mount.mirror.keep_loaded()
+        assert not mount.mirror._loaded
+        assert await content(mount, (b"007",)) == b"x" * 100_000
+
+
+@pytest.mark.expect_log(AGAIN)
+@pytest.mark.parametrize("room", [100_000, 10_000_000], ids=["too much", "all of it"])
+async def test_however_much_differs_after_a_new_listing(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    monkeypatch.setattr("etcdfs.mirror.STAGED_BYTES", room)
+    for n in range(50):
+        store.put_now(b"/d/%03d" % n, b"1" * 10_000)
+    async with open_mount(store, cache_size=room // 100) as mount:
+        above = await mount.kernel.stat((b"d",))
+        same = await mount.kernel.stat((b"d", b"049"))
+        store.hold_watches()
+        for n in range(40):
+            store.put_now(b"/d/%03d" % n, b"2" * 10_000)
+        store.delete_now(b"/d/048")
+        store.compact_now(store.revision)
+        store.break_watches(CompactedError("gone", store.revision))
+        store.release_watches()
+        with trio.fail_after(BOUND_S):
+            await mount.mirror.reached(store.revision)
+        await quiet(mount)
+        for n in range(50):
+            expected = None if n == 48 else (b"2" if n < 40 else b"1") * 10_000
+            assert await content(mount, (b"d", b"%03d" % n)) == expected
+        assert (await mount.kernel.stat((b"d",))).inode == above.inode
+        assert (await mount.kernel.stat((b"d", b"049"))).inode == same.inode
+
+
+async def test_comparing_a_listing_lets_others_have_their_turn(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    keys = [b"/%02d/%04d" % (n % 10, n) for n in range(20_000)]
+    entries = [KeyValue(key, b"v", Revision(2), Revision(2), 1) for key in sorted(keys)]
+    async with open_mount(store) as mount:
+        load(mount.tree, entries)
+        staging = Staging(mount.tree, mount.contents, most_bytes=1000)
+        staging.add(entries[: len(entries) // 2])
+        turns = 0
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(take_turns)
+            await trio.lowlevel.checkpoint()
+            gone = await staging.differences(Revision(3))
+            nursery.cancel_scope.cancel()
+        assert len(gone) == len(entries) // 2
+        assert turns > len(entries) // 100, "no more than a hundred keys at a time or so"

@@ -12,6 +12,7 @@ from etcdfs.steps import (
     Message,
     OpenWatch,
     PageArrived,
+    PageTooLarge,
     Read,
     ReadFailed,
     Restore,
@@ -320,3 +321,27 @@ def test_nothing_comes_after_close(watching: Driven) -> None:
 def test_a_message_out_of_turn_is_a_mistake(watching: Driven, message: Message) -> None:
     with pytest.raises(RuntimeError, match="out of turn while watching"):
         watching.tell(message)
+
+
+# --- pages that cannot be ------------------------------------------------------------------
+
+
+def test_a_page_that_is_too_large_is_asked_for_with_fewer_keys(driven: Driven) -> None:
+    (again,) = driven.tell(PageTooLarge())
+    assert again == Read(START, END, rev(0), 1)
+    back_off, same = driven.tell(PageTooLarge())
+    assert isinstance(back_off, BackOff)
+    assert same == again
+    stage, following = driven.tell(page(A5, at=10, more=True))
+    assert stage == Stage((A5,), first=True)
+    assert following == Read(b"/a/a\0", END, rev(10), 2)
+
+
+def test_pages_come_nearer_to_the_end_by_what_they_bring(driven: Driven) -> None:
+    driven.tell(PageArrived(Page((A5,), rev(10), more=True, remaining=2)))
+    endless = PageArrived(Page((B7,), rev(10), more=True, remaining=2))
+    back_off, read = driven.tell(endless)
+    assert isinstance(back_off, BackOff)
+    assert back_off.relist
+    assert read == FIRST_PAGE
+    assert driven.replica.statistics().violations == 1

@@ -187,7 +187,11 @@ def resume_too_late(module: Any) -> None:
 @defect("no-diff", "etcdfs.mirror")
 def no_diff(module: Any) -> None:
     """What a new listing shows to be different is not applied."""
-    replace(module, "difference", lambda _tree, _contents, _staged, _revision: [])
+
+    async def differences(_self: Any, _revision: int) -> list[Any]:
+        return []
+
+    replace(module.Staging, "differences", differences)
 
 
 @defect("lying-wait", "etcdfs.mirror")

@@ -1,0 +1,76 @@
+"""All of a range, page by page, at one revision.
+
+What this room knows: how pages follow one another, and that they must come to an end. What it must
+not know: what is done with them.
+
+Concurrency: trio thread; one owner.
+"""
+
+from typing import final
+
+from etcdfs.errors import AnswerTooLargeError, StoreProtocolError
+from etcdfs.paging import Paging
+from etcdfs.store import Page, Store
+
+
+@final
+class Pages:
+    """The pages of a range that are still to come.
+
+    Attributes:
+        revision: The revision at which it is read; 0 until the first page says which.
+    """
+
+    def __init__(
+        self, store: Store, start: bytes, end: bytes, paging: Paging, *, revision: int = 0
+    ) -> None:
+        # --- dependencies
+        self._store = store
+        self._paging = paging
+        # --- constants
+        self._end = end
+        # --- mutable state
+        self.revision = revision
+        self._start = start
+        self._remaining: int | None = None
+        self._is_over = False
+
+    async def next(self) -> Page | None:
+        """Return the next page; None after the last one.
+
+        Raises:
+            CompactedError: The revision is no longer in history.
+            StoreError: etcd could not be asked, or its pages come to no end.
+        """
+        if self._is_over:
+            return None
+        page = await self._read()
+        if self._remaining is not None:
+            left = len(page.entries) + (page.remaining or 0)
+            if left != self._remaining:
+                msg = f"{self._remaining} keys were left of a range, and now {left}"
+                raise StoreProtocolError(msg)
+        self._remaining = page.remaining
+        self.revision = self.revision or page.revision
+        self._paging.took(page)
+        self._is_over = not page.more
+        if page.entries:
+            self._start = page.entries[-1].key + b"\0"
+        return page
+
+    def skip_to(self, key: bytes) -> None:
+        """Leave out what comes before a key."""
+        if key > self._start:
+            self._start = key
+            self._remaining = None
+            self._is_over = self._is_over or key >= self._end
+
+    async def _read(self) -> Page:
+        while True:
+            try:
+                return await self._store.range(
+                    self._start, self._end, limit=self._paging.limit, revision=self.revision
+                )
+            except AnswerTooLargeError:
+                if not self._paging.shrink():
+                    raise
