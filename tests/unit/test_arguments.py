@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.arguments import likely_mountpoint
+from etcdfs.arguments import likely_mountpoint, original_form
 
 
 @pytest.mark.parametrize(
@@ -58,3 +58,10 @@ def test_the_mountpoint_itself_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "real" / "mnt").symlink_to("/somewhere/else")
     place = os.path.join(tmp_path, "link", "mnt")
     assert likely_mountpoint(["mount", place]) == os.path.join(tmp_path, "real", "mnt")
+
+
+def test_a_unix_socket_in_fstab_is_an_endpoint_without_a_prefix() -> None:
+    source = "unix:///run/a%20b/client:0"
+    assert original_form([source, "/m", "-o", "cache"]) == [
+        *("mount", "/m", "--endpoints", source, "-o", f"fsname={source}", "-o", "cache"),
+    ]
