@@ -220,7 +220,7 @@ class Applier:
     def _give_way(self) -> None:
         if self._round and self._now is not None and self.letting.is_held():
             self.early += 1
-            self._go_on(self._round)
+            self._go_on(self._round, early=True)
 
     def _begin(self) -> None:
         """Begin with the next batch, unless one is under way."""
@@ -234,25 +234,31 @@ class Applier:
                 self._contents.put(event.key, event.mod_revision, event.value)
         self._go_on(0)
 
-    def _go_on(self, number: int) -> None:
-        """Take the next step with the present batch, if the round it waited for is this one."""
+    def _go_on(self, number: int, *, early: bool = False) -> None:
+        """Take the next step with the present batch, if the round it waited for is this one.
+
+        That is over, unless it is `early`.
+        """
         if self._now is None or number != self._round:
             return
         self._round = 0
         try:
-            self._step(self._now)
+            self._step(self._now, early=early)
         except Exception:  # it runs as a callback of trio's, which none must leave
             log.exception("a batch could not be applied; this is a bug of etcdfs")
             self._fail(self._now)
 
-    def _step(self, batch: _Batch) -> None:
+    def _step(self, batch: _Batch, *, early: bool) -> None:
         # Anything may have happened to the tree since the last step: it is planned again.
         plan = self._switch.plan(batch.all(), force=batch.force)
         stale = self._switch.invalidations(plan) - self._asked
+        if early:
+            self._switch.not_let_go(plan)
         if not stale or self._rounds == SWITCH_ROUNDS:
             self._publish(batch, plan, late=stale)
             return
         self._switch.tree.switching |= self._switch.untold(plan)
+        self._switch.letting_go(plan, stale)
         self._asked |= stale
         self._rounds += 1
         self._round = number = next(self._numbers)
@@ -268,7 +274,7 @@ class Applier:
             if is_past and not file.handles:
                 self._let_go(key, revision)
         self._switch.tree.switching.clear()
-        self.letting.submit(late)
+        self.letting.submit(late | self._switch.tree.held.excess())
         self.batches += 1
         self.events += batch.count
         self.collapsed += batch.count - len(batch.events)

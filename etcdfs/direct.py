@@ -68,6 +68,8 @@ class Direct:
         """See `View.entry`: one request."""
         tree = self.switch.tree
         if not tree.is_attached(directory):
+            await self._look_for(directory)
+        if not tree.is_attached(directory):
             return
         if is_part(name):
             await self.listing(directory)  # part of a long name: only a scan can tell
@@ -134,6 +136,8 @@ class Direct:
         """See `View.listing`: as many requests as the level has entries, whatever is below."""
         tree = self.switch.tree
         if not tree.is_attached(directory):
+            await self._look_for(directory)
+        if not tree.is_attached(directory):
             return
         scan = await self._read_level(directory, MAX_LISTINGS)
         # checkpoint: the directory may have gone, or have been moved by this mount
@@ -158,8 +162,34 @@ class Direct:
         """See `View.refresh`."""
         if node.directory is not None:
             await self.entry(node.directory, node.name)
-        elif isinstance(node, Directory) and node is self.switch.tree.root:
-            await self._refresh_root(node)
+        elif node is self.switch.tree.root:
+            await self._refresh_root(self.switch.tree.root)
+        else:
+            await self._look_for(node)
+
+    async def _look_for(self, node: Node) -> None:
+        """Look whether what no name leads to is there again, or what has superseded it."""
+        tree = self.switch.tree
+        if isinstance(node, File):
+            if node.removed or node.lost_key is None:
+                return
+            names = tree.keyspace.locate(node.lost_key).names
+            directory = tree.root
+        else:
+            missing: list[bytes] = []
+            above: Directory | None = node
+            while above is not None and not tree.is_attached(above):
+                missing.append(above.name)
+                above = above.was_in
+            if above is None:
+                return
+            names, directory = tuple(reversed(missing)), above
+        for name in (*names, VALUE_NAME) if isinstance(node, File) else names:
+            await self.entry(directory, name)
+            child = directory.children.get(name)
+            if not isinstance(child, Directory):
+                return
+            directory = child
 
     async def _refresh_root(self, root: Directory) -> None:
         if not self.switch.tree.attributes or not self.switch.tree.keyspace.prefix:
@@ -292,7 +322,7 @@ class Direct:
             return  # this mount is moving it just now, and will say where it is
         if is_directory:
             if not isinstance(child, Directory):
-                made = self.switch.tree.new_directory()
+                made = self.switch.tree.directory_at(directory, name)
                 self._replace(directory, name, made)
                 if child is not None and is_local(child):
                     self.switch.tree.attach(made, VALUE_NAME, child)
@@ -321,6 +351,7 @@ class Direct:
                 self._replace(directory, name, waiting[VALUE_NAME])
 
     def _observe_file(self, directory: Directory, name: bytes, value: KeyValue) -> None:
+        tree = self.switch.tree
         child = directory.children.get(name)
         old = child if isinstance(child, File) else None
         facts = facts_of(value)
@@ -332,7 +363,15 @@ class Direct:
                 return
             if known >= value.mod_revision:
                 return
-        self._replace(directory, name, self.switch.tree.new_version(old, facts), over=value)
+            if tree.may_follow(old):
+                tree.renew(old, facts)
+                return
+        made = tree.returning(directory, name) if child is None else None
+        if isinstance(made, File):
+            tree.renew(made, facts)
+        else:
+            made = tree.new_version(old, facts)
+        self._replace(directory, name, made, over=value)
 
     def _dress(self, directory: Directory, name: bytes, answer: "_Answer") -> None:
         """Give what is under a name its attributes."""

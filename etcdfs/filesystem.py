@@ -33,6 +33,7 @@ from etcdfs.errors import (
     StoreError,
     StorePermissionError,
 )
+from etcdfs.inodes import node_of
 from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
 from etcdfs.listings import DirectoryHandle, Listings
 from etcdfs.metadata import Metadata
@@ -55,7 +56,7 @@ from etcdfs.transactions import (
     remove_directory,
     remove_file,
 )
-from etcdfs.tree import NOT_IN_ETCD, Directory, Entry, File, Node, Side, Tree
+from etcdfs.tree import NOT_IN_ETCD, Directory, Entry, File, Inode, Node, Side, Tree
 from etcdfs.view import View
 from etcdfs.xattrs import Xattrs
 
@@ -136,6 +137,8 @@ class Filesystem:
         Raises:
             NotFoundError: There is none, and that must be asked again every time.
         """
+        if name in _DOTS:
+            return self._lookup_inode(parent, name)
         directory = self._tree.directory(parent)
         check_length(name)
         await self._view.entry(directory, name)
@@ -148,6 +151,21 @@ class Filesystem:
         msg = f"no {name!r} in inode {parent}"
         raise NotFoundError(msg)
 
+    def _lookup_inode(self, inode: int, name: bytes) -> Attributes:
+        """Find the inode itself (`.`) or its parent (`..`): the kernel was given a file handle.
+
+        Nothing of it may be cached for a while: no lock of a directory is held by this call, for
+        which an invalidation would wait (FACTS.md 8).
+
+        Raises:
+            StaleError: There is no such inode, or no longer.
+        """
+        node: Node = self._tree.numbered(inode)
+        if name == b"..":
+            node = node.directory or self._tree.root
+        self._tree.remember(node)
+        return self._defaults.of(node, 0.0)
+
     @property
     def kernel_timeout_s(self) -> float:
         """How long the kernel may keep a missing name, in seconds."""
@@ -157,18 +175,20 @@ class Filesystem:
         """Return the attributes of an inode.
 
         Raises:
-            StaleError: It is an old version; the kernel looks the path up again.
+            StaleError: The inode is unknown.
         """
-        node = self._tree.node(inode)
-        await self._view.refresh(node)
-        if isinstance(node, File) and node.gone:
-            return self._defaults.of(node, 0.0)  # held by O_PATH: unlinked, no links
-        return self.attributes(node)
+        return self._of_inode(inode, await node_of(self._view, inode))
+
+    def _of_inode(self, inode: int, node: Node) -> Attributes:
+        """Return the attributes of an inode for which a node answers."""
+        attributes = self.attributes(node)
+        if inode == node.inode:
+            return attributes
+        self._tree.prune(node)
+        return replace(attributes, inode=Inode(inode), timeout_s=0.0)
 
     def attributes(self, node: Node) -> Attributes:
-        """Return the attributes of a node that is attached or open."""
-        if isinstance(node, File):
-            self._tree.check_usable(node)
+        """Return the attributes of a node."""
         return self._defaults.of(node, self._kernel_timeout_s if self._may_cache(node) else 0.0)
 
     def _may_cache(self, node: Node) -> bool:
@@ -249,12 +269,10 @@ class Filesystem:
             InvalidRequestError: It is none.
             NameTooLongError: What another client has put there is too long for a path.
         """
-        node = self._tree.node(inode)
-        await self._view.refresh(node)
+        node = await node_of(self._view, inode, anew=True)
         if not isinstance(node, File) or record_of(node).type != "symlink":
             msg = f"inode {inode} is no symbolic link"
             raise InvalidRequestError(msg)
-        self._tree.check_usable(node)
         target = await self._view.value(node)
         if len(target) >= PATH_MAX:
             msg = f"the target of inode {inode} has {len(target)} bytes"
@@ -266,14 +284,13 @@ class Filesystem:
 
         Raises:
             IsADirectoryFileError: It is a directory.
-            StaleError: It is an old version; the kernel looks the path up again.
+            StaleError: It is an old version, of which the value is nowhere to be had.
         """
-        node = self._tree.node(inode)
+        node = await node_of(self._view, inode, anew=True)
         if isinstance(node, Directory):
             msg = f"inode {inode} is a directory"
             raise IsADirectoryFileError(msg)
-        await self._view.refresh(node)
-        return await self._files.open(node, flags)
+        return await self._files.open(node, flags, inode)
 
     # --- making -----------------------------------------------------------------------------
 
@@ -481,6 +498,7 @@ class Filesystem:
         if name == MARKER_NAME:
             await self._unlink_marker(key, locked)
             return
+        self._files.keep(file)
         with self._view.switch.intending(key, Intent()):
             bare = self._removal(directory, name, key)
             removal, committed = await self._remove(bare, key, file)
@@ -514,6 +532,7 @@ class Filesystem:
             removal, committed = await self._remove(removal, marker, node)
             if not committed.succeeded:
                 raise not_empty(name)
+            node.removed = True  # unless it is made anew, before the kernel hears that it is gone
             events = events_of(removal, committed)
             # The kernel holds the directory's own lock as well.
             with self._view.holding((Entry(node.inode, b""),)):
@@ -568,14 +587,17 @@ class Filesystem:
             NotPermittedError: Mode or owner cannot be kept.
         """
         self._check_writable()
-        node = self._tree.node(inode)
+        node = await node_of(self._view, inode)
         if change.size is not None:
             if isinstance(node, Directory):
                 msg = f"inode {inode} is a directory"
                 raise IsADirectoryFileError(msg)
             await self._files.truncate(node, change.size)
         await self._metadata.change(node, change)
-        return self.attributes(node)
+        if inode != node.inode:
+            listing = self._tree.listing_of(node)
+            await self._view.let_go_first({replace(listing, pages=change.size is not None)})
+        return self._of_inode(inode, node)
 
     # --- helpers ----------------------------------------------------------------------------
 
@@ -600,6 +622,8 @@ class Filesystem:
     ) -> None:
         await self._view.settle(committed.revision, events, locked)
 
+
+_DOTS: Final = (b".", b"..")
 
 _TYPES: Final[dict[int, Type | None]] = {
     stat.S_IFREG: None,

@@ -291,7 +291,15 @@ class Operations(pyfuse3.Operations):
         self.openers.note(handle, flags, ctx.pid, inode)
         if self._store is not None and (value := self._files.to_store(handle)) is not None:
             self._store(inode, value)
-        return FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
+        return self._info(handle)
+
+    def _info(self, handle: int) -> FileInfo:
+        opened = self._files.how(handle)
+        return FileInfo(
+            fh=FileHandleT(handle),
+            keep_cache=self._keep_cache and opened.keeps_pages,
+            direct_io=opened.is_direct,
+        )
 
     @handler
     async def create(
@@ -307,8 +315,7 @@ class Operations(pyfuse3.Operations):
         )
         self._users[_FILE, handle] = ctx.uid
         self.openers.note(handle, flags, ctx.pid, attributes.inode)
-        info = FileInfo(fh=FileHandleT(handle), keep_cache=self._keep_cache)
-        return info, _pack(attributes)
+        return self._info(handle), _pack(attributes)
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:

@@ -5,8 +5,8 @@ something is to be forgotten.
 
 `invalidate_entry` waits for the directory's lock, which any LOOKUP, CREATE or READDIR in flight
 holds; called on the trio thread it would wait for a handler that only the trio thread can finish
-(FACTS.md 1.1, 7). So a thread of our own makes the calls, in order. Files are never invalidated
-in place: each remote version has an inode of its own.
+(FACTS.md 1.1, 7). So a thread of our own makes the calls, in order. A file that is open is never
+invalidated in place: what another client writes has an inode of its own then.
 
 When the kernel is slow, what waits does not grow with what happens: something that is waiting to be
 forgotten already is not queued again, so that at most everything the kernel knows waits once.
@@ -28,18 +28,20 @@ but for the queue and the set of what is in it.
 import logging
 import os
 import queue
+import struct
 import threading
 from collections import deque
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from typing import Final, final
 
 import pyfuse3
 import trio
 
-from etcdfs.tree import Cached, Entry, Inode, Listing
+from etcdfs.tree import Cached, Entry, Expiry, Inode, Listing
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +60,12 @@ CLOSE_S: Final = 1.0
 """How long threads may take to end when the mount is taken down."""
 
 _THREAD_NAME: Final = "kernel-cache"
+
+# include/uapi/linux/fuse.h: fuse_out_header, fuse_notify_inval_entry_out and their codes
+_OUT_HEADER: Final = struct.Struct("=IiQ")
+_INVAL_ENTRY: Final = struct.Struct("=QII")
+_NOTIFY_INVAL_ENTRY: Final = 3
+_EXPIRE_ONLY: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +135,7 @@ class KernelCache:
         self._lock = threading.Lock()
         self._main: _Worker | None = None  # who does what comes
         self._threads = 0
-        self._stuck: dict[int, deque[Entry]] = {}  # by directory: what is left to its thread
+        self._stuck: dict[int, deque[Cached]] = {}  # by directory: what is left to its thread
         self._invalidated = 0
         self._is_closed = False
 
@@ -296,8 +304,8 @@ class KernelCache:
                 self._ring(partial(self._finish, task))
             else:
                 self._tell(worker, task)
-        while worker.stuck and (entry := self._next_left(worker)) is not None:
-            self._tell(worker, entry)
+        while worker.stuck and (cached := self._next_left(worker)) is not None:
+            self._tell(worker, cached)
         with self._lock:
             self._threads -= 1
             is_last = not self._threads
@@ -308,7 +316,7 @@ class KernelCache:
         self._done.append(done)
         os.eventfd_write(self._bell, 1)
 
-    def _next_left(self, worker: _Worker) -> Entry | None:
+    def _next_left(self, worker: _Worker) -> Cached | None:
         """Return what is still to be forgotten in a stuck directory; None, and it is not stuck."""
         with self._lock:
             left = self._stuck[worker.stuck]
@@ -330,31 +338,38 @@ class KernelCache:
     def _invalidate(self, worker: _Worker, cached: Cached) -> None:
         match cached:
             case Entry():
-                self._invalidate_entry(worker, cached)
-            case Listing(inode, within):
+                self._invalidate_entry(worker, cached, cached)
+            case Expiry(within):
+                self._invalidate_entry(worker, cached, within)
+            case Listing(inode, within, pages):
                 with self._lock:
                     self._waiting.discard(cached)
                     self._invalidated += 1
                 # Not an inode yet: a LOOKUP answered with the old attributes may still be on
                 # its way into the caches. Its name waits for it (FACTS.md 8).
-                if not invalidate_attributes(inode) and within is not None:
-                    self._invalidate_entry(worker, within)
+                if not invalidate_attributes(inode, pages=pages) and within is not None:
+                    self._invalidate_entry(worker, cached, within)
 
-    def _invalidate_entry(self, worker: _Worker, entry: Entry) -> None:
+    def _invalidate_entry(self, worker: _Worker, cached: Cached, entry: Entry) -> None:
         with self._lock:
             left = self._stuck.get(entry.directory)
             if left is not None and worker.stuck != entry.directory:
-                left.append(entry)
+                left.append(cached)
                 return
-            self._waiting.discard(entry)
+            self._waiting.discard(cached)
             self._invalidated += 1
             worker.directory = entry.directory
             worker.turn += 1
         try:
-            invalidate_entry(entry)
+            if isinstance(cached, Entry):
+                invalidate_entry(entry)
+            else:
+                expire_entry(entry)
         finally:
             with self._lock:
                 worker.directory = 0
+        if isinstance(cached, Listing):  # whoever looked it up may be about to use it
+            invalidate_attributes(cached.inode, pages=cached.pages)
 
 
 def is_in_kernel() -> bool:
@@ -372,14 +387,14 @@ def _reach(mark: _Mark) -> None:
         done()
 
 
-def invalidate_attributes(inode: int) -> bool:
+def invalidate_attributes(inode: int, *, pages: bool) -> bool:
     """Have the kernel forget the attributes of an inode; False if it does not have it.
 
-    Attributes only: directories have no cached pages (pyfuse3 cannot ask for FOPEN_CACHE_DIR),
-    and this form never waits for a lock.
+    This never waits for a lock; with its `pages`, for a READ under way, which waits for nothing.
+    Directories have none (pyfuse3 cannot ask for FOPEN_CACHE_DIR).
     """
     try:
-        pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=True)
+        pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=not pages)
     except FileNotFoundError:
         return False
     return True
@@ -390,3 +405,30 @@ def invalidate_entry(entry: Entry) -> None:
     # ENOENT: the kernel has already let go of it.
     with suppress(FileNotFoundError):
         pyfuse3.invalidate_entry(pyfuse3.InodeT(entry.directory), pyfuse3.FileNameT(entry.name))
+
+
+def expire_entry(entry: Entry) -> None:
+    """Have the kernel ask for a name again, without throwing it out; waits for the same lock.
+
+    libfuse can send this since 3.12, pyfuse3 cannot; a notification is one write to the kernel
+    (include/uapi/linux/fuse.h). Before 6.2, Linux throws the name out all the same.
+    """
+    device = _device()
+    if device is None:
+        invalidate_entry(entry)
+        return
+    body = _INVAL_ENTRY.pack(entry.directory, len(entry.name), _EXPIRE_ONLY) + entry.name + b"\0"
+    header = _OUT_HEADER.pack(_OUT_HEADER.size + len(body), _NOTIFY_INVAL_ENTRY, 0)
+    with suppress(FileNotFoundError):
+        os.write(device, header + body)
+
+
+@cache
+def _device() -> int | None:
+    """Return a descriptor of our own of the mount's /dev/fuse, which pyfuse3 keeps to itself."""
+    with suppress(OSError):
+        for link in Path("/proc/self/fd").iterdir():
+            with suppress(FileNotFoundError):  # that of the listing itself is closed by now
+                if link.readlink() == Path("/dev/fuse"):
+                    return os.dup(int(link.name))
+    return None

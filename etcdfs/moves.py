@@ -116,12 +116,15 @@ class Moves:
         _check_names(source, target, exchange=exchange)
         async with self._places.changing(*places) as locked:
             with self._view.holding(locked):
+                node = source.node
+                if node is None:  # a batch that would have waited for us is published by now
+                    raise missing(old_name)
                 if exchange:
                     await self._subtrees.exchange(source, target)
-                elif isinstance(source.node, Directory):
+                elif isinstance(node, Directory):
                     await self._subtrees.move(source, target, replace=not flags)
                 else:
-                    await self._move_file(source.node, source, target, replace=not flags)
+                    await self._move_file(node, source, target, replace=not flags)
 
     # --- files ------------------------------------------------------------------------------
 
@@ -136,13 +139,18 @@ class Moves:
         async with self._files.locks.still((old, new)):
             if file.facts is None:
                 raise missing(source.name)
+            if isinstance(target.node, File):
+                self._files.keep(target.node)
+            # checkpoint: the file may become another client's version meanwhile
+            facts = file.facts
+            value = await self._view.value(file)
             move = _FileMove(
                 source=source,
                 target=target,
                 old=old,
                 new=new,
                 replace=replace,
-                value=KeyValue(old, await self._view.value(file), *file.facts[:4]),
+                value=KeyValue(old, value, *facts[:4]),
                 side=self._side(old, file),
                 replaced_side=self._side(new, target.node) is not None,
                 parent=parent_of(self._tree, target.directory),
@@ -166,10 +174,9 @@ class Moves:
                     events = events_of(wanted, committed)
                     await self._view.settle(committed.revision, events, locked)
                     break
-            again = _look_again(move, committed)
-            if again.value.mod_revision != move.value.mod_revision:
+            move = _look_again(move, committed)
+            if file.version != move.value.mod_revision:
                 mover = None  # what moves is a version that this inode is not
-            move = again
         else:
             msg = f"{move.old!r} changed {MAX_RETRIES} times while it was renamed"
             raise StaleError(msg)
@@ -179,9 +186,8 @@ class Moves:
         if move.target.node is not file:
             self._view.let_go(locked[1:])
         if mover is None and file.directory is None:
-            # Until then the new name leads to it: an open must be sent to look again (ESTALE).
-            # It was a version of the old key, which is deleted.
-            file.lost_key, file.gone = None, False
+            # Until then the new name leads to it, and its inode may be held for longer.
+            file.lost_key, file.gone, file.removed = move.new, False, False
         file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
 
     async def _commit(self, move: _FileMove) -> tuple[Transaction, Committed]:

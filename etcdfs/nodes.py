@@ -1,4 +1,4 @@
-"""What the tree consists of: files, each one version of a key, and directories.
+"""What the tree consists of: files, each one version of a key at a time, and directories.
 
 What this room knows: what is noted of each. What it must not know: how they hang together.
 
@@ -13,7 +13,11 @@ from etcdfs.facts import NOT_IN_ETCD, Facts, Side
 
 @final
 class File:
-    """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services."""
+    """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services.
+
+    While nobody has it open, it follows its key: it becomes the version that another client
+    writes. `pages` is the version whose content the kernel may have cached.
+    """
 
     __slots__ = (
         "ctime_ns",
@@ -23,14 +27,16 @@ class File:
         "gone",
         "handles",
         "inode",
-        "left_ns",
         "lookups",
         "lost_key",
         "mtime_ns",
         "name",
+        "pages",
+        "removed",
         "side",
         "stored",
         "told",
+        "unpaged",
         "value",
     )
 
@@ -39,15 +45,17 @@ class File:
         self.facts = facts  # None: created here, not yet in etcd
         self.directory: Directory | None = None
         self.name = b""
-        self.lost_key: bytes | None = None
-        self.left_ns = 0  # when it was superseded or deleted, by a clock that never jumps
-        self.gone = False  # its name was taken away: no path leads here, an O_PATH may
+        self.lost_key: bytes | None = None  # the key it had when its name was taken away
+        self.gone = False  # by a deletion: no path leads here, an O_PATH may
+        self.removed = False  # by this mount: for the kernel it is deleted, and never comes back
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
         self.side: Side | None = None
         self.lookups = 0
         self.told = False  # the kernel may have the name cached
         self.stored = False  # the kernel was given the content
+        self.pages: int | None = None  # None: the kernel has none
+        self.unpaged = False  # not opened since the kernel was told to let go of them
         self.handles = 0
         self.value: bytes | None = None  # pinned while there are handles
         self.draft: object | None = None
@@ -75,9 +83,11 @@ class Directory:
         "marker",
         "mtime_ns",
         "name",
+        "removed",
         "side",
         "subdirectories",
         "told",
+        "was_in",
         "witness",
     )
 
@@ -85,6 +95,8 @@ class Directory:
         self.inode = inode
         self.directory: Directory | None = None
         self.name = b""
+        self.removed = False  # by this mount: for the kernel it is dead, and never comes back
+        self.was_in: Directory | None = None  # while it is not there
         self.children: dict[bytes, Node] = {}
         self.marker: Facts | None = None
         self.mtime_ns = now_ns

@@ -9,7 +9,7 @@ while the kernel holds the page lock (FACTS.md 7).
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, NewType, final
 
 from etcdfs.contents import Contents
@@ -21,7 +21,7 @@ from etcdfs.errors import (
     ReadOnlyError,
 )
 from etcdfs.publisher import Publisher
-from etcdfs.tree import File
+from etcdfs.tree import NOT_IN_ETCD, Cached, File
 from etcdfs.view import View
 
 Handle = NewType("Handle", int)
@@ -34,13 +34,28 @@ PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
-    """One open file description."""
+    """One open file description.
+
+    Attributes:
+        file: What is read and written.
+        inode: The one that the kernel has open. Not the file's own if that superseded it.
+        readable, writable, append: How it was opened.
+        publishes: Whether it is writable; or it made the file, which its close must put into etcd.
+        keeps_pages: Whether what the kernel has cached of the inode is this version's.
+    """
 
     file: File
+    inode: int
     readable: bool
     writable: bool
     append: bool
-    publishes: bool  # writable; or it made the file, which its close must put into etcd
+    publishes: bool
+    keeps_pages: bool
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether the kernel must ask for each byte: its pages are those of another version."""
+        return self.inode != self.file.inode
 
 
 @final
@@ -67,11 +82,11 @@ class OpenFiles:
 
     # --- opening ----------------------------------------------------------------------------
 
-    async def open(self, file: File, flags: int) -> Handle:
-        """Open a file that the kernel holds.
+    async def open(self, file: File, flags: int, inode: int | None = None) -> Handle:
+        """Open a file, for an inode that the kernel holds: its own, or one that it answers for.
 
         Raises:
-            StaleError: The inode is an old version; the kernel looks the path up again.
+            StaleError: It is an old version, of which the value is nowhere to be had.
             ReadOnlyError: It is opened for writing on a read-only mount.
             StoreError: Its value is not here and cannot be fetched.
         """
@@ -80,8 +95,8 @@ class OpenFiles:
         if changes and self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
-        self._view.switch.tree.check_usable(file)
-        file.handles += 1  # keeps it while we wait
+        file.handles += 1  # keeps it while we wait, and what it is
+        file.unpaged = False
         try:
             await self._load(file)
             if flags & os.O_TRUNC:
@@ -90,7 +105,7 @@ class OpenFiles:
         except BaseException:
             self._unpin(file)
             raise
-        return self._add(file, flags, publishes=changes)
+        return self._add(file, flags, inode or file.inode, publishes=changes)
 
     def open_new(self, file: File, flags: int) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""
@@ -104,28 +119,40 @@ class OpenFiles:
         else:
             file.value = b""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        return self._add(file, flags, publishes=writable or file.facts is None)
+        return self._add(file, flags, file.inode, publishes=writable or file.facts is None)
 
     async def _load(self, file: File) -> None:
         # Even a file that is about to be emptied: whether anything changes is decided against it.
-        if file.value is None and file.draft is None and file.facts is not None:
+        if file.value is None and file.draft is None:
             # checkpoint: another open may have pinned it, or a writer made a draft
             value = await self._view.value(file)
             if file.value is None:
                 file.value = value
 
-    def _add(self, file: File, flags: int, *, publishes: bool) -> Handle:
+    def _add(self, file: File, flags: int, inode: int, *, publishes: bool) -> Handle:
         handle = Handle(self._next)
         self._next += 1
         access = flags & os.O_ACCMODE
+        if file.pages is None and inode == file.inode:
+            file.pages = file.version
         self._open[handle] = OpenFile(
             file,
+            inode,
             access != os.O_WRONLY,
             access != os.O_RDONLY,
             bool(flags & os.O_APPEND),
             publishes,
+            keeps_pages=file.pages == file.version,
         )
         return handle
+
+    def how(self, handle: int) -> OpenFile:
+        """Return how a file was opened.
+
+        Raises:
+            BadHandleError: It is not open.
+        """
+        return self._opened(handle)
 
     def to_store(self, handle: int) -> bytes | None:
         """Return what the kernel is to be given together with a handle; None: nothing.
@@ -136,6 +163,7 @@ class OpenFiles:
         opened = self._opened(handle)
         file = opened.file
         is_alone = file.handles == 1 and opened.readable and file.draft is None
+        is_alone = is_alone and opened.keeps_pages and not opened.is_direct
         if file.stored or not is_alone or not file.value or len(file.value) > STORE_MAX:
             return None
         file.stored = True
@@ -188,14 +216,21 @@ class OpenFiles:
                 now_ns=self._now(file),
                 blind=not opened.readable and not is_mapped,
             )
+        self._view.let_go(self._unseen(opened))
         return len(data)
+
+    def _unseen(self, opened: OpenFile) -> set[Cached]:
+        """Return what the kernel does not know that a write through a handle has changed."""
+        if not opened.is_direct:
+            return set()
+        listing = self._view.switch.tree.listing_of(opened.file)
+        return {replace(listing, pages=True)}
 
     async def truncate(self, file: File, size: int) -> None:
         """Cut or extend a file; published at once unless a writer has it open."""
         if self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
-        self._view.switch.tree.check_usable(file)
         file.handles += 1
         try:
             await self._load(file)
@@ -239,6 +274,7 @@ class OpenFiles:
                 draft.is_refused = True
             raise
         self._drop_clean_draft(opened.file)
+        await self._view.let_go_first(self._unseen(opened))
 
     def may_wait_to_release(self, handle: int) -> bool:
         """Say whether a release may have something to publish."""
@@ -263,12 +299,22 @@ class OpenFiles:
                 await self.publish(opened.file)
         finally:
             self._leaving.discard(opened.file)
+            if opened.file.handles == 1 and not opened.is_direct:
+                # The kernel has opened it since its version changed, if that was of another one,
+                # and let go of what it had cached then; what was read after that is of this one.
+                opened.file.pages = opened.file.version
             self._unpin(opened.file)
 
     async def publish(self, file: File) -> None:
         """Publish a file's draft although nobody flushes it (before a rename)."""
         await self._publisher.publish(file)
         self._drop_clean_draft(file)
+
+    def keep(self, file: File) -> None:
+        """Keep the value of a file that is about to lose its name, while the kernel holds it."""
+        key = self._view.switch.tree.key_of(file)
+        if file.value is None and file.facts is not None and key is not None and file.lookups:
+            file.value = self._contents.get(key, file.facts.mod_revision)
 
     def give_up(
         self, keys: Collection[bytes | None], prefixes: Sequence[bytes | None] = ()
@@ -283,7 +329,7 @@ class OpenFiles:
         for opened in self._open.values():
             lost = opened.file.lost_key
             if lost is not None and (lost in keys or lost.startswith(below)):
-                opened.file.lost_key = None
+                opened.file.gone = True
 
     @property
     def max_file_size(self) -> int:
@@ -357,9 +403,19 @@ class OpenFiles:
         file.handles -= 1
         if file.handles:
             return
-        file.value = None
+        if file.removed and file.lookups:
+            _keep_last(file)
+        else:
+            file.value = None
         file.draft = None
         self._view.switch.tree.prune(file)
+
+
+def _keep_last(file: File) -> None:
+    """Let a file without a name stay what was written last, while the kernel holds it."""
+    if isinstance(file.draft, Draft):
+        file.value = file.draft.value
+        file.facts = (file.facts or NOT_IN_ETCD)._replace(size=len(file.value))
 
 
 def _is_refused(file: File) -> bool:

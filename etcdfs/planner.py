@@ -73,9 +73,11 @@ class Plan:
 
     Attributes:
         entries: For each directory, what each changed name becomes (None: nothing).
-        facts: Files that keep their inode and get new facts.
+        facts: Files that keep their inode, or come back, and get new facts.
         markers: Directories whose marker key changes.
+        renewed: Those of them that become another client's version: nobody has them open.
         deleted: Files whose key is deleted, not only superseded.
+        removed: Those of them that this mount deletes or replaces.
         sides: What becomes of the side keys, by the key that each belongs to.
         dressed: Nodes whose own attributes change, and to what.
         moved: Directories that change their place, and keep what is below them.
@@ -85,7 +87,9 @@ class Plan:
     entries: dict[Directory, dict[bytes, Node | None]] = field(default_factory=dict)
     facts: dict[File, Facts] = field(default_factory=dict)
     markers: dict[Directory, Facts | None] = field(default_factory=dict)
+    renewed: set[File] = field(default_factory=set)
     deleted: set[Node] = field(default_factory=set)
+    removed: set[Node] = field(default_factory=set)
     sides: dict[bytes, Side | None] = field(default_factory=dict)
     dressed: dict[Node, Side | None] = field(default_factory=dict)
     moved: set[Node] = field(default_factory=set)
@@ -178,11 +182,28 @@ class Planner:
             file = intent.file
             self._plan.facts[file] = facts
             if old is not None and intent.replaces:
-                self._plan.deleted.add(old)
+                self._remove(old)
         else:
-            file = self._tree.new_version(old, facts)
+            file = self._version_of_others(directory, name, facts)
         self._set(directory, name, file)
         self._undress(event.key, file)
+
+    def _version_of_others(self, directory: Directory, name: bytes, facts: Facts) -> File:
+        """Return the file for what another client wrote: the one that is there, if it may follow.
+
+        Or the one that the kernel still holds of a key that comes back, or else a new one.
+        """
+        there = self._child(directory, name)
+        file = self._tree.returning(directory, name) if there is None else there
+        if not isinstance(file, File) or not self._tree.may_follow(file):
+            return self._tree.new_version(there if isinstance(there, File) else None, facts)
+        self._plan.facts[file] = facts
+        self._plan.renewed.add(file)
+        return file
+
+    def _remove(self, node: Node) -> None:
+        self._plan.deleted.add(node)
+        self._plan.removed.add(node)
 
     def relocate(self, relocation: Relocation) -> bool:
         """Put nodes elsewhere with all that is below them; False if they no longer stand here."""
@@ -196,7 +217,7 @@ class Planner:
         for node, directory, name in relocation.places:
             replaced = self._child(directory, name)
             if replaced is not None and replaced not in moved:
-                self._plan.deleted.add(replaced)
+                self._remove(replaced)
             self._set(directory, name, node)
             if isinstance(node, Directory):
                 self._where[node] = (directory, name)
@@ -270,8 +291,10 @@ class Planner:
         if self._is_behind(event, (child.facts or NOT_IN_ETCD).mod_revision):
             return
         intent = self._intents.get(event.key)
-        if intent is None or intent.file is not child:
+        if intent is None:
             self._plan.deleted.add(child)
+        elif intent.file is not child:
+            self._remove(child)
         self._plan.keys[child] = event.key
         self._set(directory, name, None)
         self._doubtful.add(directory)
@@ -295,13 +318,12 @@ class Planner:
         if not event.value:
             self._drop_marker_file(directory, None if intent is None else intent.file)
             return
-        old = self._child(directory, MARKER_NAME)
         if intent is not None and intent.file is not None:
             self._plan.facts[intent.file] = facts
             self._set(directory, MARKER_NAME, intent.file)
         else:
-            before = old if isinstance(old, File) else None
-            self._set(directory, MARKER_NAME, self._tree.new_version(before, facts))
+            made = self._version_of_others(directory, MARKER_NAME, facts)
+            self._set(directory, MARKER_NAME, made)
 
     def _drop_marker_file(self, directory: Directory, own: File | None = None) -> None:
         shown = self._child(directory, MARKER_NAME)
@@ -358,6 +380,8 @@ class Planner:
         name, child = names[-1], self._child(directory, names[-1])
         if isinstance(child, Directory):
             directory, name = child, VALUE_NAME
+        self._plan.renewed.discard(file)
+        self._plan.facts.pop(file, None)
         made = self._tree.new_version(file, facts)
         self._set(directory, name, made)
         return made
@@ -379,7 +403,7 @@ class Planner:
         for name in names:
             child = self._child(directory, name)
             if not isinstance(child, Directory):
-                made = self._tree.new_directory()
+                made = self._tree.directory_at(directory, name)
                 self._where[made] = (directory, name)
                 if child is not None:  # `a` is a key and `a/b` becomes one
                     self._set(made, VALUE_NAME, child)

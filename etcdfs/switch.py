@@ -16,14 +16,14 @@ change their place are recognised by their *relocation*, whatever is below them.
 Concurrency: synchronous; used on the trio thread only.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import final
 
 from etcdfs.planner import Intent, Plan, Planner, Relocation
 from etcdfs.sides import put_on
 from etcdfs.store import Event, KeyValue
-from etcdfs.tree import Cached, Directory, Entry, File, Listing, Node, Tree
+from etcdfs.tree import Cached, Directory, Entry, Expiry, File, Listing, Node, Tree
 
 
 @final
@@ -98,13 +98,15 @@ class Switch:
         touched: set[Cached] = set()
         directories: set[Directory] = set()  # one may have 200 000 changes in it
         for directory, name, before, after in plan.changes():
-            touched.add(Entry(directory.inode, name))
+            touched |= {Entry(directory.inode, name), _of_name(directory, name, before, after)}
             if not plan.is_version(before, after):
                 directories.add(directory)
             touched |= _orphaned(plan, before)
             if isinstance(before, Directory):
                 directories.add(before)
         touched.update(map(self.tree.listing_of, directories))
+        for file in plan.renewed:
+            touched |= self._of_version(file)
         for node in plan.dressed:
             listing = self.tree.listing_of(node)
             touched.add(listing)
@@ -121,36 +123,69 @@ class Switch:
             if self.locked and Entry(directory.inode, name) in self.locked:
                 continue
             if self.tree.is_told(directory, name):
-                stale.add(Entry(directory.inode, name))
+                stale.add(_of_name(directory, name, before, after))
             if directory.told and not plan.is_version(before, after):
                 directories.add(directory)
         stale.update(map(self.tree.listing_of, directories))
+        for file in plan.renewed:
+            stale |= self._of_version(file) - {self.tree.listing_of(file).within}
         stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
         return stale
+
+    def _of_version(self, file: File) -> set[Cached]:
+        """Return what the kernel has of the version that a file was, if it has anything."""
+        if not file.lookups:
+            return set()
+        within = self.tree.listing_of(file).within
+        listing = Listing(file.inode, within, pages=file.pages is not None)
+        return {listing} if within is None else {listing, within}
+
+    def letting_go(self, plan: Plan, stale: Collection[Cached]) -> None:
+        """Note that the kernel is told to let go of what a plan makes untrue."""
+        for file in plan.renewed:
+            file.unpaged |= not self._of_version(file).isdisjoint(stale)
+
+    def not_let_go(self, plan: Plan) -> None:
+        """Note that it may have pages of old versions still when the plan is made true."""
+        for file in plan.renewed:
+            file.unpaged = False
 
     def publish(self, plan: Plan) -> None:
         """Make the plan true. No `await` may lie between `plan` and this."""
         tree = self.tree
         changes = list(plan.changes())
-        # Files leave before directories: a file's key is made from the path it still has.
-        for kind in (File, Directory):
-            for directory, name, before, after in changes:
-                if isinstance(before, kind):
-                    tree.detach(
-                        directory,
-                        name,
-                        gone=before in plan.deleted,
-                        is_moved=before in plan.moved,
-                        as_version=plan.is_version(before, after),
-                    )
+        self._take_away(plan, changes)
         for directory, name, before, after in changes:
             if after is not None:
                 tree.attach(directory, name, after, as_version=plan.is_version(before, after))
         for directory, marker in plan.markers.items():
             directory.marker = marker
         for file, facts in plan.facts.items():
+            if file in plan.renewed:
+                tree.renew(file, facts)
+                put_on(file, file.side)
+                continue
+            # What the kernel has cached of it is what this mount made of it.
+            file.pages = facts.mod_revision if file.pages == file.version else file.pages
             file.facts = facts
         self._dress(plan)
+
+    def _take_away(
+        self, plan: Plan, changes: list[tuple[Directory, bytes, Node | None, Node | None]]
+    ) -> None:
+        for node in plan.removed:
+            node.removed = True
+        # Files leave before directories: a file's key is made from the path it still has.
+        for kind in (File, Directory):
+            for directory, name, before, after in changes:
+                if isinstance(before, kind):
+                    self.tree.detach(
+                        directory,
+                        name,
+                        gone=before in plan.deleted,
+                        is_moved=before in plan.moved,
+                        as_version=plan.is_version(before, after),
+                    )
 
     def _dress(self, plan: Plan) -> None:
         if self.tree.complete:
@@ -218,11 +253,21 @@ class Switch:
             self._ahead = {k: r for k, r in self._ahead.items() if r > revision}
 
 
+def _of_name(directory: Directory, name: bytes, before: Node | None, after: Node | None) -> Cached:
+    """Return how to tell the kernel that a name is something else, or nothing, from now on.
+
+    A directory that is gone may be there again soon, and something may be mounted on it.
+    """
+    entry = Entry(directory.inode, name)
+    return Expiry(entry) if isinstance(before, Directory) and after is None else entry
+
+
 def _orphaned(plan: Plan, node: Node | None) -> set[Cached]:
-    """Return the attributes of what leaves the tree and may be in use: it has no links then.
+    """Return the attributes of what leaves the tree and may be held: it has no links then.
 
     Without its name: nobody's lock is needed, not even of a call that is taking it away as well.
     """
-    if node is None or node in plan.moved or (isinstance(node, File) and not node.handles):
+    if node is None or node in plan.moved:
         return set()
-    return {Listing(node.inode, None)}
+    is_in_use = isinstance(node, Directory) or node.told or node.handles
+    return {Listing(node.inode, None)} if is_in_use else set()

@@ -3,16 +3,22 @@
 What this room knows: directories, files, inode numbers, lookup counts, cached names. What it must
 not know: etcd requests, FUSE, time (the clock is handed in).
 
-A *node* is a `Directory` or a `File`. One `File` object (one inode number) is one version of a
-key as far as other clients are concerned: when somebody else writes the key, the name gets a new
-`File`, and whoever holds the old one open keeps it (DESIGN.md 4.2). Changes made through this
-mount keep the inode, as on any file system.
+A *node* is a `Directory` or a `File`. A `File` object (one inode number) is one version of a key
+for as long as somebody has it open: when another client writes the key meanwhile, the name gets a
+new `File`, and whoever holds the old one open keeps it. A file that nobody has open follows its
+key (`renew`): the kernel may hold its inode for a bind mount, say, which never looks a path up
+again. Changes made through this mount keep the inode, as on any file system.
 
 A file is in one of three states:
 
 * *attached*: `directory` is set; it is what a lookup of its name finds;
-* *superseded*: `directory` is None and `lost_key` is the key it was; another version stands there;
-* *gone*: both are None; deleted, and nothing may resurrect it.
+* *superseded*: `directory` is None; another version stands under the key it was, `lost_key`, and
+  answers for it once nobody has it open any more (`current`);
+* *gone*: so is `directory`, and `gone` is set: its key was deleted, and its flush must not
+  resurrect it. If another client did that, the key may come back, and the file with it
+  (`returning`); if this mount did (`removed`), it stays what it was, as on any file system.
+
+A directory that loses its last key is there again when a key is, as long as the kernel holds it.
 
 Concurrency: one owner, the trio thread; every method is synchronous and leaves the invariants
 (`check_invariants`) true.
@@ -26,6 +32,7 @@ from typing import Final, final
 
 from etcdfs.cached import Cached as Cached  # noqa: PLC0414 - they go with the nodes
 from etcdfs.cached import Entry as Entry  # noqa: PLC0414
+from etcdfs.cached import Expiry as Expiry  # noqa: PLC0414
 from etcdfs.cached import Inode as Inode  # noqa: PLC0414
 from etcdfs.cached import Listing as Listing  # noqa: PLC0414
 from etcdfs.errors import NotADirectoryFileError, StaleError
@@ -33,6 +40,7 @@ from etcdfs.facts import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes
 from etcdfs.facts import Facts as Facts  # noqa: PLC0414
 from etcdfs.facts import Side as Side  # noqa: PLC0414
 from etcdfs.facts import facts_of as facts_of  # noqa: PLC0414
+from etcdfs.held import Held
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace
 from etcdfs.nodes import Directory as Directory  # noqa: PLC0414
 from etcdfs.nodes import File as File  # noqa: PLC0414
@@ -48,8 +56,6 @@ MAX_NEGATIVES: Final = 65_536
 """Missing names remembered as told to the kernel; past it, further ones are not cached."""
 TOLD_LATER_NS: Final = 1_000_000_000
 """How much later than we the kernel may begin to count the lifetime of an answer."""
-SUPERSEDED_GRACE_NS: Final = 1_000_000_000
-"""How long a call may take from looking a path up to using the inode, before it looks again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +64,7 @@ class TreeStatistics:
 
     Attributes:
         inodes_known: Inodes that the kernel holds.
-        old_versions: Those of them that no path leads to any more: held open, or not forgotten.
+        old_versions: Those of them that no path leads to any more: held, or not forgotten.
         negatives: Missing names that the kernel may remember.
     """
 
@@ -109,6 +115,11 @@ class Tree:
         self.numbers = count(ROOT_INODE + 1)
         # INVARIANT: holds exactly the nodes whose lookup count is not 0
         self._known: dict[Inode, Node] = {ROOT_INODE: self.root}
+        # All that have a name. Few mounts are asked for inodes that the kernel does not hold, so
+        # it is made when one is, and kept true from then on.
+        self._numbered: dict[Inode, Node] | None = None
+        # Those of them that no name leads to, and that may get one again.
+        self.held = Held()
         # Missing names as told to the kernel, until when; those that end first come first, as
         # all are told for the same time.
         self._negatives: OrderedDict[Entry, int] = OrderedDict()
@@ -134,6 +145,22 @@ class Tree:
             raise StaleError(msg)
         return node
 
+    def numbered(self, inode: int) -> Node:
+        """Return the node of an inode number, whether the kernel holds it or not.
+
+        Raises:
+            StaleError: There is none (any more).
+        """
+        node = self._known.get(Inode(inode))
+        if node is None:
+            if self._numbered is None:
+                self._numbered = {child.inode: child for child in self._attached()}
+            node = self._numbered.get(Inode(inode))
+        if node is None:
+            msg = f"inode {inode} does not exist"
+            raise StaleError(msg)
+        return node
+
     def directory(self, inode: int) -> Directory:
         """Return a directory by inode number.
 
@@ -156,23 +183,31 @@ class Tree:
             node = parent
         return True
 
-    def check_usable(self, file: File) -> None:
-        """Refuse an old version that no call can have come by in good faith.
+    def current(self, node: Node) -> Node:
+        """Return who answers for an inode: its node, or the version that superseded it.
 
-        A call that looked a path up just before another client's change was published goes on
-        with the inode it found, and gets that version: it began before the change was visible.
-        ESTALE would send it to look again, but the kernel does so only once, and a key that is
-        written hundreds of times a second is superseded again by then.
-
-        Raises:
-            StaleError: It is deleted, or has been superseded for a while, and nobody has it open.
+        A symbolic link, say, cannot answer for what was a file: the kernel would not take it.
         """
-        if file.directory is not None or file.handles:
-            return
-        if file.lost_key is not None and self._monotonic() - file.left_ns < SUPERSEDED_GRACE_NS:
-            return
-        msg = f"inode {file.inode} is an old version"
-        raise StaleError(msg)
+        if not isinstance(node, File) or node.directory is not None or node.removed:
+            return node
+        found = None if node.lost_key is None else self.find(node.lost_key)
+        if found is None or not isinstance(found[0], File) or _type(found[0]) != _type(node):
+            return node
+        return found[0]
+
+    def may_follow(self, file: File) -> bool:
+        """Return whether a file may become the version that another client has written.
+
+        Not what somebody has open: a reader would see the old size with new bytes (FACTS.md 2).
+        """
+        return not (file.handles or file.removed or file.facts is None)
+
+    def returning(self, directory: Directory, name: bytes) -> Node | None:
+        """Return the node that the kernel holds of a name which comes back, if it can be that."""
+        node = self.held.find(Entry(directory.inode, name)) if self.held else None
+        if isinstance(node, File):
+            return node if self.may_follow(node) else None
+        return node
 
     def find(self, key: bytes) -> tuple[Node, Facts] | None:
         """Return who stands for a key, a file or the marker's directory, and what is known."""
@@ -202,7 +237,7 @@ class Tree:
     def key_of(self, file: File) -> bytes | None:
         """Return the key a file stands for, None if it is gone."""
         if file.directory is None:
-            return file.lost_key
+            return None if file.gone else file.lost_key
         return self.keyspace.file_key(self.names(file))
 
     def prefix_of(self, directory: Directory) -> bytes:
@@ -230,7 +265,9 @@ class Tree:
             node.told = False
             if isinstance(node, File):
                 node.stored = False
+                node.pages = None
             del self._known[node.inode]
+            self.held.drop(node)
             if not self.complete:
                 self.prune(node)
 
@@ -319,9 +356,27 @@ class Tree:
             file.side = old.side if same else None
         return file
 
+    def renew(self, file: File, facts: Facts) -> None:
+        """Make of a file that nobody has open the version that another client wrote.
+
+        What was cached of it must have been let go of, or be let go of when it is opened.
+        """
+        made = self.new_version(file, facts)
+        file.facts, file.side = facts, made.side
+        file.mtime_ns, file.ctime_ns = made.mtime_ns, made.ctime_ns
+        file.stored = False
+        file.value = None
+        if file.unpaged:
+            file.pages = None
+
     def new_directory(self) -> Directory:
         """Make a directory with a new inode number, attached nowhere yet."""
         return Directory(self._new_number(), self.clock())
+
+    def directory_at(self, above: Directory, name: bytes) -> Directory:
+        """Return a directory to be attached: the one that was there, if it is held, or a new."""
+        node = self.returning(above, name)
+        return node if isinstance(node, Directory) else self.new_directory()
 
     def attach(
         self, directory: Directory, name: bytes, node: Node, *, as_version: bool = False
@@ -331,10 +386,16 @@ class Tree:
         With `as_version`, here and in `detach`, one version of a file takes the place of
         another: the directory's own times stay, as when a file is written to.
         """
+        self.held.drop(node)
         node.directory = directory
         node.name = name
+        node.removed = False
         directory.children[name] = node
+        if self._numbered is not None:
+            self._numbered[node.inode] = node
         if isinstance(node, Directory):
+            if node.was_in is not None:  # it is there again, and its attributes are not
+                node.was_in = node.side = None
             directory.subdirectories += 1
         else:
             node.lost_key = None
@@ -365,10 +426,10 @@ class Tree:
         if node is None:
             return None
         if isinstance(node, File):
-            node.lost_key = None if gone else self.key_of(node)
+            # Making keys of paths takes long when very many are deleted at once.
+            node.lost_key = self.key_of(node) if node.lookups or not gone else None
             node.gone = gone
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
-            node.left_ns = self._monotonic()
         else:
             directory.subdirectories -= 1
             if not is_moved and node.children:
@@ -378,6 +439,12 @@ class Tree:
                         self.detach(below, child, gone=True)
         del directory.children[name]
         node.directory = None
+        if self._numbered is not None and not is_moved:
+            self._numbered.pop(node.inode, None)
+        if node.lookups and not (node.removed or is_moved):
+            self.held.add(Entry(directory.inode, name), node)
+            if isinstance(node, Directory):
+                node.was_in = directory
         if not as_version:
             self._touch(directory)
         return node
@@ -388,12 +455,15 @@ class Tree:
         self.root.children.clear()
         self.root.subdirectories = 0
         self.root.marker = None
+        self.held.clear()
+        self._numbered = None
         self.sides.clear()
 
     def take_over(self, fresh: "Tree") -> None:
         """Become what another tree is, at once, once the kernel was told to forget everything."""
         self.stand_in(self.root, fresh.root)
         self.sides = fresh.sides
+        self._numbered = None
         self._negatives.clear()
         self.switching.clear()
         self.doubtful = False
@@ -426,6 +496,11 @@ class Tree:
                     continue
                 if child.facts is not None:
                     yield self.keyspace.file_key((*names, name)), child.facts
+
+    def _attached(self) -> Iterator[Node]:
+        for directory in self.directories():
+            yield directory
+            yield from directory.children.values()
 
     def directories(self, top: Directory | None = None) -> Iterator[Directory]:
         """Iterate over all attached directories, the root (or `top`) first."""
@@ -465,3 +540,7 @@ class Tree:
     def _touch(self, directory: Directory) -> None:
         now = max(self.clock(), directory.mtime_ns + 1)
         directory.mtime_ns = directory.ctime_ns = now
+
+
+def _type(file: File) -> str | None:
+    return None if file.side is None else file.side.record.type

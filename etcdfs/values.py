@@ -24,10 +24,11 @@ async def value_of(store: Store, contents: Contents, tree: Tree, file: File) -> 
     """
     if file.value is not None:
         return file.value
-    key, facts = tree.key_of(file), file.facts
+    # Of what is deleted, history has the value for a while.
+    key, facts = tree.key_of(file) or file.lost_key, file.facts
     if facts is None:
         return b""
-    if key is None:
+    if key is None or not facts.mod_revision:
         msg = f"inode {file.inode} was deleted and its value not kept"
         raise StaleError(msg)
     kept = contents.get(key, facts.mod_revision)

@@ -34,6 +34,7 @@ from etcdfs.errors import (
     ReadOnlyError,
     RevisionNotReachedError,
 )
+from etcdfs.inodes import node_of
 from etcdfs.leases import Leases
 from etcdfs.metadata import Metadata, no_attribute
 from etcdfs.openfiles import OpenFiles
@@ -91,10 +92,9 @@ class Xattrs:
             BusyError: Too many wait.
         """
         _check_name(name)  # first: the kernel asks for security.capability before each write
-        node = self._tree.node(inode)
         if name.startswith(ETCDFS):
-            return await self._own(node, name)
-        await self._view.refresh(node)
+            return await self._own(self._tree.node(inode), name)
+        node = await node_of(self._view, inode)
         if name.startswith(ETCD):
             return await self._fact(node, name)
         value = self._metadata.xattrs(node).get(name)
@@ -104,8 +104,7 @@ class Xattrs:
 
     async def listxattr(self, inode: int) -> tuple[bytes, ...]:
         """Return the names of the user's own attributes."""
-        node = self._tree.node(inode)
-        await self._view.refresh(node)
+        node = await node_of(self._view, inode)
         return tuple(sorted(self._metadata.xattrs(node)))
 
     async def setxattr(
@@ -194,6 +193,8 @@ class Xattrs:
     def _writable(self, inode: int, name: bytes) -> Node:
         _check_name(name)
         node = self._tree.node(inode)
+        if not (isinstance(node, File) and node.handles):
+            node = self._tree.current(node)
         if self._read_only:
             msg = "the mount is read-only"
             raise ReadOnlyError(msg)

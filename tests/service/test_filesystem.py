@@ -21,6 +21,7 @@ from etcdfs.errors import (
     StoreUnavailableError,
 )
 from etcdfs.store import Committed, Get, Put, Transaction
+from etcdfs.tree import ROOT_INODE
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
 
@@ -179,7 +180,7 @@ async def test_reserved_names_cannot_be_directories(
     autojump_clock: MockClock, store: FakeStore, cache: bool, name: bytes
 ) -> None:
     async with open_mount(store, cache=cache) as mount:
-        number = await errno_of(mount.kernel.mkdir((name,)))
+        number = await errno_of(mount.filesystem.mkdir(ROOT_INODE, name))
         assert number in (errno.EPERM, errno.EINVAL)
         assert keys(store) == {}
 
@@ -626,20 +627,6 @@ async def test_lookups_are_counted_and_given_back(
         mount.kernel.evict_all()
         assert mount.tree.statistics().inodes_known == 1
         assert cache or not mount.tree.root.children
-
-
-async def test_old_version_that_nobody_has_open(
-    autojump_clock: MockClock, store: FakeStore
-) -> None:
-    store.put_now(b"/f", b"1")
-    async with open_mount(store) as mount:
-        old = await mount.kernel.stat((b"f",))
-        store.put_now(b"/f", b"2")
-        await quiet(mount)
-        await trio.sleep(120.0)
-        for call in (mount.filesystem.getattr(old.inode), mount.filesystem.open(old.inode, 0)):
-            with pytest.raises(StaleError):
-                await call
 
 
 async def test_inode_that_was_never_handed_out(autojump_clock: MockClock, store: FakeStore) -> None:

@@ -37,6 +37,9 @@ CONTEXT = context()
 CALLER = Caller(1, 2)
 ATTRIBUTES = Attributes(Inode(5), 0o100640, 1, 3, 4, 1000, 11, 22, 33, 60.0)
 
+OLD = 9
+"""The handle of an inode that a newer version answers for."""
+
 FIXED = {"link": errno.EPERM}
 """Handlers that ask nobody."""
 
@@ -70,6 +73,9 @@ class Recording:
 
     def forget(self, counts: Any) -> None:
         self.calls.append(("forget", counts))
+
+    def how(self, handle: int) -> SimpleNamespace:
+        return SimpleNamespace(keeps_pages=handle != OLD, is_direct=handle == OLD)
 
     def to_store(self, handle: int) -> bytes | None:
         return self.value
@@ -236,6 +242,15 @@ async def test_open_and_create(keep_cache: bool, value: bytes | None) -> None:
     )
     assert (info.fh, info.keep_cache, packed.st_ino) == (8, keep_cache, 5)
     assert fake.calls == [("open", 5, os.O_RDWR), ("create", 1, b"f", flags, 0o644, CALLER)]
+
+
+@pytest.mark.parametrize("keep_cache", [True, False])
+async def test_an_inode_that_another_answers_for_is_opened_past_the_page_cache(
+    keep_cache: bool,
+) -> None:
+    served = operations(Recording(open=OLD), store=(lambda _, __: None) if keep_cache else None)
+    info = await served.open(cast("Any", 5), cast("Any", os.O_RDWR), CONTEXT)
+    assert (info.keep_cache, info.direct_io) == (False, True)
 
 
 @pytest.mark.parametrize(

@@ -143,11 +143,21 @@ async def test_value_that_cannot_be_fetched(autojump_clock: MockClock, store: Fa
         assert (len(mount.files), file_of(mount).handles) == (0, 0)
 
 
+async def superseded(mount: FakeMount, store: FakeStore) -> File:
+    """Return a file that was open when another client wrote its key, and is no longer."""
+    old = file_of(mount)
+    handle = await mount.files.open(old, os.O_RDONLY)
+    store.put_now(KEY, b"two")
+    await trio.testing.wait_all_tasks_blocked()
+    await mount.files.release(handle)
+    assert old is not file_of(mount)
+    return old
+
+
 async def test_old_version_whose_value_is_gone(autojump_clock: MockClock, store: FakeStore) -> None:
-    """Superseded, not in memory, compacted away: the kernel is sent to look again."""
+    """Superseded, not in memory, compacted away: there is nothing to be read."""
     async with open_mount(store, cache_size=0) as mount:
-        old = file_of(mount)
-        store.put_now(KEY, b"two")
+        old = await superseded(mount, store)
         store.compact_now(store.revision)
         await trio.testing.wait_all_tasks_blocked()
         with pytest.raises(StaleError):
@@ -158,8 +168,7 @@ async def test_old_version_whose_value_is_gone(autojump_clock: MockClock, store:
 async def test_old_version_while_etcd_is_away(autojump_clock: MockClock, store: FakeStore) -> None:
     """The kernel has found it, and then there is a newer one: it is to look again, not to fail."""
     async with open_mount(store) as mount:
-        old = file_of(mount)
-        store.put_now(KEY, b"two")
+        old = await superseded(mount, store)
         store.put_now(KEY, b"three")
         await trio.testing.wait_all_tasks_blocked()
         assert old is not file_of(mount)

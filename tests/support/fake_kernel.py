@@ -31,7 +31,7 @@ from etcdfs.mirror import Mirror
 from etcdfs.openfiles import OpenFiles
 from etcdfs.publisher import Publisher
 from etcdfs.store import Clock
-from etcdfs.tree import ROOT_INODE, Cached, Directory, Entry, File, Inode, Listing, Tree
+from etcdfs.tree import ROOT_INODE, Cached, Directory, Entry, Expiry, File, Inode, Listing, Tree
 from tests.support.fake_store import FakeStore
 
 T = TypeVar("T")
@@ -106,6 +106,7 @@ class KernelHandle:
     handle: int
     inode: KernelInode
     flags: int
+    is_direct: bool
 
 
 def fail(number: int) -> OSError:
@@ -196,23 +197,36 @@ class FakeKernel:
     async def _invalidate(self, what: Cached) -> None:
         match what:
             case Entry(directory, name):
-                await self._invalidate_entry(directory, name)
-            case Listing(number, within):
-                inode = self.inodes.get(number)
-                if inode is not None:
-                    self._stale(inode)
-                elif within is not None:
-                    await self._invalidate_entry(within.directory, within.name)
+                await self._invalidate_entry(Entry(directory, name))
+            case Expiry(within):
+                await self._invalidate_entry(within, expire_only=True)
+            case Listing(number, within, pages):
+                if not self._invalidate_inode(number, pages=pages) and within is not None:
+                    await self._invalidate_entry(within, expire_only=True)
+                    self._invalidate_inode(number, pages=pages)
 
-    async def _invalidate_entry(self, directory: int, name: bytes) -> None:
+    def _invalidate_inode(self, number: int, *, pages: bool) -> bool:
+        """See fuse_reverse_inval_inode; a READ is answered at once here, so no page is locked."""
+        inode = self.inodes.get(number)
+        if inode is None:
+            return False
+        self._stale(inode)
+        if pages:
+            inode.pages = None
+        return True
+
+    async def _invalidate_entry(self, entry: Entry, *, expire_only: bool = False) -> None:
         """See fuse_reverse_inval_entry: the directory's lock, exclusively."""
-        parent = self.inodes.get(directory)
+        parent = self.inodes.get(entry.directory)
         if parent is None:
             return
         async with parent.lock.held(exclusive=True):
             self._stale(parent)
-            if (directory, name) in self._dentries:
-                self._drop(parent, name)
+            dentry = self._dentries.get((entry.directory, entry.name))
+            if dentry is not None and expire_only:
+                dentry.fresh_until = 0.0
+            elif dentry is not None:
+                self._drop(parent, entry.name)
 
     # --- caches -----------------------------------------------------------------------------
 
@@ -456,6 +470,7 @@ class FakeKernel:
     async def _open(self, inode: KernelInode, flags: int) -> KernelHandle:
         if inode.number == ROOT_INODE or inode.is_directory:
             raise fail(errno.EISDIR)
+        await self.fstat(inode)  # may_open with default_permissions
         self.requests["open"] += 1
         inode.opens += 1
         try:
@@ -467,15 +482,17 @@ class FakeKernel:
         if self.keep_cache and (value := self._files.to_store(handle)) is not None:
             assert inode.pages in (None, value), "what the kernel has is not what it is given"
             inode.pages = value
+        await trio.lowlevel.checkpoint()
         return self._opened(handle, inode, flags)
 
     def _opened(self, handle: int, inode: KernelInode, flags: int) -> KernelHandle:
-        if not self.keep_cache:
+        opened = self._files.how(handle)
+        if not (self.keep_cache and opened.keeps_pages) and not opened.is_direct:
             inode.pages = None
         if flags & os.O_TRUNC:
             inode.pages = b""
             self._stale(inode)
-        return KernelHandle(handle, inode, flags)
+        return KernelHandle(handle, inode, flags, opened.is_direct)
 
     async def _open_or_create(self, path: Path, flags: int, reval: bool) -> KernelHandle:
         directory = await self._walk_directory(path[:-1], reval=reval)
@@ -507,6 +524,10 @@ class FakeKernel:
     async def read(self, handle: KernelHandle, offset: int = 0, size: int = 1 << 20) -> bytes:
         """pread(2), through the page cache."""
         inode = handle.inode
+        if handle.is_direct:
+            self.requests["read"] += 1
+            with errnos():
+                return self._files.read(handle.handle, offset, size)
         end = (await self.fstat(inode)).size
         if inode.pages is None:
             self.requests["read"] += 1
@@ -523,7 +544,7 @@ class FakeKernel:
         self.requests["write"] += 1
         with errnos():
             written = await self._files.write(handle.handle, offset, data)
-        if inode.pages is not None:
+        if inode.pages is not None and not handle.is_direct:
             pages = inode.pages.ljust(offset, b"\0")
             inode.pages = pages[:offset] + data + pages[offset + len(data) :]
         self._stale(inode)

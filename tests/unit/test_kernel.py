@@ -44,7 +44,7 @@ class Locks:
             assert free.wait(PATIENCE_S)
         self.told.append(entry)
 
-    def invalidate_attributes(self, inode: int) -> bool:
+    def invalidate_attributes(self, inode: int, *, pages: bool) -> bool:
         self.told.append(Listing(Inode(inode), None))
         return inode != UNKNOWN
 
@@ -53,6 +53,7 @@ class Locks:
 def locks(monkeypatch: pytest.MonkeyPatch) -> Locks:
     locks = Locks()
     monkeypatch.setattr(etcdfs.kernel, "invalidate_entry", locks.invalidate_entry)
+    monkeypatch.setattr(etcdfs.kernel, "expire_entry", locks.invalidate_entry)
     monkeypatch.setattr(etcdfs.kernel, "invalidate_attributes", locks.invalidate_attributes)
     return locks
 
@@ -163,7 +164,8 @@ async def test_attributes_wait_for_a_stuck_directory_only_by_their_name(
         assert locks.told == [Listing(Inode(7), None), Listing(UNKNOWN, None)]
         locks.let_go(1)
         await listener.until()
-    assert locks.told[2:] == [entry, entry]
+    unknown = Listing(UNKNOWN, None)
+    assert locks.told[2:] == [entry, unknown, entry, unknown]
 
 
 async def test_a_directory_may_be_stuck_again(locks: Locks, impatient: None) -> None:

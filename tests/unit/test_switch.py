@@ -10,7 +10,7 @@ from etcdfs.loader import load
 from etcdfs.planner import Intent
 from etcdfs.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
 from etcdfs.switch import Switch
-from etcdfs.tree import Directory, Entry, File, Listing, Node, Tree
+from etcdfs.tree import Directory, Entry, Expiry, File, Listing, Node, Tree
 from tests.support.fake_store import FakeStore
 
 ROOT = Keyspace(b"/")
@@ -122,6 +122,7 @@ def test_the_kernel_is_told_exactly_of_what_changed(
         commit(store, changes)
     switch = Switch(tree)
     plan = switch.plan(since(store, revision))
+    written = {name for file in plan.renewed if (name := tree.listing_of(file).within)}
     stale = switch.invalidations(plan)
     untold = switch.untold(plan)
     assert stale <= untold
@@ -131,9 +132,12 @@ def test_the_kernel_is_told_exactly_of_what_changed(
         for d in tree.directories()
         for name, child in d.children.items()
     }
-    assert {c for c in stale if isinstance(c, Entry)} == {
-        name for name, inode in held.items() if now.get(name) != inode
-    }
+    assert {
+        c.within if isinstance(c, Expiry) else c for c in stale if not isinstance(c, Listing)
+    } == {name for name, inode in held.items() if now.get(name) != inode}
+    assert {c.inode for c in stale if isinstance(c, Listing) and c.within in written} >= {
+        now[name] for name in written if now.get(name) == held.get(name)
+    }, "the attributes of what follows its key"
 
 
 def test_key_that_becomes_a_directory_and_a_file_again() -> None:
@@ -172,7 +176,7 @@ def test_older_events_are_ignored_unless_by_force() -> None:
     assert at(tree, b"f") is file
     assert at(tree, b"d") is directory
     switch.publish(switch.plan(old, force=True))
-    assert at(tree, b"f") is not file
+    assert file_at(tree, b"f").version == 1
     assert b"d" not in tree.root.children
 
 
@@ -206,6 +210,7 @@ def test_own_put_keeps_the_inode() -> None:
 def test_foreign_put_of_another_value_is_not_ours() -> None:
     store, tree, switch = made(b"/f")
     file = file_at(tree, b"f")
+    file.handles = 1
     switch.intents[b"/f"] = Intent(file=file, value=b"mine")
     revision = store.revision
     store.put_now(b"/f", b"theirs")
@@ -272,8 +277,10 @@ def test_locked_names_are_not_invalidated() -> None:
     switch.locked[Entry(tree.root.inode, b"f")] = 1
     revision = store.revision
     commit(store, [(b"/f", None), (b"/g", None)])
+    inodes = [tree.root.inode, at(tree, b"f").inode, at(tree, b"g").inode]
     stale = switch.invalidations(switch.plan(since(store, revision)))
-    assert stale == {Entry(tree.root.inode, b"g"), Listing(tree.root.inode, None)}
+    attributes = {Listing(inode, None) for inode in inodes}
+    assert stale == {Entry(tree.root.inode, b"g"), *attributes}, "whoever holds them may ask"
 
 
 # --- ahead of the watch ---------------------------------------------------------------------
@@ -319,6 +326,6 @@ def test_withdrawn_file_takes_the_directory_that_only_it_kept() -> None:
     apply(switch, since(store, revision))
     assert list(directory.children) == [b"new"]
     stale = switch.withdraw(directory, b"new", gone=True)
-    assert Entry(tree.root.inode, b"d") in stale
+    assert Expiry(Entry(tree.root.inode, b"d")) in stale
     assert not tree.root.children
     tree.check_invariants()

@@ -6,12 +6,14 @@ from hypothesis import strategies as st
 
 import etcdfs.tree
 from etcdfs.errors import NotADirectoryFileError, StaleError
+from etcdfs.held import MAX_VANISHED
 from etcdfs.keys import Keyspace
 from etcdfs.loader import load
+from etcdfs.sidekeys import Record
 from etcdfs.store import KeyValue, Revision
 from etcdfs.tree import (
     MAX_NEGATIVES,
-    SUPERSEDED_GRACE_NS,
+    NOT_IN_ETCD,
     TOLD_LATER_NS,
     Directory,
     Entry,
@@ -19,6 +21,7 @@ from etcdfs.tree import (
     File,
     Listing,
     Node,
+    Side,
     Tree,
     facts_of,
 )
@@ -263,19 +266,100 @@ def test_listing_of() -> None:
 # --- versions -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("jump_ns", [-1, 0, 1])
-def test_an_old_version_is_usable_for_a_moment_whatever_the_clock_does(jump_ns: int) -> None:
-    wall, passed = Clock(), Clock()
-    tree = Tree(ROOT, wall, monotonic=passed, complete=True)
-    old = tree.new_file(Facts(Revision(2), Revision(2), 1, 0, 1))
-    tree.attach(tree.root, b"f", old)
-    passed.now += HOUR_NS
+def held_file(tree: Tree) -> File:
+    """Return the file `f`, which the kernel holds."""
+    file = tree.new_file(Facts(Revision(2), Revision(2), 1, 0, 1))
+    tree.attach(tree.root, b"f", file)
+    tree.remember(file)
+    return file
+
+
+def test_a_newer_version_answers_for_one_that_was_open() -> None:
+    tree = Tree(ROOT, Clock(), complete=True)
+    old = held_file(tree)
+    old.handles = 1
+    assert not tree.may_follow(old)
+    new = tree.new_version(old, Facts(Revision(2), Revision(3), 2, 0, 1))
     tree.detach(tree.root, b"f", gone=False)
-    wall.now += jump_ns * HOUR_NS
-    tree.check_usable(old)
-    passed.now += SUPERSEDED_GRACE_NS
+    tree.attach(tree.root, b"f", new)
+    assert tree.current(old) is tree.current(new) is new
+    tree.detach(tree.root, b"f", gone=True)
+    assert tree.current(old) is old
+
+
+@pytest.mark.parametrize("how", ["removed", "another type"])
+def test_nothing_else_answers_for_what_is_no_version_of_it(how: str) -> None:
+    tree = Tree(ROOT, Clock(), complete=True)
+    old = held_file(tree)
+    old.removed = how == "removed"
+    tree.detach(tree.root, b"f", gone=True)
+    assert tree.returning(tree.root, b"f") is (None if how == "removed" else old)
+    new = tree.new_file(Facts(Revision(3), Revision(3), 1, 0, 1))
+    new.side = Side(Record(type=None if how == "removed" else "symlink"), NOT_IN_ETCD)
+    tree.attach(tree.root, b"f", new)
+    assert tree.current(old) is old
+
+
+def test_what_was_let_go_of_since_it_was_open_has_no_pages() -> None:
+    tree = Tree(ROOT, Clock(), complete=True)
+    file = held_file(tree)
+    file.pages, file.value, file.stored = 2, b"v", True
+    tree.renew(file, Facts(Revision(2), Revision(3), 2, 0, 1))
+    assert kept_of(file) == (2, None, False, 3)
+    file.unpaged = True
+    before = file.mtime_ns
+    tree.renew(file, Facts(Revision(2), Revision(4), 3, 0, 1))
+    assert kept_of(file) == (None, None, False, 4)
+    assert file.mtime_ns > before
+
+
+def kept_of(file: File) -> tuple[object, ...]:
+    return file.pages, file.value, file.stored, file.version
+
+
+def test_what_is_held_comes_back_until_the_kernel_forgets_it() -> None:
+    tree = Tree(ROOT, Clock(), complete=True)
+    file = held_file(tree)
+    directory = tree.new_directory()
+    tree.attach(tree.root, b"d", directory)
+    tree.remember(directory)
+    for name in (b"d", b"f"):
+        tree.detach(tree.root, name, gone=True)
+    assert tree.directory_at(tree.root, b"d") is directory
+    assert tree.returning(tree.root, b"f") is file
+    tree.attach(tree.root, b"d", directory)
+    assert tree.directory_at(tree.root, b"d") is not directory
+    tree.forget(file.inode, 1)
+    assert tree.returning(tree.root, b"f") is None
+    assert not tree.held
+
+
+def test_directories_that_are_gone_are_kept_up_to_a_limit() -> None:
+    tree = Tree(ROOT, Clock(), complete=True)
+    names = [b"%d" % number for number in range(MAX_VANISHED + 2)]
+    for name in names:
+        directory = tree.new_directory()
+        tree.attach(tree.root, name, directory)
+        tree.remember(directory)
+        tree.detach(tree.root, name, gone=True)
+    root = tree.root.inode
+    assert tree.held.excess() == {Entry(root, names[0]), Entry(root, names[1])}
+    assert tree.held.excess() == set()
+
+
+def test_numbers_lead_to_what_has_a_name() -> None:
+    tree = tree_of(b"/d/f")
+    directory = at(tree, b"d")
+    assert isinstance(directory, Directory)
+    file = at(tree, b"d", b"f")
+    assert tree.numbered(file.inode) is file
+    new = tree.new_file(Facts(Revision(2), Revision(2), 1, 0, 1))
+    tree.attach(directory, b"g", new)
+    assert tree.numbered(new.inode) is new
+    assert tree.numbered(directory.inode) is directory
+    tree.detach(directory, b"f", gone=True)
     with pytest.raises(StaleError):
-        tree.check_usable(old)
+        tree.numbered(file.inode)
 
 
 def test_new_version_has_a_later_mtime_even_if_the_clock_went_back() -> None:

@@ -89,18 +89,18 @@ def negative_entries(module: Any) -> None:
     replace(module.Switch, "invalidations", invalidations)
 
 
-@defect("keep-cache-always", "etcdfs.tree")
+@defect("keep-cache-always", "etcdfs.switch")
 def keep_cache_always(module: Any) -> None:
-    """A version that another client wrote keeps the inode of the old, pages and all."""
-    original = module.Tree.new_version
+    """A version that another client wrote keeps what the kernel has of the old, pages and all."""
+    original = module.Tree.renew
 
-    def new_version(self: Any, old: Any, facts: Any) -> Any:
-        if old is None:
-            return original(self, old, facts)
-        old.facts = facts
-        return old
+    def renew(self: Any, file: Any, facts: Any) -> None:
+        stored = file.stored
+        original(self, file, facts)
+        file.pages, file.stored = facts.mod_revision, stored
 
-    replace(module.Tree, "new_version", new_version)
+    replace(module.Switch, "_of_version", lambda _self, _file: set())
+    replace(module.Tree, "renew", renew)
 
 
 # --- the replica ----------------------------------------------------------------------------
