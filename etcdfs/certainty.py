@@ -84,13 +84,17 @@ class Certain:
         """See the port."""
         return self._store.watch(start, end, from_revision)
 
-    async def lease_grant(self, ttl_s: int) -> int:
+    async def lease_grant(self, ttl_s: int, lease: int = 0) -> int:
         """See the port."""
-        return await self._store.lease_grant(ttl_s)
+        return await self._store.lease_grant(ttl_s, lease)
 
     async def lease_time_to_live(self, lease: int) -> int | None:
         """See the port."""
         return await self._store.lease_time_to_live(lease)
+
+    async def lease_has_keys(self, lease: int) -> bool:
+        """See the port."""
+        return await self._store.lease_has_keys(lease)
 
     async def lease_revoke(self, lease: int) -> None:
         """See the port."""

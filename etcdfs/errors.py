@@ -260,6 +260,10 @@ class TransactionAbortedError(StoreError):
     """A condition inside the transaction did not hold, and it was given up as a whole."""
 
 
+class LeaseExistsError(StoreError):
+    """There is a lease of that number already."""
+
+
 class CompactedError(StoreError):
     """The revision asked for has been compacted away.
 

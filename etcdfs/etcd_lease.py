@@ -25,9 +25,9 @@ class LeaseCalls(Protocol):
         """Send a request to a method of etcd's service Lease, again after a lost connection."""
         ...
 
-    async def lease_grant(self, ttl_s: int) -> int:
+    async def lease_grant(self, ttl_s: int, lease: int = 0) -> int:
         """Make a lease; see the port."""
-        answer = await self._lease("LeaseGrant", rpc.LeaseGrantRequest(TTL=ttl_s))
+        answer = await self._lease("LeaseGrant", rpc.LeaseGrantRequest(TTL=ttl_s, ID=lease))
         if answer.ID <= 0 or answer.TTL <= 0:
             raise StoreProtocolError(f"etcd made no lease: {answer.error!r}")
         return int(answer.ID)
@@ -36,6 +36,11 @@ class LeaseCalls(Protocol):
         """Return the seconds a lease has left; see the port."""
         answer = await self._lease("LeaseTimeToLive", rpc.LeaseTimeToLiveRequest(ID=lease))
         return int(answer.TTL) if answer.TTL >= 0 else None
+
+    async def lease_has_keys(self, lease: int) -> bool:
+        """Tell whether a lease holds any key; see the port."""
+        request = rpc.LeaseTimeToLiveRequest(ID=lease, keys=True)
+        return bool((await self._lease("LeaseTimeToLive", request)).keys)
 
     async def lease_revoke(self, lease: int) -> None:
         """End a lease; see the port."""

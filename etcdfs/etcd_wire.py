@@ -20,6 +20,7 @@ from etcdfs.errors import (
     AnswerTooLargeError,
     CompactedError,
     FutureRevisionError,
+    LeaseExistsError,
     OutcomeUnknownError,
     StoreError,
     StoreFullError,
@@ -266,6 +267,7 @@ _REFUSALS: tuple[tuple[str, type[StoreError]], ...] = (
     ("invalid auth token", StoreUserError),
     ("revision of auth store is old", StoreUserError),
     ("authentication failed", StoreLoginError),
+    ("lease already exists", LeaseExistsError),
     ("required revision has been compacted", CompactedError),
     ("required revision is a future revision", FutureRevisionError),
 )

@@ -35,6 +35,7 @@ from etcdfs.errors import (
 )
 from etcdfs.inodes import node_of
 from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
+from etcdfs.leases import Leases, lease_of
 from etcdfs.listings import DirectoryHandle, Listings
 from etcdfs.metadata import Metadata
 from etcdfs.moves import Moves
@@ -107,12 +108,12 @@ class Filesystem:
         self._files = files
         self._defaults = defaults
         self._places = Places(view)
-        self._moves = Moves(store, view, files, self._places)
+        self._leases = Leases(store, view, files)
+        self._moves = Moves(store, view, files, self._places, self._leases)
         self._metadata = Metadata(store, view, files, defaults)
         self.xattrs = Xattrs(
-            store,
             view,
-            files,
+            self._leases,
             self._metadata,
             timeout_s=timeout_s,
             read_only=read_only,
@@ -486,8 +487,10 @@ class Filesystem:
         async with self._places.changing((directory, name)) as locked:
             with self._view.holding(locked):
                 async with self._files.locks.still((key,)):
+                    lease = lease_of(file)
                     await self._unlink(file, directory, name, key, locked)
                     self._files.give_up((key,))
+        await self._leases.release(lease)
 
     async def _unlink(
         self, file: File, directory: Directory, name: bytes, key: bytes, locked: Sequence[Entry]

@@ -276,11 +276,11 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         asked = _asked.get()
         is_there = asked[1] if asked is not None and asked[0] is ctx else None
-        await self._xattrs.setxattr(inode, name, value, is_there)
+        await self._xattrs.setxattr(inode, name, value, is_there, _caller(ctx))
 
     @handler
     async def removexattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> None:
-        await self._xattrs.removexattr(inode, name)
+        await self._xattrs.removexattr(inode, name, _caller(ctx))
 
     # --- files ------------------------------------------------------------------------------
 

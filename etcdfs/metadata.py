@@ -76,6 +76,10 @@ class Metadata:
     def _tree(self) -> Tree:
         return self._view.switch.tree
 
+    def owner(self, node: Node) -> int:
+        """Return who owns a node, as far as that is known."""
+        return self._defaults.permissions(node)[1]
+
     # --- mode, owner, times -----------------------------------------------------------------
 
     async def change(self, node: Node, change: Change) -> None:

@@ -21,6 +21,7 @@ from etcdfs.errors import (
     StaleError,
 )
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, has_keys_below
+from etcdfs.leases import Leases, lease_of
 from etcdfs.openfiles import OpenFiles
 from etcdfs.parents import Parent, parent_of, within
 from etcdfs.places import Places, is_a_directory, missing, not_empty, taken
@@ -66,12 +67,15 @@ class _FileMove:
 class Moves:
     """Renames on one mounted keyspace."""
 
-    def __init__(self, store: Store, view: View, files: OpenFiles, places: Places) -> None:
+    def __init__(
+        self, store: Store, view: View, files: OpenFiles, places: Places, leases: Leases
+    ) -> None:
         # --- dependencies
         self._store = store
         self._view = view
         self._files = files
         self._places = places
+        self._leases = leases
         self._subtrees = Subtrees(store, view, files, places)
 
     @property
@@ -155,8 +159,10 @@ class Moves:
                 replaced_side=self._side(new, target.node) is not None,
                 parent=parent_of(self._tree, target.directory),
             )
+            replaced = lease_of(target.node)
             await self._move(file, move)
             self._files.give_up((old, new))
+        await self._leases.release(replaced)
 
     async def _move(self, file: File, move: _FileMove) -> None:
         locked = [Entry(end.directory.inode, end.name) for end in (move.source, move.target)]

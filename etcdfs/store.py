@@ -297,10 +297,13 @@ class Store(Protocol):
         """
         ...
 
-    async def lease_grant(self, ttl_s: int) -> int:
-        """Make a lease that ends by itself; return its number.
+    async def lease_grant(self, ttl_s: int, lease: int = 0) -> int:
+        """Make a lease that ends by itself; return its number, which etcd chooses if it is 0.
 
         If no answer comes, a lease may be left that nobody uses; it ends.
+
+        Raises:
+            LeaseExistsError: There is one of that number.
         """
         ...
 
@@ -310,6 +313,10 @@ class Store(Protocol):
 
     async def lease_revoke(self, lease: int) -> None:
         """End a lease now, and delete the keys it holds; nothing if it has ended."""
+        ...
+
+    async def lease_has_keys(self, lease: int) -> bool:
+        """Tell whether a lease holds any key."""
         ...
 
     async def status(self) -> StoreStatus:

@@ -27,6 +27,7 @@ from typing import Any, Final, final
 import trio
 
 from etcdfs.admission import about_to_wait
+from etcdfs.attributes import Caller
 from etcdfs.errors import (
     InvalidRequestError,
     NotPermittedError,
@@ -37,9 +38,7 @@ from etcdfs.errors import (
 from etcdfs.inodes import node_of
 from etcdfs.leases import Leases
 from etcdfs.metadata import Metadata, no_attribute
-from etcdfs.openfiles import OpenFiles
 from etcdfs.sides import facts_of_node
-from etcdfs.store import Store
 from etcdfs.tree import Directory, File, Node, Tree
 from etcdfs.view import View
 
@@ -60,9 +59,8 @@ class Xattrs:
 
     def __init__(
         self,
-        store: Store,
         view: View,
-        files: OpenFiles,
+        leases: Leases,
         metadata: Metadata,
         *,
         timeout_s: float,
@@ -72,7 +70,7 @@ class Xattrs:
         # --- dependencies
         self._view = view
         self._metadata = metadata
-        self._leases = Leases(store, view, files)
+        self._leases = leases
         self._statistics = statistics
         # --- constants
         self._timeout_s = timeout_s
@@ -108,7 +106,12 @@ class Xattrs:
         return tuple(sorted(self._metadata.xattrs(node)))
 
     async def setxattr(
-        self, inode: int, name: bytes, value: bytes, is_there: bool | None = None
+        self,
+        inode: int,
+        name: bytes,
+        value: bytes,
+        is_there: bool | None = None,
+        caller: Caller | None = None,
     ) -> None:
         """Set an attribute, on condition that there is one of that name or is none.
 
@@ -117,6 +120,7 @@ class Xattrs:
             name: Its name.
             value: Its value.
             is_there: True for XATTR_REPLACE, False for XATTR_CREATE, None for either.
+            caller: Who makes the call; None for the mount itself.
 
         Raises:
             ExistsError: XATTR_CREATE, and there is one.
@@ -129,13 +133,10 @@ class Xattrs:
         if name != TTL:
             await self._metadata.set_xattr(node, name, value, is_there=is_there)
             return
-        text = value.strip()
-        if not text.isdigit() or not 0 < int(text) <= TTL_MAX:
-            msg = f"{value[:40]!r} is no number of seconds"
-            raise InvalidRequestError(msg)
-        await self._leases.attach(self._file(node, name), int(text))
+        file = await self._expiring(node, name, caller)
+        await self._leases.attach(file, _seconds(value))
 
-    async def removexattr(self, inode: int, name: bytes) -> None:
+    async def removexattr(self, inode: int, name: bytes, caller: Caller | None = None) -> None:
         """Remove an attribute.
 
         Raises:
@@ -145,7 +146,7 @@ class Xattrs:
         node = self._writable(inode, name)
         if name != TTL:
             await self._metadata.remove_xattr(node, name)
-        elif not await self._leases.detach(self._file(node, name)):
+        elif not await self._leases.detach(await self._expiring(node, name, caller)):
             raise no_attribute(name)
 
     # --- what etcd and etcdfs say -----------------------------------------------------------
@@ -203,11 +204,33 @@ class Xattrs:
             raise NotPermittedError(msg)
         return node
 
-    def _file(self, node: Node, name: bytes) -> File:
+    async def _expiring(self, node: Node, name: bytes, caller: Caller | None) -> File:
+        """Return the file that a caller may let expire, or last.
+
+        The kernel has looked whether he may write to it; but to let it expire is to delete it.
+        """
         if isinstance(node, Directory):
             msg = f"{name!r} is for files: what is in a directory does not go with its marker"
             raise NotPermittedError(msg)
+        await self._view.refresh(node)
+        if caller is not None and caller.uid not in (0, self._metadata.owner(node)):
+            msg = f"{name!r} is for the owner of inode {node.inode}"
+            raise NotPermittedError(msg)
         return node
+
+
+def _seconds(value: bytes) -> int:
+    """Return the seconds that somebody wants a file to last.
+
+    Raises:
+        InvalidRequestError: It is no number of them, or more than etcd takes.
+    """
+    text = value.strip()
+    digits = text.lstrip(b"0")
+    if not text.isdigit() or not digits or len(digits) > len(str(TTL_MAX)) or int(digits) > TTL_MAX:
+        msg = f"{value[:40]!r} is no number of seconds"
+        raise InvalidRequestError(msg)
+    return int(digits)
 
 
 def _check_name(name: bytes) -> None:

@@ -346,44 +346,6 @@ def test_b41_what_etcd_knows_of_a_key(lab: Lab) -> None:
         assert errno_of(partial(os.removexattr, path, f"user.etcd.{name}")) == "EPERM"
 
 
-@pytest.mark.oldest_and_newest_etcd
-def test_b42_a_ttl_is_a_lease(lab: Lab) -> None:
-    file = lab.path / "file"
-    file.write_bytes(b"value")
-    os.utime(file, ns=(LONG_AGO, LONG_AGO))
-    before = file.stat()
-    os.setxattr(file, "user.etcd.ttl", b"600")
-    lease = os.getxattr(file, "user.etcd.lease").decode()
-    assert 0 < int(os.getxattr(file, "user.etcd.ttl")) <= 600
-    told = lab.etcd.etcdctl("lease", "timetolive", lease, "--keys")
-    assert lab.key("file") in told
-    after = file.stat()
-    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
-    with file.open("ab") as opened:
-        opened.write(b"more")
-    assert os.getxattr(file, "user.etcd.lease").decode() == lease, "a write keeps the lease"
-    os.removexattr(file, "user.etcd.ttl")
-    assert errno_of(lambda: os.getxattr(file, "user.etcd.ttl")) == "ENODATA"
-    assert errno_of(lambda: os.removexattr(file, "user.etcd.ttl")) == "ENODATA"
-    lab.etcd.etcdctl("lease", "revoke", lease)
-    assert file.read_bytes() == b"valuemore"
-    for wrong in (b"", b"soon", b"0", b"-1", b"1.5", b"9" * 20):
-        assert errno_of(partial(os.setxattr, file, "user.etcd.ttl", wrong)) == "EINVAL"
-    assert errno_of(lambda: os.setxattr(lab.path, "user.etcd.ttl", b"9")) == "EPERM"
-
-
-def test_b42_an_expired_key_disappears(lab: Lab) -> None:
-    file = lab.path / "file"
-    file.write_bytes(b"value")
-    os.setxattr(file, "user.etcd.ttl", b"600")
-    lab.etcd.etcdctl("lease", "revoke", os.getxattr(file, "user.etcd.lease").decode())
-    lab.shown(lab.client.revision())
-    assert not file.exists()
-    file.write_bytes(b"again")
-    os.setxattr(file, "user.etcd.ttl", b"1")
-    _until(lambda: not file.exists())
-
-
 # --- races, rights, options -----------------------------------------------------------------
 
 

@@ -292,7 +292,10 @@ async def test_extended_attributes() -> None:
     assert list(await served.listxattr(inode, CONTEXT)) == [b"user.x", b"user.y"]
     await served.setxattr(inode, name, b"w", context())
     await served.removexattr(inode, name, CONTEXT)
-    assert fake.calls[2:] == [("setxattr", 1, b"user.x", b"w", None), ("removexattr", 1, b"user.x")]
+    assert fake.calls[2:] == [
+        ("setxattr", 1, b"user.x", b"w", None, CALLER),
+        ("removexattr", 1, b"user.x", CALLER),
+    ]
 
 
 async def test_xattr_create_and_replace_are_told_by_pyfuse3s_question() -> None:

@@ -19,6 +19,7 @@ import trio
 from etcdfs.errors import (
     CompactedError,
     FutureRevisionError,
+    LeaseExistsError,
     StoreError,
     WatchLostError,
 )
@@ -144,10 +145,12 @@ class FakeStore:
         finally:
             self._watchers.discard(watch)
 
-    async def lease_grant(self, ttl_s: int) -> int:
+    async def lease_grant(self, ttl_s: int, lease: int = 0) -> int:
         """Make a lease; see the port. It ends only by `lease_revoke`."""
         await trio.lowlevel.checkpoint()
-        lease = 0x1000 + len(self._lease_ends)
+        if lease in self.leases:
+            raise LeaseExistsError("etcdserver: lease already exists")
+        lease = lease or 0x1000 + len(self._lease_ends)
         self.leases.add(lease)
         self._lease_ends[lease] = trio.current_time() + ttl_s
         return lease
@@ -158,6 +161,11 @@ class FakeStore:
         if lease not in self.leases:
             return None
         return int(self._lease_ends[lease] - trio.current_time())
+
+    async def lease_has_keys(self, lease: int) -> bool:
+        """Tell whether a lease holds any key; see the port."""
+        await trio.lowlevel.checkpoint()
+        return any(kv.lease == lease for kv in self._live.values())
 
     async def lease_revoke(self, lease: int) -> None:
         """End a lease; see the port."""

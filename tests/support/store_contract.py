@@ -15,6 +15,7 @@ import trio.testing
 from etcdfs.errors import (
     CompactedError,
     FutureRevisionError,
+    LeaseExistsError,
     StoreError,
     StoreValueTooLargeError,
     TooManyOperationsError,
@@ -460,6 +461,19 @@ class LeaseContract:
         assert 30 < left <= 60
         await lab.store.lease_revoke(lease)
         assert await lab.store.lease_time_to_live(lease) is None
+
+    async def test_a_lease_of_a_number_of_ones_own(self, lab: Lab) -> None:
+        lease = await lab.store.lease_grant(60, 0x1234567)
+        assert lease == 0x1234567
+        with pytest.raises(LeaseExistsError):
+            await lab.store.lease_grant(60, lease)
+        assert not await lab.store.lease_has_keys(lease)
+        await do(lab, Put(b"a", b"1", lease=lease))
+        assert await lab.store.lease_has_keys(lease)
+        await do(lab, Put(b"a", b"1"))
+        assert not await lab.store.lease_has_keys(lease)
+        await lab.store.lease_revoke(lease)
+        assert not await lab.store.lease_has_keys(lease)
 
     async def test_a_lease_that_has_ended_can_be_revoked_again(self, lab: Lab) -> None:
         lease = await lab.store.lease_grant(60)
