@@ -75,7 +75,8 @@ def events_of_operations(
     for index, (operation, result) in enumerate(zip(operations, results, strict=True)):
         if isinstance(operation, Put):
             (put,) = page_of(results[index + 1]).entries
-            found.append(put._replace(value=operation.value))
+            # Of keys only, etcd 3.7 does not say the lease.
+            found.append(put._replace(value=operation.value, lease=operation.lease))
         elif isinstance(operation, Delete) and result:
             found.append(Tombstone(operation.key, committed.revision))
         elif isinstance(operation, Transaction) and isinstance(result, Committed):

@@ -148,6 +148,7 @@ def _request_op(operation: Operation) -> Message:
             request = range_request(key, end, limit=limit, revision=0, keys_only=keys_only)
             return rpc.RequestOp(request_range=request)
         case Put(key, value, lease, keep_lease):
+            lease = 0 if keep_lease else lease
             put = rpc.PutRequest(key=key, value=value, lease=lease, ignore_lease=keep_lease)
             return rpc.RequestOp(request_put=put)
         case Delete(key, end):

@@ -286,7 +286,7 @@ class Publisher:
                 intent.file = None
             put = Transaction(
                 (unchanged(key, facts.mod_revision),),
-                (*_put(key, value, keep_lease=True), *company.changed),
+                (*_put(key, value, keeps=facts.lease), *company.changed),
                 (Get(key),),
             )
             committed = await self._send(draft, put, value)
@@ -412,9 +412,10 @@ def _check_may_go_over(draft: Draft, found: KeyValue) -> None:
         raise WriteConflictError(msg)
 
 
-def _put(key: bytes, value: bytes, *, keep_lease: bool = False) -> tuple[Operation, ...]:
+def _put(key: bytes, value: bytes, *, keeps: int | None = None) -> tuple[Operation, ...]:
     # The Get sees the Put of the same transaction: it tells create_revision and version.
-    return (Put(key, value, keep_lease=keep_lease), Get(key, keys_only=True))
+    put = Put(key, value) if keeps is None else Put(key, value, keeps, keep_lease=True)
+    return (put, Get(key, keys_only=True))
 
 
 def _done(put: Transaction, committed: Committed, value: bytes, *, merged: bool = False) -> _Done:

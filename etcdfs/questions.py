@@ -59,7 +59,7 @@ def questions_about(
     except CallerError:
         return found
     if witness is not None:
-        found.append(("marker", Get(prefix, keys_only=True)))
+        found.append(("marker", Get(prefix)))
         if witness != prefix:
             found.append(("below", Get(witness, keys_only=True)))
     else:

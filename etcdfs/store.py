@@ -78,7 +78,7 @@ class Get:
 
 @dataclass(frozen=True, slots=True)
 class Put:
-    """Set a key; keeps its lease when `keep_lease` (the key must exist then)."""
+    """Set a key; keeps its lease when `keep_lease` (the key must exist then, and have `lease`)."""
 
     key: bytes
     value: bytes
