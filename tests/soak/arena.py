@@ -52,6 +52,7 @@ TOKEN_TTL: Final = "--auth-token-ttl=2"
 ROOT_LOGIN: Final = ("root", "secret")
 APP_LOGIN: Final = ("app", "known")
 ROLE: Final = ("--prefix=true", "app", "readwrite", "/")
+TENANTS_RECORDS: Final = ("--prefix=true", "tenant", "readwrite", f"/.etcdfs/attrs/{layout.PREFIX}")
 _USERS: Final = (
     ("role", "add", "app"),
     ("role", "grant-permission", *ROLE),
@@ -62,6 +63,11 @@ _USERS: Final = (
     ("user", "add", "guest:known"),
     ("user", "grant-role", "guest", "reader"),
     ("user", "add", "nobody:known"),
+    ("role", "add", "tenant"),
+    ("role", "grant-permission", "--prefix=true", "tenant", "readwrite", layout.PREFIX),
+    ("role", "grant-permission", *TENANTS_RECORDS),
+    ("user", "add", "tenant:known"),
+    ("user", "grant-role", "tenant", "tenant"),
 )
 """Who there is where authentication is on."""
 

@@ -28,7 +28,7 @@ _RULES: Final = "soak"
 _TIMERS: Final = ("--heartbeat-interval=50", "--election-timeout=500")
 
 
-def run(*command: str | Path, allow: bool = False) -> str:
+def run(*command: str | Path, allow: bool = False, stdin: str = "") -> str:
     """Run a command and return what it prints.
 
     Raises:
@@ -42,6 +42,7 @@ def run(*command: str | Path, allow: bool = False) -> str:
         timeout=_COMMAND_S,
         check=False,
         env=environment | {"ETCDCTL_API": "3"},
+        input=stdin,
     )
     if done.returncode and not allow:
         raise RuntimeError(f"{command}: {done.stderr or done.stdout}")
@@ -288,10 +289,10 @@ class Etcds:
             client.close()
         self._clients.clear()
 
-    def ctl(self, *words: str) -> str:
+    def ctl(self, *words: str, stdin: str = "") -> str:
         """Run etcdctl."""
         login = () if self.login is None else ("--user", ":".join(self.login))
-        return run("etcdctl", f"--endpoints={self.url}", *login, *words)
+        return run("etcdctl", f"--endpoints={self.url}", *login, *words, stdin=stdin)
 
     def until_ready(self) -> None:
         """Return when every member that runs answers a linearizable read."""

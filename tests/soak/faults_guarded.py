@@ -7,11 +7,15 @@ Concurrency: the conductor's thread.
 
 import errno
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tests.soak import layout
-from tests.soak.arena import ROLE, Arena, FaultError
+from tests.soak.arena import ROLE, TENANTS_RECORDS, Arena, FaultError
 from tests.soak.control import nap, until
 from tests.soak.faults_single import check, errno_of
+from tests.soak.mounts import Mount
 from tests.soak.table import fault
 
 EXPIRY_S = 5.0
@@ -59,6 +63,73 @@ def revoked(arena: Arena) -> None:
     until(lambda: errno_of(file.read_bytes) == 0, "it is shown again", 30)
     found = arena.etcds.ask(lambda client: client.get(layout.key("mine")))
     check(found is not None and found.value == b"allowed", "a write that was refused is there")
+
+
+@contextmanager
+def tenant_of(arena: Arena) -> Iterator[Mount]:
+    """Mount what a role reaches that has the keys and their attributes, and no others."""
+    password = arena.home / "tenants-password"
+    password.write_text("known")
+    login = ("--user", "tenant", "--password-file", str(password))
+    tenant = arena.mount("tenant", arena.etcds.url, "--prefix", layout.PREFIX, *login)
+    try:
+        yield tenant
+    finally:
+        tenant.close()
+
+
+def make_secret(arena: Arena, name: str) -> int:
+    """Make a file of mode 0600 through another mount; return its revision."""
+    path = arena.author.path / "soak" / name
+    path.unlink(missing_ok=True)
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+    return int(os.getxattr(path, "user.etcd.mod_revision"))
+
+
+def check_closed(tenant: Mount, *names: str) -> None:
+    modes = {name: stat.S_IMODE((tenant.path / name).stat().st_mode) for name in names}
+    check(set(modes.values()) == {0o600}, f"not all are closed: {modes}")
+
+
+@fault("+", "the password is changed in etcd, and later in its file", "guarded", 40)
+def password_changed(arena: Arena) -> None:
+    """EACCES until the file has it; no secret is open meanwhile, or after, and all is as before."""
+    make_secret(arena, "before")
+    with tenant_of(arena) as tenant:
+        check_closed(tenant, "before")
+        arena.etcds.ctl("user", "passwd", "--interactive=false", "tenant", stdin="new\n")
+        try:
+            make_secret(arena, "during")
+            number = errno_of(lambda: (tenant.path / "mine").write_bytes(b"no"))
+            check(number == errno.EACCES, f"not EACCES but {os.strerror(number)}")
+            (arena.home / "tenants-password").write_text("new")
+            file = tenant.path / "mine"
+            until(lambda: errno_of(lambda: file.write_bytes(b"yes")) == 0, "it is let in", 30)
+            revision = make_secret(arena, "after")
+            until(lambda: errno_of(lambda: tenant.wait(revision)) == 0, "it catches up", 30)
+            check_closed(tenant, "before", "during", "after")
+            (tenant.path / "mine").chmod(0o600)
+        finally:
+            arena.etcds.ctl("user", "passwd", "--interactive=false", "tenant", stdin="known\n")
+
+
+@fault("+", "a role is narrowed, and widened again", "guarded", 40)
+def role_narrowed_and_widened(arena: Arena) -> None:
+    """What it does not reach is closed; then each file is as its owner wants it."""
+    make_secret(arena, "before")
+    with tenant_of(arena) as tenant:
+        (tenant.path / "open").write_bytes(b"open")
+        arena.etcds.ctl("role", "revoke-permission", "--prefix=true", "tenant", TENANTS_RECORDS[-1])
+        try:
+            tenant.wait(make_secret(arena, "during"))
+            check_closed(tenant, "before", "during", "open")
+            (tenant.path / "open").write_bytes(b"still open")
+        finally:
+            arena.etcds.ctl("role", "grant-permission", *TENANTS_RECORDS)
+        file = tenant.path / "open"
+        until(lambda: stat.S_IMODE(file.stat().st_mode) == 0o644, "what was open is open", 30)
+        tenant.wait(make_secret(arena, "after"))
+        check_closed(tenant, "before", "during", "after")
 
 
 @fault("14", "whoever mounts may not read", "guarded", 10)
