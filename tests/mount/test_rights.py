@@ -1,6 +1,7 @@
 """Roles that reach the keys of a mount, but not, or not always, their attributes."""
 
 import contextlib
+import json
 import os
 import stat
 import threading
@@ -20,6 +21,8 @@ pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 ATTRIBUTES = "/.etcdfs/attrs//app/"
 PATIENCE_S = 30.0
+MANY = 130
+FIXED = {(3, 4): 42, (3, 5): 28, (3, 6): 9}
 
 
 @pytest.fixture
@@ -59,6 +62,17 @@ def make(mounted: Mounted, name: str, mode: int) -> int:
     os.write(descriptor, b"value")
     os.close(descriptor)
     return int(os.getxattr(mounted.path / name, "user.etcd.mod_revision"))
+
+
+def everything(etcd: EtcdProcess) -> list[str]:
+    return etcd.etcdctl("get", "--keys-only", "--prefix", "/").decode().split()
+
+
+def is_old(etcd: EtcdProcess) -> bool:
+    """Say whether an etcd looks at no rights within nested transactions (GHSA-rfx7-8w68-q57q)."""
+    status = json.loads(etcd.etcdctl("endpoint", "status", "-w", "json"))
+    major, minor, patch = map(int, status[0]["Status"]["version"].split("."))
+    return patch < FIXED.get((major, minor), 0)
 
 
 def mode_of(path: Path) -> int:
@@ -142,6 +156,34 @@ def test_b121_who_may_not_write_attributes_sees_them_all_the_same(
     # What a role may not delete is void, and says nothing of what is made later.
     (owner.path / "two").write_text("open")
     assert mode_of(owner.path / "two") == 0o644
+
+
+@pytest.mark.oldest_and_newest_etcd
+def test_b122_roles_hold_for_what_takes_nested_transactions(
+    pool: Pool, etcd: EtcdProcess, owner: Mounted
+) -> None:
+    """More than 128 operations are nested; old releases check no rights in there (GHSA-rfx7)."""
+    etcd.etcdctl("role", "revoke-permission", "--prefix=true", "app", "/app/")
+    etcd.etcdctl("role", "grant-permission", "--prefix=true", "app", "read", "/app/")
+    etcd.etcdctl("role", "grant-permission", "--prefix=true", "app", "readwrite", "/app/in/")
+    allow(etcd, "read")
+    sh(owner.path, f"mkdir -p in/open in/closed out; touch $(seq -f in/open/%g {MANY})")
+    sh(owner.path, f"umask 077; cd in/closed; touch $(seq {MANY})")
+    with mounted_as_app(pool, etcd, "--cache") as mounted:
+        mounted.expect_log("permission denied", "attributes cannot be written")
+
+        def move(name: str, to: str) -> str | None:
+            mounted.wait(int(os.getxattr(owner.path / "in", "user.etcd.mod_revision")))
+            before = everything(etcd)
+            failed = errno_of(partial(os.rename, mounted.path / name, mounted.path / to))
+            gone = sum(key.startswith(f"/app/{name}/") for key in everything(etcd))
+            assert gone == (MANY + 1 if failed else 0), "half of it has moved"
+            assert not failed or everything(etcd) == before
+            return failed
+
+        assert move("in/closed", "in/elsewhere") == "EACCES", "its attributes would be lost"
+        assert move("in/open", "in/moved") is None
+        assert move("in/moved", "out/moved") == (None if is_old(etcd) else "EACCES")
 
 
 @pytest.mark.parametrize("noticed_by", ["--cache", "--cache --audit-interval=1", "--no-cache"])
