@@ -17,7 +17,7 @@ from typing import Final, final
 
 import trio
 
-from etcdfs.errors import StoreError, StorePermissionError
+from etcdfs.errors import StoreError
 from etcdfs.sidekeys import side_key
 from etcdfs.sides import holds
 from etcdfs.store import Compare, Delete, Store, Transaction, absent, unchanged
@@ -40,17 +40,18 @@ class Sweeper:
         self._tree = tree
         # --- mutable state
         self.swept = 0
-        self._may = True
 
     async def sweep(self) -> None:
-        """Delete the side keys that are void by now; leave them to others if etcd refuses."""
+        """Delete the side keys that are void by now; leave the rest to the next time on failure."""
         sides = list(self._tree.sides.items())
         for first in range(0, len(sides), SLICE):
-            if not self._may:
-                return
             void = [pair for pair in sides[first : first + SLICE] if self._is_void(*pair)]
             for start in range(0, len(void), WIDTH):
-                await self._delete(dict(void[start : start + WIDTH]))
+                try:
+                    await self._delete(dict(void[start : start + WIDTH]))
+                except StoreError as exc:
+                    log.debug("void side keys could not be deleted: %s", exc)
+                    return
             await trio.lowlevel.checkpoint()
 
     def _is_void(self, key: bytes, side: Side) -> bool:
@@ -60,15 +61,8 @@ class Sweeper:
     async def _delete(self, void: dict[bytes, Side]) -> None:
         # checkpoint: any of these keys may be there by now; etcd decides
         parts = tuple(self._deletion(key, side.facts.mod_revision) for key, side in void.items())
-        try:
-            committed = await self._store.commit(Transaction((), parts))
-        except StorePermissionError as exc:
-            self._may = False
-            log.debug("void side keys are left to others: %s", exc)
-        except StoreError as exc:
-            log.debug("void side keys could not be deleted: %s", exc)
-        else:
-            self.swept += sum(getattr(result, "succeeded", False) for result in committed.results)
+        committed = await self._store.commit(Transaction((), parts))
+        self.swept += sum(getattr(result, "succeeded", False) for result in committed.results)
 
     def _deletion(self, key: bytes, mod_revision: int) -> Transaction:
         found = self._tree.find(key)
