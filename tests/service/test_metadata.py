@@ -1,6 +1,7 @@
 """Attributes between a store in memory and the calls: races, rights, and what is only remembered."""
 
 import os
+import random
 import stat
 from collections.abc import Awaitable
 from typing import Any
@@ -16,6 +17,7 @@ from etcdfs.errors import (
     StorePermissionError,
     StoreUnavailableError,
 )
+from etcdfs.leases import NUMBER_BITS, OURS
 from etcdfs.sidekeys import is_side_key, side_key
 from etcdfs.store import Delete, Operation, Put, Transaction
 from tests.support.fake_kernel import FakeMount, open_mount
@@ -442,6 +444,27 @@ async def test_a_ttl(autojump_clock: MockClock, store: FakeStore, cache: bool) -
         await store.lease_revoke(lease)
         await trio.testing.wait_all_tasks_blocked()
         assert await errno_of(stat_of(mount, b"f")) == 2
+
+
+async def test_a_lease_whose_number_is_taken_gets_another(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in the end one of etcd's, which is nobody's to end."""
+    for name in (b"/f", b"/g"):
+        store.put_now(name, b"value")
+    monkeypatch.setattr(random, "getrandbits", lambda _bits: 7)
+    async with open_mount(store) as mount:
+        xattrs = mount.filesystem.xattrs
+        leases = []
+        for name in (b"f", b"g"):
+            inode = (await stat_of(mount, name)).inode
+            await xattrs.setxattr(inode, b"user.etcd.ttl", b"60")
+            leases.append(int(await xattrs.getxattr(inode, b"user.etcd.lease"), 16))
+            await mount.kernel.unlink((name,))
+            store.leases.add(OURS << NUMBER_BITS | 7)
+        assert leases[0] == OURS << NUMBER_BITS | 7
+        assert leases[1] >> NUMBER_BITS != OURS
+        assert leases[1] in store.leases
 
 
 @pytest.mark.parametrize(("unknown", "left"), [(False, 0), (True, 1)])
