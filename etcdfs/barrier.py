@@ -23,6 +23,8 @@ from etcdfs.answers import page_of
 from etcdfs.audit import Following
 from etcdfs.errors import CallerError, StorePermissionError, StoreTimeoutError
 from etcdfs.keys import VALUE_NAME
+from etcdfs.pages import Pages
+from etcdfs.paging import Paging
 from etcdfs.sidekeys import is_side_key, side_key, side_range
 from etcdfs.sides import find_facts, is_foreign
 from etcdfs.store import Get, Store, Transaction, range_end
@@ -145,15 +147,10 @@ class Barrier:
 
     async def _ask_range(self, start: bytes, end: bytes) -> dict[bytes, int]:
         found: dict[bytes, int] = {}
-        revision, more = 0, True
-        while more:
-            page = await self._store.range(
-                start, end, limit=PAGE, revision=revision, keys_only=True
-            )
+        paging = Paging(PAGE, first_keys=PAGE)
+        pages = Pages(self._store, start, end, paging, keys_only=True)
+        while (page := await pages.next()) is not None:
             found.update((entry.key, entry.mod_revision) for entry in page.entries)
-            revision = page.revision
-            more = page.more
-            start = page.entries[-1].key + b"\0" if page.entries else start
         return found
 
     async def _ask_sides(self, directory: Directory, name: bytes | None) -> dict[bytes, int]:

@@ -22,13 +22,21 @@ class Pages:
     """
 
     def __init__(
-        self, store: Store, start: bytes, end: bytes, paging: Paging, *, revision: int = 0
+        self,
+        store: Store,
+        start: bytes,
+        end: bytes,
+        paging: Paging,
+        *,
+        revision: int = 0,
+        keys_only: bool = False,
     ) -> None:
         # --- dependencies
         self._store = store
         self._paging = paging
         # --- constants
         self._end = end
+        self._keys_only = keys_only
         # --- mutable state
         self.revision = revision
         self._start = start
@@ -69,7 +77,11 @@ class Pages:
         while True:
             try:
                 return await self._store.range(
-                    self._start, self._end, limit=self._paging.limit, revision=self.revision
+                    self._start,
+                    self._end,
+                    limit=self._paging.limit,
+                    revision=self.revision,
+                    keys_only=self._keys_only,
                 )
             except AnswerTooLargeError:
                 if not self._paging.shrink():
