@@ -12,6 +12,7 @@ callbacks there. Here they do no more than hand over to the trio thread: they mu
 what they raised would be lost. All methods belong to the trio thread.
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,10 +20,14 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar, final
 
+import grpc
 import trio
-from outcome import Outcome
+from outcome import Error, Outcome
 
 T = TypeVar("T")
+
+Channel = Any
+"""A grpc.Channel: it has no types."""
 
 Message = Any
 """A protobuf message: the generated ones have no types."""
@@ -36,6 +41,23 @@ StreamMethod = Any
 Metadata = tuple[tuple[str, str], ...]
 
 
+@final
+class NoThreadError(grpc.RpcError):  # type: ignore[misc] # grpc has no types
+    """No thread could be started, as gRPC's own failures are told.
+
+    Nobody hears of what a call comes to that began so, nor of any later one on its channel, not
+    even that their time is over.
+    """
+
+    def code(self) -> grpc.StatusCode:
+        """Return the code of a broken connection."""
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        """Say what is the matter."""
+        return "no thread can be started"
+
+
 async def call(method: Method, request: Message, timeout_s: float, metadata: Metadata) -> Message:
     """Call a unary method and wait for the answer.
 
@@ -44,10 +66,14 @@ async def call(method: Method, request: Message, timeout_s: float, metadata: Met
 
     Raises:
         grpc.RpcError: It failed.
+        NoThreadError: The channel is of no use any more.
     """
     await trio.lowlevel.checkpoint_if_cancelled()
     task = trio.lowlevel.current_task()
-    future = method.future(request, timeout=timeout_s, metadata=metadata)
+    try:
+        future = method.future(request, timeout=timeout_s, metadata=metadata)
+    except RuntimeError as exc:
+        raise NoThreadError from exc
     is_awaited = True
 
     def resume() -> None:
@@ -66,6 +92,14 @@ async def call(method: Method, request: Message, timeout_s: float, metadata: Met
     return future.result()
 
 
+def keep_for_ever(channel: Channel) -> None:
+    """Keep what a NoThreadError came of: to close or delete it would never end.
+
+    Both wait for the thread that could not be started, and at the end of the program too.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(channel))
+
+
 @final
 class InThread(Generic[T]):
     """What runs in a thread, and cannot be cancelled; waiters may come and go."""
@@ -74,7 +108,12 @@ class InThread(Generic[T]):
         self._done = trio.Event()
         self._outcome: Outcome[T]
         to_trio = _to_trio()
-        trio.lowlevel.start_thread_soon(function, lambda outcome: to_trio(self._on_done, outcome))
+        try:
+            trio.lowlevel.start_thread_soon(
+                function, lambda outcome: to_trio(self._on_done, outcome)
+            )
+        except RuntimeError:
+            self._on_done(Error(NoThreadError()))
 
     @property
     def done(self) -> bool:
@@ -100,6 +139,9 @@ class Stream:
 
     A message is read from gRPC when somebody waits for one, never ahead: its flow control then
     holds the server back.
+
+    Raises:
+        NoThreadError: The channel is of no use any more.
     """
 
     def __init__(self, method: StreamMethod, metadata: Metadata) -> None:
@@ -108,7 +150,10 @@ class Stream:
         self._unsent: deque[trio.Event] = deque()
         self._reading: InThread[Message | None] | None = None
         self.cancelled = False
-        self._call = method(self._outgoing(), metadata=metadata)
+        try:
+            self._call = method(self._outgoing(), metadata=metadata)
+        except RuntimeError as exc:
+            raise NoThreadError from exc
         self._call.add_done_callback(lambda _call: self._to_trio(self._on_end))
 
     @property

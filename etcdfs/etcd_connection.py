@@ -14,7 +14,7 @@ on it has.
 """
 
 import random
-from typing import Any, Final, final
+from typing import Final, final
 
 import grpc
 import trio
@@ -22,12 +22,18 @@ from aetcd import rpc
 
 from etcdfs import etcd_wire as wire
 from etcdfs.errors import StoreError, StoreLoginError, StorePermissionError, StoreUnavailableError
-from etcdfs.etcd_calls import InThread, Metadata, Method, Stream, call
+from etcdfs.etcd_calls import (
+    Channel,
+    InThread,
+    Metadata,
+    Method,
+    NoThreadError,
+    Stream,
+    call,
+    keep_for_ever,
+)
 from etcdfs.etcd_security import credentials, password
 from etcdfs.options import Endpoint, Security
-
-Channel = Any
-"""A grpc.Channel: it has no types."""
 
 _HAS_LEADER: Final = ("hasleader", "true")
 """A member without a leader refuses at once, before it looks at the request, instead of letting
@@ -131,6 +137,7 @@ class Connection:
         self._logging_in = trio.Lock()
         self._calls = 0
         self._is_given_up = False
+        self._is_lost = False
         self._closing: InThread[None] | None = None
 
     @classmethod
@@ -180,27 +187,39 @@ class Connection:
         """Open a stream of watch requests and responses, with a token if there is a user.
 
         Raises:
-            StoreError: There is no token to be had.
+            StoreError: There is no token to be had, or no thread.
         """
-        return Stream(self._watch.Watch, await self._metadata(deadline))
+        metadata = await self._metadata(deadline)
+        try:
+            return Stream(self._watch.Watch, metadata)
+        except NoThreadError as exc:
+            self._lose()
+            raise wire.read_error(exc, self.endpoint) from exc
 
     @property
     def closed(self) -> bool:
         """Whether its channel has been closed."""
-        return self._closing is not None and self._closing.done
+        return self._is_lost or (self._closing is not None and self._closing.done)
 
     def give_up(self) -> None:
         """Close the channel once the calls on it have ended; each has its deadline."""
         self._is_given_up = True
-        if not self._calls:
+        if not self._calls and not self._is_lost:
             self._close()
 
     async def close(self) -> None:
         """End every call and close the channel. Only local work, so bounded."""
         self._is_given_up = True
+        if self._is_lost:
+            return
         closing = self._close()
         with trio.CancelScope(shield=True):
             await closing.wait()
+
+    def _lose(self) -> None:
+        """Leave a channel that nobody listens to any more; it has no other calls."""
+        self._is_lost = True
+        keep_for_ever(self._channel)
 
     def _close(self) -> InThread[None]:
         if self._closing is None:
@@ -237,10 +256,14 @@ class Connection:
     async def _send(
         self, method: Method, request: wire.Message, deadline: float, metadata: Metadata
     ) -> wire.Message:
-        if self._closing is not None:
+        if self._is_lost or self._closing is not None:
             raise StoreUnavailableError(f"{self.endpoint}: the connection was closed")
         remaining = max(deadline - trio.current_time(), 0.001)
-        return await call(method, request, remaining, metadata)
+        try:
+            return await call(method, request, remaining, metadata)
+        except NoThreadError:
+            self._lose()
+            raise
 
     # --- tokens -----------------------------------------------------------------------------
 

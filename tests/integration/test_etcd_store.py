@@ -179,6 +179,29 @@ async def test_calls_under_way_take_no_threads(fragile_etcd: EtcdProcess) -> Non
     assert told == 2000
 
 
+async def test_want_of_threads_passes(etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call for which gRPC cannot start its thread is told, and takes no later one with it."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def read_on(store: EtcdStore) -> None:
+        while True:  # the thread of the call before may not have ended yet
+            await store.range(b"a")
+
+    async with bounded(TIMEOUT_S), open_store([etcd.endpoint], timeout_s=SHORT_S) as store:
+        await store.range(b"a")
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(StoreUnavailableError, match="no thread can be started"):
+                await read_on(store)
+            with pytest.raises(WatchLostError, match="no thread can be started"):
+                async with store.watch(b"", END_OF_KEYS, 0):
+                    pass
+        await store.range(b"a")
+        await store.commit(PUT)
+
+
 # --- failing --------------------------------------------------------------------------------
 
 

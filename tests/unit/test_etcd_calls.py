@@ -11,7 +11,7 @@ import pytest
 import trio
 import trio.testing
 
-from etcdfs.etcd_calls import InThread, call
+from etcdfs.etcd_calls import InThread, NoThreadError, call
 
 
 class Future:
@@ -140,6 +140,17 @@ async def test_a_thread_whose_waiters_come_and_go() -> None:
     await thread.wait()
     assert thread.done
     assert thread.result() == "done"
+
+
+async def test_a_thread_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(trio.lowlevel, "start_thread_soon", refuse)
+    thread = InThread(lambda: None)
+    assert thread.done
+    with pytest.raises(NoThreadError):
+        thread.result()
 
 
 async def test_what_a_thread_raised_is_raised() -> None:
