@@ -84,6 +84,10 @@ class Certain:
         """See the port."""
         return self._store.watch(start, end, from_revision)
 
+    async def ready(self) -> None:
+        """See the port."""
+        await self._store.ready()
+
     async def lease_grant(self, ttl_s: int, lease: int = 0) -> int:
         """See the port."""
         return await self._store.lease_grant(ttl_s, lease)

@@ -200,6 +200,10 @@ class EtcdStore(LeaseCalls):
             lambda c: c.lease(method, request, deadline), deadline, linearizable=False
         )
 
+    async def ready(self) -> None:
+        """Return if a write could be entrusted to a member; see the port."""
+        await self._trusted(self._deadline())
+
     async def status(self) -> StoreStatus:
         """Ask the member in use for its version and size."""
         about_to_wait()

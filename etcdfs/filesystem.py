@@ -37,9 +37,10 @@ from etcdfs.inodes import node_of
 from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
 from etcdfs.leases import Leases, lease_of
 from etcdfs.listings import DirectoryHandle, Listings
+from etcdfs.liveness import Liveness
 from etcdfs.metadata import Metadata
 from etcdfs.moves import Moves
-from etcdfs.openfiles import Handle, OpenFiles
+from etcdfs.openfiles import Handle, OpenFiles, may_change
 from etcdfs.parents import parent_of, within
 from etcdfs.places import Places, check_length, file_in, is_a_file, missing, not_empty, taken
 from etcdfs.planner import Intent
@@ -96,6 +97,7 @@ class Filesystem:
         view: View,
         files: OpenFiles,
         defaults: Defaults,
+        liveness: Liveness,
         *,
         kernel_timeout_s: float,
         timeout_s: float,
@@ -107,6 +109,7 @@ class Filesystem:
         self._view = view
         self._files = files
         self._defaults = defaults
+        self._liveness = liveness
         self._places = Places(view)
         self._leases = Leases(store, view, files)
         self._moves = Moves(store, view, files, self._places, self._leases)
@@ -286,7 +289,10 @@ class Filesystem:
         Raises:
             IsADirectoryFileError: It is a directory.
             StaleError: It is an old version, of which the value is nowhere to be had.
+            StoreError: It is opened for writing, and etcd is away.
         """
+        if may_change(flags) and not self._read_only:
+            await self._liveness.check()
         node = await node_of(self._view, inode, anew=True)
         if isinstance(node, Directory):
             msg = f"inode {inode} is a directory"
@@ -310,8 +316,12 @@ class Filesystem:
         Raises:
             ExistsError: O_EXCL, and the name is taken.
             IsADirectoryFileError: The name is a directory.
+            StoreError: etcd is away.
         """
         self._check_writable()
+        if not flags & os.O_EXCL:
+            with self._view.holding((Entry(Inode(parent), name),)):
+                await self._liveness.check()
         directory, key = await self._places.place(parent, name)
         node = directory.children.get(name)
         if isinstance(node, Directory):

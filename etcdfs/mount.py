@@ -62,6 +62,7 @@ from etcdfs.handshake import (
 )
 from etcdfs.kernel import KernelCache, is_in_kernel
 from etcdfs.keys import Keyspace
+from etcdfs.liveness import Liveness
 from etcdfs.logs import keep_out_of, setup_logging
 from etcdfs.memory import keep_heap_small
 from etcdfs.mirror import Mirror
@@ -152,6 +153,7 @@ class Rooms:
                 umask=options.umask,
                 rights=self.tree.rights,
             ),
+            Liveness(store),
             kernel_timeout_s=_kernel_timeout_s(options),
             timeout_s=options.timeout_s,
             read_only=options.read_only,

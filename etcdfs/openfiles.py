@@ -90,8 +90,7 @@ class OpenFiles:
             ReadOnlyError: It is opened for writing on a read-only mount.
             StoreError: Its value is not here and cannot be fetched.
         """
-        # Linux empties a file that is opened for reading with O_TRUNC, too (open(2), BUGS).
-        changes = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        changes = may_change(flags)
         if changes and self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
@@ -416,6 +415,14 @@ def _keep_last(file: File) -> None:
     if isinstance(file.draft, Draft):
         file.value = file.draft.value
         file.facts = (file.facts or NOT_IN_ETCD)._replace(size=len(file.value))
+
+
+def may_change(flags: int) -> bool:
+    """Say whether a file is opened to be changed.
+
+    Linux empties one that is opened for reading with O_TRUNC, too (open(2), BUGS).
+    """
+    return flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
 
 
 def _is_refused(file: File) -> bool:

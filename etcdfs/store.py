@@ -297,6 +297,15 @@ class Store(Protocol):
         """
         ...
 
+    async def ready(self) -> None:
+        """Return if etcd can be expected to carry out a write: it has just answered, or does now.
+
+        Raises:
+            StoreUnavailableError: It does not, or no majority does.
+            StorePermissionError: It does not let us in.
+        """
+        ...
+
     async def lease_grant(self, ttl_s: int, lease: int = 0) -> int:
         """Make a lease that ends by itself; return its number, which etcd chooses if it is 0.
 

@@ -215,6 +215,7 @@ async def test_a_frozen_etcd(fragile_etcd: EtcdProcess) -> None:
             await watch.receive()
             await store.range(b"a")
             fragile_etcd.pause()
+            await store.ready()  # it has answered just now
             with pytest.raises(OutcomeUnknownError):
                 await store.commit(PUT)
             with pytest.raises(StoreTimeoutError):
@@ -222,6 +223,8 @@ async def test_a_frozen_etcd(fragile_etcd: EtcdProcess) -> None:
             # Nothing more is entrusted to it.
             with pytest.raises(StoreUnavailableError):
                 await store.commit(PUT)
+            with pytest.raises(StoreUnavailableError):
+                await store.ready()
             with pytest.raises(WatchLostError):
                 async with store.watch(b"", END_OF_KEYS, 0):
                     pass

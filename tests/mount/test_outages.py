@@ -17,7 +17,7 @@ import pytest
 
 from etcdfs.sidekeys import side_key
 from tests.mount.client import Client
-from tests.mount.lab import Lab, Pool
+from tests.mount.lab import MODES, Lab, Pool
 from tests.mount.test_faults import daemon
 from tests.support.black_hole import BlackHole
 from tests.support.etcd_process import EtcdProcess
@@ -45,6 +45,15 @@ def shows(path: Path, value: bytes) -> Callable[[], bool]:
         return False
 
     return is_so
+
+
+def writes(path: Path, value: bytes) -> Callable[[], bool]:
+    def is_done() -> bool:
+        with contextlib.suppress(OSError):
+            return path.write_bytes(value) == len(value)
+        return False
+
+    return is_done
 
 
 def fails(attempt: Callable[[], object], number: int) -> Callable[[], bool]:
@@ -599,3 +608,44 @@ def _tree(top: Path) -> dict[str, bytes]:
                 path = Path(directory, name)
                 found["/" + str(path.relative_to(top))] = path.read_bytes()
     return found
+
+
+# --- where programs listen ------------------------------------------------------------------
+
+_NEVER_CLOSE = (
+    (("bash", "-c", 'echo x > "$0"'), "old"),
+    (("sh", "-c", 'echo x >> "$0"'), "new"),
+    ((sys.executable, "-c", "import sys; open(sys.argv[1], 'w').write('x')"), "old"),
+)
+"""Programs that write to a file, by its name, and do not look at what close(2) says."""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("how", ["kill", "pause"])
+def test_b112_an_open_for_writing_tells_of_an_outage(
+    pool: Pool, own_etcd: EtcdProcess, mode: str, how: str
+) -> None:
+    timeout_s = 0.3
+    with pool.private(own_etcd, mode, "--timeout", str(timeout_s)) as mounted:
+        mounted.put("/old", "old")
+        fd = os.open(mounted.path / "held", os.O_WRONLY | os.O_CREAT)
+        os.write(fd, b"x")
+        mounted.expect_log("")
+        getattr(own_etcd, how)()
+        with pytest.raises(OSError, match="Errno"):  # what was opened before is told at close
+            os.close(fd)
+        for command, name in _NEVER_CLOSE:
+            start = time.monotonic()
+            done = subprocess.run(
+                [*command, str(mounted.path / name)], capture_output=True, check=False
+            )
+            assert done.returncode, command
+            assert time.monotonic() - start < _PATIENCE_S
+        if mode == "--cache":
+            assert (mounted.path / "old").read_bytes() == b"old"
+        own_etcd.resume() if how == "pause" else own_etcd.restart()
+        with contextlib.closing(Client(own_etcd.endpoint)) as client:
+            left = {found.key: found.value for found in client.below(b"/")}
+        assert left.pop(b"/held", b"x") == b"x"
+        assert left == {b"/old": b"old"}
+        eventually(writes(mounted.path / "old", b"new"))

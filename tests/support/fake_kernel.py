@@ -27,6 +27,7 @@ from etcdfs.errors import EtcdfsError, NotFoundError
 from etcdfs.filesystem import Filesystem
 from etcdfs.guard import watch_over
 from etcdfs.keys import Keyspace
+from etcdfs.liveness import Liveness
 from etcdfs.mirror import Mirror
 from etcdfs.openfiles import OpenFiles
 from etcdfs.publisher import Publisher
@@ -792,6 +793,7 @@ def make_mount(
         view,
         files,
         Defaults(uid=7, gid=8, file_mode=0o644, dir_mode=0o755, umask=0, rights=tree.rights),
+        Liveness(store),
         kernel_timeout_s=kernel_timeout_s if cache and not care.get("linearizable") else 0.0,
         timeout_s=5.0,
         read_only=read_only,

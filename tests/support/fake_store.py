@@ -44,7 +44,7 @@ from tests.support.fake_transaction import carry_out, check_key, page, within
 
 _WATCH_BATCH_REVISIONS = 1000
 
-Request = Literal["range", "commit", "status", "watch"]
+Request = Literal["range", "commit", "ready", "status", "watch"]
 Gate = Literal["range", "commit", "answer", "status", "watch"]
 
 
@@ -72,6 +72,7 @@ class FakeStore:
     Attributes:
         range_calls: Every range so far, for tests of what is asked.
         commit_calls: Every transaction so far.
+        ready_calls: How often it was asked whether it is there.
         leases: The leases that exist; a `Put` with any other is refused.
         pace: Waited for before each request is carried out, and before it is answered.
     """
@@ -82,6 +83,7 @@ class FakeStore:
         # mutable state
         self.range_calls: list[RangeCall] = []
         self.commit_calls: list[Transaction] = []
+        self.ready_calls = 0
         self.leases: set[int] = set()
         self._lease_ends: dict[int, float] = {}
         self._live: dict[bytes, KeyValue] = {}
@@ -174,6 +176,12 @@ class FakeStore:
         held = [kv.key for kv in self._live.values() if kv.lease == lease]
         if held:
             self.commit_now(Transaction(then=tuple(Delete(key) for key in held)))
+
+    async def ready(self) -> None:
+        """Return if etcd is there; see the port."""
+        self.ready_calls += 1
+        await self._pass("status")
+        self._maybe_fail("ready")
 
     async def status(self) -> StoreStatus:
         """Return a member's status."""

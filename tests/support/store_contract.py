@@ -203,6 +203,11 @@ class RangeContract:
         assert at_the_edge is not None
         assert at_the_edge.value == b"2"
 
+    async def test_it_is_ready(self, lab: Lab) -> None:
+        before = lab.store.statistics()
+        await lab.store.ready()
+        assert lab.store.statistics() == before
+
     async def test_status_knows_the_revision(self, lab: Lab) -> None:
         revision = await put(lab, b"a")
         status = await lab.store.status()
