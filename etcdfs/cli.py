@@ -63,6 +63,7 @@ from etcdfs.flags import (
     User,
     WaitForEtcd,
     WatchTimeout,
+    WriteBuffer,
 )
 from etcdfs.handshake import Failed, Handover, LogSettings, Ready
 from etcdfs.logs import LEVELS, Formatter, open_log
@@ -146,6 +147,7 @@ def mount(
     log_level: LogLevel = "info",
     log_file: LogFile = "",
     max_file_size: MaxFileSize = "",
+    write_buffer: WriteBuffer = "",
     kernel_timeout: KernelTimeout = "",
     settle_timeout: SettleTimeout = "",
     watch_timeout: WatchTimeout = "",

@@ -88,6 +88,18 @@ class FileTooLargeError(CallerError):
     errno = errno.EFBIG
 
 
+class BufferShareError(CallerError):
+    """The user has written too much that is not published yet (`--write-buffer`)."""
+
+    errno = errno.EDQUOT
+
+
+class BufferFullError(CallerError):
+    """All users together have written too much that is not published yet."""
+
+    errno = errno.ENOSPC
+
+
 class ReadOnlyError(CallerError):
     """The mount is read-only."""
 

@@ -283,8 +283,8 @@ class Filesystem:
             raise NameTooLongError(msg)
         return target
 
-    async def open(self, inode: int, flags: int) -> Handle:
-        """Open a file.
+    async def open(self, inode: int, flags: int, uid: int = 0) -> Handle:
+        """Open a file, for a user.
 
         Raises:
             IsADirectoryFileError: It is a directory.
@@ -297,7 +297,7 @@ class Filesystem:
         if isinstance(node, Directory):
             msg = f"inode {inode} is a directory"
             raise IsADirectoryFileError(msg)
-        return await self._files.open(node, flags, inode)
+        return await self._files.open(node, flags, inode, uid=uid)
 
     # --- making -----------------------------------------------------------------------------
 
@@ -319,6 +319,7 @@ class Filesystem:
             StoreError: etcd is away.
         """
         self._check_writable()
+        uid = 0 if caller is None else caller.uid
         if not flags & os.O_EXCL:
             with self._view.holding((Entry(Inode(parent), name),)):
                 await self._liveness.check()
@@ -330,7 +331,7 @@ class Filesystem:
         if node is not None:
             if flags & os.O_EXCL:
                 raise taken(name)
-            handle = await self._files.open(node, flags)
+            handle = await self._files.open(node, flags, uid=uid)
             return handle, self._hand_out(node)
         record = self._record(directory, mode, caller)
         if flags & os.O_EXCL and name != MARKER_NAME:  # an empty one is not shown: close makes it
@@ -339,7 +340,7 @@ class Filesystem:
             file = self._tree.new_file(None)
             file.side = Side(record, NOT_IN_ETCD) if record else None
             self._tree.attach(directory, name, file)
-        return self._files.open_new(file, flags), self._hand_out(file)
+        return self._files.open_new(file, flags, uid), self._hand_out(file)
 
     async def mknod(
         self, parent: int, name: bytes, mode: int, caller: Caller | None = None
@@ -592,8 +593,8 @@ class Filesystem:
 
     # --- attributes -------------------------------------------------------------------------
 
-    async def setattr(self, inode: int, change: Change) -> Attributes:
-        """Change size, mode, owner or times.
+    async def setattr(self, inode: int, change: Change, uid: int = 0) -> Attributes:
+        """Change size, mode, owner or times, for a user.
 
         Raises:
             IsADirectoryFileError: A directory is to be truncated.
@@ -605,7 +606,7 @@ class Filesystem:
             if isinstance(node, Directory):
                 msg = f"inode {inode} is a directory"
                 raise IsADirectoryFileError(msg)
-            await self._files.truncate(node, change.size)
+            await self._files.truncate(node, change.size, uid)
         await self._metadata.change(node, change)
         if inode != node.inode:
             listing = self._tree.listing_of(node)

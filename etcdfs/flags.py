@@ -339,6 +339,16 @@ MaxFileSize = Annotated[
         help="Largest file; as etcd's --max-request-bytes.",
     ),
 ]
+WriteBuffer = Annotated[
+    str,
+    typer.Option(
+        metavar="BYTES",
+        envvar="ETCDFS_WRITE_BUFFER",
+        rich_help_panel=_ADVANCED,
+        show_default="256M",
+        help="Hold at most so much that is written and not published; a user a quarter of it.",
+    ),
+]
 KernelTimeout = Annotated[
     str,
     typer.Option(

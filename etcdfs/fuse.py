@@ -241,7 +241,7 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return _pack(await self._filesystem.setattr(inode, change))
+        return _pack(await self._filesystem.setattr(inode, change, ctx.uid))
 
     @handler
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -286,7 +286,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        handle = await self._filesystem.open(inode, flags)
+        handle = await self._filesystem.open(inode, flags, ctx.uid)
         self._users[_FILE, handle] = ctx.uid
         self.openers.note(handle, flags, ctx.pid, inode)
         if self._store is not None and (value := self._files.to_store(handle)) is not None:

@@ -31,6 +31,7 @@ from typing import Any, Final, NoReturn, TypeVar, final
 import trio
 
 from etcdfs.attributes import Defaults
+from etcdfs.buffers import WriteBuffers
 from etcdfs.certainty import Certain
 from etcdfs.contents import Contents
 from etcdfs.direct import Direct
@@ -138,8 +139,9 @@ class Rooms:
         self.publisher = Publisher(
             store, self.view, self.contents, max_file_size=options.max_file_size
         )
+        self.buffers = WriteBuffers(options.write_buffer, max_file_size=options.max_file_size)
         self.files = OpenFiles(
-            self.view, self.contents, self.publisher, read_only=options.read_only
+            self.view, self.contents, self.publisher, self.buffers, read_only=options.read_only
         )
         self.filesystem = Filesystem(
             Certain(store),
@@ -176,6 +178,7 @@ class Rooms:
             "contents": asdict(self.contents.statistics()),
             "kernel": asdict(self.kernel.statistics()),
             "publisher": asdict(self.publisher.statistics()),
+            "write_buffer": asdict(self.buffers.statistics()),
             "open_files": len(self.files),
             "admission": asdict(self.operations.admission.statistics()),
         }

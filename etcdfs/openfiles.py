@@ -12,12 +12,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NewType, final
 
+from etcdfs.buffers import WriteBuffers
 from etcdfs.contents import Contents
 from etcdfs.drafts import Draft
 from etcdfs.errors import (
     BadHandleError,
+    CallerError,
     EtcdfsError,
-    FileTooLargeError,
     ReadOnlyError,
 )
 from etcdfs.publisher import Publisher
@@ -50,6 +51,7 @@ class OpenFile:
     writable: bool
     append: bool
     publishes: bool
+    uid: int
     keeps_pages: bool
 
     @property
@@ -63,12 +65,19 @@ class OpenFiles:
     """All open files of the mount, by handle."""
 
     def __init__(
-        self, view: View, contents: Contents, publisher: Publisher, *, read_only: bool
+        self,
+        view: View,
+        contents: Contents,
+        publisher: Publisher,
+        buffers: WriteBuffers,
+        *,
+        read_only: bool,
     ) -> None:
         # --- dependencies
         self._view = view
         self._contents = contents
         self._publisher = publisher
+        self.buffers = buffers
         self.locks = publisher.locks
         # --- constants
         self._read_only = read_only
@@ -82,8 +91,10 @@ class OpenFiles:
 
     # --- opening ----------------------------------------------------------------------------
 
-    async def open(self, file: File, flags: int, inode: int | None = None) -> Handle:
-        """Open a file, for an inode that the kernel holds: its own, or one that it answers for.
+    async def open(
+        self, file: File, flags: int, inode: int | None = None, *, uid: int = 0
+    ) -> Handle:
+        """Open a file for a user, by its own inode or another one that it answers for.
 
         Raises:
             StaleError: It is an old version, of which the value is nowhere to be had.
@@ -104,9 +115,9 @@ class OpenFiles:
         except BaseException:
             self._unpin(file)
             raise
-        return self._add(file, flags, inode or file.inode, publishes=changes)
+        return self._add(file, flags, inode or file.inode, uid, publishes=changes)
 
-    def open_new(self, file: File, flags: int) -> Handle:
+    def open_new(self, file: File, flags: int, uid: int = 0) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""
         file.handles += 1
         file.stored = True  # it keeps what is written
@@ -118,7 +129,7 @@ class OpenFiles:
         else:
             file.value = b""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        return self._add(file, flags, file.inode, publishes=writable or file.facts is None)
+        return self._add(file, flags, file.inode, uid, publishes=writable or file.facts is None)
 
     async def _load(self, file: File) -> None:
         # Even a file that is about to be emptied: whether anything changes is decided against it.
@@ -128,7 +139,7 @@ class OpenFiles:
             if file.value is None:
                 file.value = value
 
-    def _add(self, file: File, flags: int, inode: int, *, publishes: bool) -> Handle:
+    def _add(self, file: File, flags: int, inode: int, uid: int, *, publishes: bool) -> Handle:
         handle = Handle(self._next)
         self._next += 1
         access = flags & os.O_ACCMODE
@@ -141,6 +152,7 @@ class OpenFiles:
             access != os.O_RDONLY,
             bool(flags & os.O_APPEND),
             publishes,
+            uid,
             keeps_pages=file.pages == file.version,
         )
         return handle
@@ -191,6 +203,8 @@ class OpenFiles:
         Raises:
             FileTooLargeError: The value would not fit into etcd; this write did nothing, and
                 what was written before is not published: half a value is none.
+            BufferShareError: Nor would all that the user has written fit into memory.
+            BufferFullError: Nor all that all users have.
         """
         opened = self._opened(handle)
         if not opened.writable:
@@ -202,12 +216,13 @@ class OpenFiles:
             is_mapped = opened.append and _may_be_of_map(offset, len(data), len(draft))
             append = opened.append and not is_mapped
             end = draft.end_of_write(offset, len(data), append=append)
-            if end > len(draft):
-                try:
+            try:
+                if end > len(draft):
                     self._publisher.check_size(file, end)
-                except FileTooLargeError:
-                    draft.is_torn = True
-                    raise
+                self.buffers.take(file, opened.uid, end)
+            except CallerError:
+                draft.is_torn = True
+                raise
             draft.write(
                 offset,
                 data,
@@ -225,7 +240,7 @@ class OpenFiles:
         listing = self._view.switch.tree.listing_of(opened.file)
         return {replace(listing, pages=True)}
 
-    async def truncate(self, file: File, size: int) -> None:
+    async def truncate(self, file: File, size: int, uid: int = 0) -> None:
         """Cut or extend a file; published at once unless a writer has it open."""
         if self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
@@ -236,6 +251,7 @@ class OpenFiles:
             async with self.locks.held(file):
                 self._publisher.check_size(file, size)
                 draft = self._draft(file)
+                self.buffers.take(file, uid, size)
                 if size != len(draft) or draft.is_torn:
                     draft.truncate(size, self._now(file))
             if not self._has_writer(file):
@@ -247,7 +263,7 @@ class OpenFiles:
         try:
             await self.publish(file)
         except EtcdfsError:
-            file.draft = None  # nobody is left who could try again
+            self._drop_draft(file)  # nobody is left who could try again
             raise
 
     async def flush(self, handle: int, is_held: Callable[[], bool] = lambda: False) -> None:
@@ -384,6 +400,12 @@ class OpenFiles:
         if isinstance(file.draft, Draft) and not file.draft.is_dirty:
             file.value = file.draft.base
             file.draft = None
+            if self._view.switch.tree.key_of(file) is not None:
+                self.buffers.give_back(file)  # else nobody but its openers has it
+
+    def _drop_draft(self, file: File) -> None:
+        file.draft = None
+        self.buffers.give_back(file)
 
     def _published(self) -> set[File]:
         """Return the files of which somebody may have written what etcd does not have."""
@@ -406,7 +428,7 @@ class OpenFiles:
             _keep_last(file)
         else:
             file.value = None
-        file.draft = None
+        self._drop_draft(file)
         self._view.switch.tree.prune(file)
 
 

@@ -406,6 +406,7 @@ _PARSERS: Final[Mapping[str, tuple[str, Callable[[str], object]]]] = {
     "consistency": ("linearizable", parse_consistency),
     "wait-for-etcd": ("wait_for_etcd_s", parse_seconds),
     "max-file-size": ("max_file_size", _positive(parse_size)),
+    "write-buffer": ("write_buffer", _positive(parse_size)),
     "embedded": ("embedded", parse_flag),
     "data-dir": ("data_dir", str),
 }

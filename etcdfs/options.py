@@ -20,6 +20,7 @@ DEFAULT_KERNEL_TIMEOUT_S = 60.0
 DEFAULT_SETTLE_TIMEOUT_S = 2.0
 DEFAULT_WATCH_TIMEOUT_S = 10.0
 DEFAULT_AUDIT_INTERVAL_S = 300.0
+DEFAULT_WRITE_BUFFER = 256 * 1024 * 1024
 DEFAULT_MAX_FILE_SIZE = 1536 * 1024  # etcd's --max-request-bytes
 
 
@@ -103,6 +104,7 @@ class MountOptions:
         linearizable: Whether a reader waits until the mirror shows what etcd holds now.
         wait_for_etcd_s: How long the mount is tried again while etcd does not answer.
         max_file_size: Largest value in bytes; more is EFBIG.
+        write_buffer: Bytes of files that are written to and not published yet.
         embedded: Start a private etcd.
         data_dir: Where the private etcd keeps its data; None: the XDG default.
         fuse_options: Further options for the kernel mount.
@@ -131,6 +133,7 @@ class MountOptions:
     linearizable: bool = False
     wait_for_etcd_s: float = 0.0
     max_file_size: int = DEFAULT_MAX_FILE_SIZE
+    write_buffer: int = DEFAULT_WRITE_BUFFER
     embedded: bool = False
     data_dir: str | None = None
     fuse_options: tuple[str, ...] = ()

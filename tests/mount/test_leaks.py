@@ -1,6 +1,7 @@
 """What a mount keeps after its work: nothing."""
 
 import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from aetcd import rpc
 from tests.mount.client import Client
 from tests.mount.lab import Pool
 from tests.mount.load import kv
+from tests.mount.test_outages import eventually
 from tests.support.churn import CENSUS_DIRECTORY, CENSUS_VARIABLE, Census, churn
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted
@@ -18,6 +20,8 @@ pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 WARM_UP = 2
 DEADLINES = 1100
 MOMENT = 300  # objects; each round makes thousands
+UNPUBLISHED_SIZE = 1_500_000
+SHARE = 64 << 20  # of `--write-buffer`, for one user
 INODES = 2  # the root, and the directory that all rounds are in
 
 
@@ -88,3 +92,29 @@ def test_b162_values_that_are_not_kept_take_no_memory_while_they_are_listed(
         full = peak(mounted)
         assert len((mounted.path / "b099").read_bytes()) == 1_400_000
     assert full - empty < 120 * MIB, f"{(full - empty) // MIB} MiB for 133 MiB of values"
+
+
+def test_b114_unpublished_files_take_only_so_much_memory(pool: Pool, own_etcd: EtcdProcess) -> None:
+    with pool.private(own_etcd, "--cache", "--cache-size", "1M") as mounted:
+        before = resident(mounted)
+        with contextlib.ExitStack() as stack:
+            fd, size = -1, UNPUBLISHED_SIZE
+            while size == UNPUBLISHED_SIZE:
+                name = str(mounted.statistics()["open_files"])
+                fd = os.open(mounted.path / name, os.O_WRONLY | os.O_CREAT)
+                stack.callback(os.close, fd)
+                size = os.write(fd, bytes(UNPUBLISHED_SIZE))
+            with pytest.raises(OSError, match="quota"):
+                os.write(fd, bytes(UNPUBLISHED_SIZE - size))
+            held = mounted.statistics()["write_buffer"]
+            assert SHARE - UNPUBLISHED_SIZE < held["size"] <= SHARE
+            assert resident(mounted) - before < 2 * SHARE
+            os.ftruncate(fd, 0)  # or its close would say that half of it is missing
+        eventually(lambda: mounted.statistics()["write_buffer"]["files"] == 0)
+        assert resident(mounted) - before < SHARE // 4
+
+
+def resident(mounted: Mounted) -> int:
+    """Return the bytes of memory that a daemon has."""
+    lines = Path("/proc", str(mounted.daemon), "status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmRSS:"))

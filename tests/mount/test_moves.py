@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 
@@ -352,3 +352,31 @@ def test_b62_a_read_only_mount_moves_nothing(cached: Lab, pool: Pool) -> None:
         assert errno_of(lambda: os.rename(here / "d", here / "n")) == errno.EROFS
         assert errno_of(lambda: renameat2(here / "d", here / "e", RENAME_EXCHANGE)) == errno.EROFS
     assert lab.client.revision() == before
+
+
+# --- leases ---------------------------------------------------------------------------------
+
+
+def lease_of(path: Path) -> bytes | None:
+    with suppress(OSError):
+        return os.getxattr(path, "user.etcd.lease")
+    return None
+
+
+def test_b113_a_lease_goes_with_its_file(lab: Lab) -> None:
+    def leased() -> set[str]:
+        return {path.name for path in lab.path.iterdir() if lease_of(path)}
+
+    for name in ("a", "b", "c"):
+        (lab.path / name).write_text("text\n")
+    for name in ("a", "b"):
+        os.setxattr(lab.path / name, "user.etcd.ttl", b"1000")
+    sh(lab.path, "echo more >> a; cp c b")
+    assert leased() == {"a", "b"}, "what is written in place keeps it"
+    sh(lab.path, "sed -i s/text/other/ a; mv c b")
+    assert leased() == set(), "what replaces a file lasts"
+    os.setxattr(lab.path / "a", "user.etcd.ttl", b"1000")
+    sh(lab.path, "mv a c")
+    assert leased() == {"c"}
+    sh(lab.path, "mv c b")
+    assert leased() == {"b"}

@@ -241,7 +241,10 @@ async def test_open_and_create(keep_cache: bool, value: bytes | None) -> None:
         cast("Any", 1), cast("Any", b"f"), cast("Any", 0o644), cast("Any", flags), CONTEXT
     )
     assert (info.fh, info.keep_cache, packed.st_ino) == (8, keep_cache, 5)
-    assert fake.calls == [("open", 5, os.O_RDWR), ("create", 1, b"f", flags, 0o644, CALLER)]
+    assert fake.calls == [
+        ("open", 5, os.O_RDWR, CALLER.uid),
+        ("create", 1, b"f", flags, 0o644, CALLER),
+    ]
 
 
 @pytest.mark.parametrize("keep_cache", [True, False])
@@ -273,7 +276,7 @@ async def test_setattr_passes_on_what_is_to_be_changed(
     wanted.st_uid, wanted.st_gid, wanted.st_atime_ns, wanted.st_mtime_ns = 3, 4, 5, 6
     fake = Recording(setattr=ATTRIBUTES)
     await operations(fake).setattr(cast("Any", 5), wanted, fields(**updates), None, CONTEXT)
-    assert fake.calls == [("setattr", 5, change)]
+    assert fake.calls == [("setattr", 5, change, CALLER.uid)]
 
 
 async def test_statfs() -> None:

@@ -726,3 +726,48 @@ async def test_replaced_by_a_rename_while_open_is_gone(
         await mount.kernel.close(handle)
         assert held(store) == b"new"
         assert await shown(mount) == b"new"
+
+
+# --- room for what is not published ---------------------------------------------------------
+
+
+async def test_b114_too_much_unpublished_is_edquot_and_nothing_is_cut_off(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    async with open_mount(store, cache=cache, write_buffer=400, max_file_size=10_000) as mount:
+        names = [(b"%d" % n,) for n in range(5)]
+        handles = [await mount.kernel.open(name, WHOLE) for name in names]
+        for handle in handles[:4]:
+            await mount.kernel.write(handle, 0, b"x" * 2500)
+        last = handles[4]
+        assert await errno_of(mount.kernel.write(last, 0, b"y")) == errno.EDQUOT
+        assert await errno_of(mount.kernel.write(handles[3], 2500, b"y")) == errno.EDQUOT
+        assert await errno_of(mount.kernel.close(handles[3])) == errno.EFBIG, "half is none"
+        await mount.kernel.write(last, 0, b"y")
+        assert await errno_of(mount.kernel.close(last)) == errno.EFBIG, "its beginning is missing"
+        await mount.kernel.truncate(handles[2].inode, 0)
+        for handle in handles[:3]:
+            await mount.kernel.close(handle)
+        assert {kv.key: len(kv.value) for kv in store.range_now(b"/", b"0").entries} == {
+            b"/0": 2500,
+            b"/1": 2500,
+            b"/2": 0,
+        }
+        assert mount.files.buffers.statistics().files == 0
+
+
+async def test_b114_what_was_unlinked_takes_room_until_it_is_closed(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    async with open_mount(store, cache=cache, write_buffer=1, max_file_size=10_000) as mount:
+        first = await mount.kernel.open(PATH, WHOLE)
+        await mount.kernel.write(first, 0, b"x" * 9000)
+        await mount.kernel.unlink(PATH)
+        await mount.kernel.flush(first)
+        second = await mount.kernel.open(PATH, WHOLE)
+        assert await errno_of(mount.kernel.write(second, 0, b"y" * 9000)) == errno.EDQUOT
+        await mount.kernel.close(first)
+        await mount.kernel.truncate(second.inode, 0)
+        await mount.kernel.write(second, 0, b"y" * 9000)
+        await mount.kernel.close(second)
+        assert held(store) == b"y" * 9000

@@ -21,6 +21,7 @@ from typing import Any, TypeVar, final
 import trio
 
 from etcdfs.attributes import Attributes, Caller, Change, Defaults
+from etcdfs.buffers import WriteBuffers
 from etcdfs.contents import Contents
 from etcdfs.direct import Direct
 from etcdfs.errors import EtcdfsError, NotFoundError
@@ -769,6 +770,7 @@ def make_mount(
     clock: Clock | None = None,
     cache_size: int = 1 << 20,
     max_file_size: int = 1536 * 1024,
+    write_buffer: int = 1 << 28,
     settle_timeout_s: float = 2.0,
     kernel_timeout_s: float = 60.0,
     read_only: bool = False,
@@ -787,7 +789,8 @@ def make_mount(
         else Direct(store, contents, tree)
     )
     publisher = Publisher(store, view, contents, max_file_size=max_file_size)
-    files = OpenFiles(view, contents, publisher, read_only=read_only)
+    buffers = WriteBuffers(write_buffer, max_file_size=max_file_size)
+    files = OpenFiles(view, contents, publisher, buffers, read_only=read_only)
     filesystem = Filesystem(
         store,
         view,

@@ -97,7 +97,7 @@ def test_mount_takes_every_option(shell: Shell) -> None:
         *("--file-mode", "600", "--dir-mode", "700", "--umask", "077", "--allow-other"),
         "--no-attrs",
         *("--timeout", "1", "--kernel-timeout", "3", "--settle-timeout", "4"),
-        *("--max-file-size", "2M", "-o", "noexec,nosuid", "-o", "fsname=x"),
+        *("--max-file-size", "2M", "--write-buffer", "3M", "-o", "noexec,nosuid", "-o", "fsname=x"),
         *("--log-level", "debug", "--log-file", f"{shell.place}-log"),
     )
     assert options == MountOptions(
@@ -118,6 +118,7 @@ def test_mount_takes_every_option(shell: Shell) -> None:
         kernel_timeout_s=3.0,
         settle_timeout_s=4.0,
         max_file_size=2 * 1024**2,
+        write_buffer=3 * 1024**2,
         fuse_options=("noexec", "nosuid", "fsname=x"),
     )
     assert shell.handovers[-1].log == LogSettings(level="debug", file=f"{shell.place}-log")

@@ -371,6 +371,7 @@ def test_every_option_changes_its_field() -> None:
         "kernel-timeout": "0",
         "settle-timeout": "3",
         "max-file-size": "2M",
+        "write-buffer": "3M",
         "embedded": "off",
         "cacert": "/ca",
         "cert": "/cert",
@@ -409,6 +410,7 @@ def test_every_option_changes_its_field() -> None:
         kernel_timeout_s=0.0,
         settle_timeout_s=3.0,
         max_file_size=2 * 1024**2,
+        write_buffer=3 * 1024**2,
         fuse_options=("noexec",),
     )
 
@@ -488,6 +490,7 @@ mount_options = st.builds(
     kernel_timeout_s=seconds,
     settle_timeout_s=seconds,
     max_file_size=sizes,
+    write_buffer=sizes,
     embedded=st.booleans(),
     data_dir=st.one_of(st.none(), paths),
     fuse_options=st.lists(st.text()).map(tuple),
