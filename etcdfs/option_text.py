@@ -300,14 +300,18 @@ _FLAGS: Final = {
 
 _KERNEL: Final = frozenset(
     {"nosuid", "nodev", "exec", "noexec", "atime", "noatime", "sync", "async", "dirsync"}
-    | {"default_permissions"}
+    | {"default_permissions", "nosymfollow"}
 )
-_KERNEL_VALUED: Final = frozenset({"fsname", "max_read"})
+_KERNEL_VALUED: Final = frozenset(
+    {"fsname", "max_read", "context", "fscontext", "defcontext", "rootcontext"}
+)
 
 _IGNORED: Final = frozenset(
     # For mount(8), systemd and the boot; they mean nothing once mounting has begun.
-    {"defaults", "auto", "noauto", "fail", "nofail", "_netdev", "comment"}
-    | {"user", "nouser", "users", "owner", "group"}
+    {"defaults", "auto", "noauto", "fail", "nofail", "_netdev", "comment", "helper", "uhelper"}
+    | {"user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup"}
+    # How it is anyhow: links are followed, nothing is printed, there are no mandatory locks.
+    | {"symfollow", "silent", "loud", "mand", "nomand", "iversion", "noiversion"}
     # Access times are not kept, however often they would be.
     | {"relatime", "norelatime", "strictatime", "nostrictatime", "lazytime", "nolazytime"}
     | {"diratime", "nodiratime"}

@@ -80,7 +80,10 @@ async def test_b130_it_listens_in_its_private_directory_and_nowhere_else(tmp_pat
 
 def _listening(pid: int) -> set[str]:
     """Return where a process listens, in any family of addresses."""
-    links = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+    links = []
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            links.append(str(fd.readlink()))
     sockets = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
     found = set()
     for family in ("tcp", "tcp6"):

@@ -256,6 +256,19 @@ def test_b64_a_log_that_is_gone_does_not_end_the_mount(
     umount(mnt)
 
 
+def test_links_are_not_followed_with_nosymfollow(shared_etcd: EtcdProcess, mnt: Path) -> None:
+    options = ("-o", "nosymfollow", "--endpoints", shared_etcd.client_url)
+    done = run_etcdfs("mount", str(mnt), *options)
+    if done.returncode:  # libfuse before 3.17
+        refused(done, 41, "nosymfollow")
+        return
+    (mnt / "link").symlink_to("/etc/hostname")
+    with pytest.raises(OSError, match=os.strerror(errno.ELOOP)):
+        (mnt / "link").read_bytes()
+    (mnt / "link").unlink()
+    umount(mnt)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_b64_a_log_whose_path_comes_to_lead_into_the_mount(
     shared_etcd: EtcdProcess, mnt: Path, home: Path, mode: str

@@ -292,6 +292,30 @@ def test_flag_is_refused() -> None:
 # --- option lists ---------------------------------------------------------------------------
 
 
+MOUNT_8 = """
+    async atime noatime auto noauto defaults diratime nodiratime dirsync exec noexec group nogroup
+    iversion noiversion mand nomand _netdev nofail relatime norelatime strictatime nostrictatime
+    lazytime nolazytime nosuid nodev silent loud owner noowner ro rw sync user nouser users nousers
+    nosymfollow context=system_u:object_r:removable_t fscontext=x defcontext=x rootcontext=x
+    x-systemd.automount x-systemd.requires=network-online.target x-initrd.mount x-gvfs-hide
+    X-mount.mkdir X-mount.mkdir=0700 X-mount.owner=me X-mount.subdir=a X-mount.noloop
+    comment=mine uhelper=udisks2
+"""
+"""The options that mount(8) of util-linux 2.41 has for every file system, and systemd.mount(5)."""
+
+
+@pytest.mark.parametrize("option", MOUNT_8.split())
+def test_options_of_mount_8_are_passed_on_or_accepted(option: str) -> None:
+    listed = parse_option_list(option)
+    assert listed.texts.keys() <= {"read-only"}
+    assert listed.fuse_options in {(), (option,)}
+
+
+def test_option_list_passes_on_what_the_kernel_sees_to() -> None:
+    kernels = ("nosymfollow", "context=a:b", "noexec", "max_read=4096")
+    assert parse_option_list(",".join(kernels)).fuse_options == kernels
+
+
 def test_option_list_of_an_fstab_line() -> None:
     listed = parse_option_list(
         "defaults,_netdev,nofail,x-systemd.automount,ro,noexec,nosuid,allow_other,cache,"
