@@ -159,6 +159,8 @@ def _how_it_died(daemon: Spawned, errors: BinaryIO, log_file: str | None) -> Fai
     else:
         how = f"ended with status {code}"
     last = _last_line(errors) or ("" if log_file is None else f"see {log_file}")
+    if code == -signal.SIGKILL and not last:
+        last = "if nobody killed it, the kernel's log tells whether memory ran out"
     message = f"the daemon {how} before the mount was usable" + (f": {last}" if last else "")
     return Failed(message=message, exit_code=_DIED)
 

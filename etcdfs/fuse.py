@@ -46,6 +46,7 @@ from etcdfs.errors import EtcdfsError, FuseRefusedError, NoAttributeError
 from etcdfs.filesystem import Filesystem
 from etcdfs.openers import Openers
 from etcdfs.openfiles import OpenFiles
+from etcdfs.shortage import describe_shortage, is_shortage
 from etcdfs.xattrs import Xattrs
 
 log = logging.getLogger(__name__)
@@ -86,6 +87,9 @@ def handler(
             log.log(exc.level, "%s: %s", name, exc)
             raise FUSEError(exc.errno) from exc
         except Exception as exc:
+            if is_shortage(exc):
+                log.error("%s failed: %s", name, describe_shortage())  # noqa: TRY400 -- no bug
+                raise FUSEError(errno.ENOMEM) from exc
             log.exception("%s failed; this is a bug of etcdfs", name)
             raise FUSEError(errno.EIO) from exc
         finally:

@@ -14,6 +14,7 @@ Concurrency: one trio loop; the kernel door has a thread of its own.
 """
 
 import argparse
+import faulthandler
 import gc
 import json
 import logging
@@ -80,6 +81,7 @@ from etcdfs.openfiles import OpenFiles
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.processes import take_name
 from etcdfs.publisher import Publisher
+from etcdfs.shortage import describe_shortage, is_shortage
 from etcdfs.store import Store
 from etcdfs.tree import Tree
 from etcdfs.view import View
@@ -87,6 +89,8 @@ from etcdfs.view import View
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_STDERR: Final = 2
 
 RETRY_S: Final = 1.0
 """Pause between two attempts to reach an etcd that is waited for."""
@@ -475,20 +479,26 @@ def main() -> int:
     try:
         setup_logging(handover.log, foreground=arguments.status_fd is None)
         keep_heap_small()
+        faulthandler.enable(_STDERR)  # what dies in a library in C leaves a word, too
         with claimed(handover.options.mountpoint) as claim:
             trio.run(serve, handover.options, reporter, claim)
     except BaseExceptionGroup as group:
         failure = _command_error(group)
         if failure is None:
-            log.critical("the daemon dies; this is a bug of etcdfs", exc_info=group)
+            _say_why_it_dies(group)
             raise
         return _fail(reporter, failure)
     except CommandError as exc:
         return _fail(reporter, exc)
     except Exception as exc:
-        log.critical("the daemon dies; this is a bug of etcdfs", exc_info=exc)
+        _say_why_it_dies(exc)
         raise
     return 0
+
+
+def _say_why_it_dies(error: BaseException) -> None:
+    why = describe_shortage() if is_shortage(error) else "this is a bug of etcdfs"
+    log.critical("the daemon dies: %s", why, exc_info=error)
 
 
 def _command_error(group: BaseExceptionGroup[BaseException]) -> CommandError | None:

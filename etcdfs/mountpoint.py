@@ -279,7 +279,11 @@ def _clear_if_stale(mounted: Mounted) -> None:
     if _find_server(mounted) is not None or not _is_dead(path):
         raise AlreadyMountedError(f"etcdfs is mounted on {path} already")
     _unmount(path, lazy=True)
-    log.warning("cleared the stale mount that a killed daemon left on %s", path)
+    log.warning(
+        "cleared the stale mount that a killed daemon left on %s; if nobody killed it, its log or "
+        "the kernel's tells whether memory ran out",
+        path,
+    )
 
 
 def clear_dead(mountpoint: str) -> None:

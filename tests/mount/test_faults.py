@@ -220,6 +220,13 @@ def test_b60_a_daemon_that_crashes_unmounts_nothing(cached: Lab) -> None:
             os.listdir(running.path)
 
 
+def test_b135_a_daemon_that_dies_in_a_library_leaves_a_word(cached: Lab) -> None:
+    with daemon(cached.etcd, cache=True) as running:
+        running.process.send_signal(signal.SIGSEGV)
+        assert running.process.wait(_PATIENCE_S) == -signal.SIGSEGV
+        assert "Fatal Python error: Segmentation fault" in running.log_file.read_text()
+
+
 # --- etcdfs' own mistakes -------------------------------------------------------------------
 
 _PLANTED = """

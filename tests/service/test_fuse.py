@@ -186,6 +186,13 @@ async def test_what_is_not_supported(name: str, number: int) -> None:
     assert await errno_of(function(*arguments(getattr(Operations, name)))) == number
 
 
+@pytest.mark.expect_log("%s failed: %s")
+async def test_b135_want_of_memory_is_enomem_and_no_bug(caplog: pytest.LogCaptureFixture) -> None:
+    call = operations(Raising(MemoryError())).getattr(pyfuse3.InodeT(5), CONTEXT)
+    assert await errno_of(call) == errno.ENOMEM
+    assert "getattr failed: no memory is left; this process has " in caplog.text
+
+
 @pytest.mark.expect_log("forget failed; this is a bug of etcdfs")
 def test_forget_never_raises(caplog: pytest.LogCaptureFixture) -> None:
     operations(Raising(RuntimeError("planted"))).forget([(cast("Any", 5), 1)])

@@ -255,7 +255,9 @@ def test_a_crash_is_reported_with_its_last_line(stand_in: StandIn, crash: str) -
 def test_a_killed_daemon_is_reported(stand_in: StandIn) -> None:
     stand_in.does("os.kill(os.getpid(), signal.SIGKILL)")
     assert start_in_background(HANDOVER) == Failed(
-        message="the daemon was killed by SIGKILL before the mount was usable", exit_code=1
+        message="the daemon was killed by SIGKILL before the mount was usable: "
+        "if nobody killed it, the kernel's log tells whether memory ran out",
+        exit_code=1,
     )
 
 

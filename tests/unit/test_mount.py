@@ -1,6 +1,8 @@
 """How the daemon's process begins and ends; nothing is mounted."""
 
+import errno
 import logging
+import resource
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -63,7 +65,7 @@ def test_a_failure_is_its_exit_code(
 
 
 @pytest.mark.parametrize("grouped", [False, True])
-@pytest.mark.expect_log("the daemon dies; this is a bug of etcdfs")
+@pytest.mark.expect_log("the daemon dies: %s")
 def test_a_crash_leaves_its_traceback_in_the_log(
     monkeypatch: pytest.MonkeyPatch, log_file: Path, grouped: bool
 ) -> None:
@@ -73,3 +75,25 @@ def test_a_crash_leaves_its_traceback_in_the_log(
     log = log_file.read_text()
     assert "CRITICAL etcdfs.mount: the daemon dies" in log
     assert "RuntimeError: a bug" in log
+
+
+@pytest.mark.expect_log("the daemon dies: %s")
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("can't start new thread"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+    ],
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_b135_a_daemon_that_dies_for_want_of_memory_says_so(
+    monkeypatch: pytest.MonkeyPatch, log_file: Path, error: Exception, grouped: bool
+) -> None:
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2**31, limit))
+    with pytest.raises(ExceptionGroup if grouped else type(error)):
+        run_daemon(monkeypatch, log_file, error, grouped=grouped)
+    said = log_file.read_text().splitlines()[0]
+    assert "the daemon dies: no memory is left; this process has " in said
+    assert said.endswith(" MiB of address space, and may have 2048 (ulimit -v)")
