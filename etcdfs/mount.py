@@ -72,8 +72,10 @@ from etcdfs.mountpoint import (
     SUBTYPE,
     Claim,
     Mounted,
+    can_forbid_links,
     claimed,
     find_mounted,
+    forbid_links,
     is_there,
     tear_down,
 )
@@ -91,6 +93,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _STDERR: Final = 2
+_NOSYMFOLLOW: Final = "nosymfollow"
 
 RETRY_S: Final = 1.0
 """Pause between two attempts to reach an etcd that is waited for."""
@@ -244,6 +247,8 @@ async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None
                 mounted = _found_by_name(options.mountpoint)
                 rooms.operations.openers.device = None if mounted is None else mounted.device
                 claim.release()
+                if _forbids_links(options):
+                    forbid_links(options.mountpoint)
                 rooms.kernel.start(tasks)
                 tasks.start_soon(_announce, rooms, reporter, client_url)
                 ending.begin(rooms, mount)
@@ -431,7 +436,13 @@ def _kernel_options(options: MountOptions) -> set[str]:
         wanted.add("ro")
     if options.allow_other:
         wanted.add("allow_other")
-    return wanted | set(options.fuse_options)
+    ours = {_NOSYMFOLLOW} if _forbids_links(options) else set()
+    return wanted | set(options.fuse_options) - ours
+
+
+def _forbids_links(options: MountOptions) -> bool:
+    """Return whether we see to it ourselves that links are not followed, not libfuse."""
+    return _NOSYMFOLLOW in options.fuse_options and can_forbid_links()
 
 
 def _source(options: MountOptions) -> str:

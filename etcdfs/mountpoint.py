@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from typing import Final, final
 from etcdfs.errors import (
     AlreadyMountedError,
     FuseMissingError,
+    FuseRefusedError,
     MountpointMissingError,
     MountpointNotADirectoryError,
     MountpointNotEmptyError,
@@ -46,6 +48,9 @@ _TYPE: Final = f"fuse.{SUBTYPE}"
 _DEVICE: Final = Path("/dev/fuse")
 _MOUNTINFO: Final = Path("/proc/self/mountinfo")
 _CONNECTIONS: Final = Path("/sys/fs/fuse/connections")
+_SYS_MOUNT_SETATTR: Final = 442  # on every architecture that Linux was ported to of late
+_AT_FDCWD: Final = -100
+_MOUNT_ATTR_NOSYMFOLLOW: Final = 0x200000
 _MNT_FORCE: Final = 1  # mount(2); Python has neither
 _MNT_DETACH: Final = 2
 _COMMAND_TIMEOUT_S: Final = 30.0
@@ -327,6 +332,35 @@ def _check_directory(mountpoint: str) -> None:
         ) from None
     if first is not None:
         raise MountpointNotEmptyError(f"the mountpoint {mountpoint} is not empty")
+
+
+# --- while mounting -------------------------------------------------------------------------
+
+
+def can_forbid_links() -> bool:
+    """Tell whether `forbid_links` can be used: by root, on Linux 5.12 or later."""
+    return os.geteuid() == 0 and _set_nosymfollow(-1, "nowhere") == errno.EBADF
+
+
+def forbid_links(mountpoint: str) -> None:
+    """Have symbolic links not followed in a mount of ours, as mount(8)'s nosymfollow means.
+
+    libfuse knows the option from 3.17 on only. No request to the file system comes of this.
+
+    Raises:
+        FuseRefusedError: The kernel does not do it.
+    """
+    failure = _set_nosymfollow(_AT_FDCWD, mountpoint)
+    if failure:
+        raise FuseRefusedError(f"nosymfollow cannot be set: {os.strerror(failure)}")
+
+
+def _set_nosymfollow(directory: int, path: str) -> int:
+    """Call mount_setattr(2), for which Python has no function; return its errno, 0 if it did it."""
+    attributes = struct.pack("=4Q", _MOUNT_ATTR_NOSYMFOLLOW, 0, 0, 0)
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (directory, os.fsencode(path), 0, attributes, ctypes.c_size_t(len(attributes)))
+    return ctypes.get_errno() if libc.syscall(_SYS_MOUNT_SETATTR, *arguments) else 0
 
 
 # --- taking away ----------------------------------------------------------------------------
