@@ -27,6 +27,7 @@ from etcdfs.errors import (
 from etcdfs.openfiles import OpenFiles
 from etcdfs.planner import Intent
 from etcdfs.records import same_record, write_record
+from etcdfs.rights import commit_with
 from etcdfs.sides import record_of
 from etcdfs.store import Get, Operation, Put, Store, Transaction, unchanged
 from etcdfs.tree import File, Node
@@ -105,12 +106,14 @@ class Leases:
                 raise NotFoundError(msg)
             before = facts.lease
             value = await self._view.value(file)
-            put = Transaction(
+            bare = Transaction(
                 (unchanged(key, facts.mod_revision),),
-                (Put(key, value, lease), Get(key, keys_only=True), *self._record(file, key)),
+                (Put(key, value, lease), Get(key, keys_only=True)),
             )
+            dressed = replace(bare, then=(*bare.then, *self._record(file, key)))
+            rights = self._view.switch.tree.rights
             with self._view.switch.intending(key, Intent(file=file, value=value)):
-                committed = await self._store.commit(put)
+                put, committed = await commit_with(self._store, rights, dressed, bare)
                 if not committed.succeeded:
                     msg = f"{key!r} was changed by another client"
                     raise StaleError(msg)

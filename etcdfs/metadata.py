@@ -209,14 +209,13 @@ class Metadata:
     # --- in etcd ----------------------------------------------------------------------------
 
     async def _keep(self, node: Node, edit: Edit, *, claims: bool = False) -> bool:
-        """Bring a change to etcd; False if the node has no key to keep it with.
+        """Bring a change to etcd; False if there is no key to keep it with, or roles forbid it.
 
         Of one that `claims`, one of many clients that make the same may succeed.
 
         Raises:
             StaleError: The key was made anew by another client, or races were lost.
             NotFoundError: It was deleted.
-            NotPermittedError: etcd's roles forbid it.
         """
         if isinstance(node, Directory):
             # The kernel holds the directory's own lock.

@@ -446,6 +446,21 @@ async def test_a_ttl(autojump_clock: MockClock, store: FakeStore, cache: bool) -
         assert await errno_of(stat_of(mount, b"f")) == 2
 
 
+@pytest.mark.expect_log("attributes cannot be written: %s")
+async def test_a_lease_needs_no_right_to_attributes(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_now(b"/f", b"value")
+    store.put_now(side_key(b"/f"), b'{"mode":"0640","mtime_ns":5,"mtime_revision":2}')
+    async with open_mount(store, cache=cache) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        assert (await stat_of(mount, b"f")).mtime_ns == 5
+        forbid(store, monkeypatch, reading=False, writing=True)
+        await mount.filesystem.xattrs.setxattr(inode, b"user.etcd.ttl", b"60")
+        assert await mount.filesystem.xattrs.getxattr(inode, b"user.etcd.ttl") == b"60"
+        assert (await stat_of(mount, b"f")).mode & 0o7777 == 0o640
+
+
 async def test_a_lease_whose_number_is_taken_gets_another(
     autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
