@@ -22,7 +22,7 @@ from etcdfs.contents import Contents
 from etcdfs.errors import CallerError, CompactedError, StorePermissionError
 from etcdfs.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
 from etcdfs.levels import Level
-from etcdfs.pages import Pages
+from etcdfs.pages import Pages, check_nearer
 from etcdfs.paging import Paging
 from etcdfs.questions import Found, Question, answers_to, is_below, questions_about
 from etcdfs.rights import RECHECK_S
@@ -243,11 +243,15 @@ class Direct:
         scan = Level(keyspace, names, prefix or keyspace.start, range_end(prefix))
         limit = FIRST_LIMIT
         is_all = False
+        left: tuple[bytes, int] | None = None  # keys that were left up to where
         while not is_all:
             stop = scan.stop
             page = await self._store.range(
                 scan.next_start, stop, limit=limit, revision=scan.revision, keys_only=True
             )
+            if left is not None and left[0] == stop:
+                check_nearer(left[1], page)
+            left = None if page.remaining is None else (stop, page.remaining)
             scan.revision = page.revision
             used = scan.take(page)
             is_all = scan.passed(page, stop, used)

@@ -13,6 +13,22 @@ from etcdfs.paging import Paging
 from etcdfs.store import Page, Store
 
 
+def check_nearer(remaining: int, page: Page) -> None:
+    """Refuse a page after which no fewer keys are left of a range than before.
+
+    Args:
+        remaining: The keys that were left of the range before it, or of more than that.
+        page: The page.
+
+    Raises:
+        StoreProtocolError: It is such a page; there may be no end of them.
+    """
+    left = len(page.entries) + (page.remaining or 0)
+    if left > remaining:
+        msg = f"{remaining} keys were left of a range, and now {left}"
+        raise StoreProtocolError(msg)
+
+
 @final
 class Pages:
     """The pages of a range that are still to come.
@@ -54,10 +70,7 @@ class Pages:
             return None
         page = await self._read()
         if self._remaining is not None:
-            left = len(page.entries) + (page.remaining or 0)
-            if left != self._remaining:
-                msg = f"{self._remaining} keys were left of a range, and now {left}"
-                raise StoreProtocolError(msg)
+            check_nearer(self._remaining, page)
         self._remaining = page.remaining
         self.revision = self.revision or page.revision
         self._paging.took(page)
@@ -70,7 +83,6 @@ class Pages:
         """Leave out what comes before a key."""
         if key > self._start:
             self._start = key
-            self._remaining = None
             self._is_over = self._is_over or key >= self._end
 
     async def _read(self) -> Page:

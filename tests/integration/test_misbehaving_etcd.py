@@ -1,7 +1,7 @@
 """A mirror of an etcd that says what cannot be: it goes on, and is right once etcd is."""
 
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
 import pytest
@@ -120,6 +120,27 @@ async def test_b161_a_first_listing_that_cannot_be_is_an_error(
         async with mirrored(bent):
             raise AssertionError("it was believed")
     assert caught.group_contains(StoreError)
+
+
+@pytest.mark.parametrize("bend", [*RANGES.values(), *TXNS.values()], ids=[*RANGES, *TXNS])
+async def test_b161_without_a_mirror_calls_fail_until_etcd_is_right(
+    bent: BentEtcd, honest: EtcdStore, bend: Bend
+) -> None:
+    async with open_store([bent.endpoint], timeout_s=TIMEOUT_S) as store:
+        mount = make_mount(cast("Any", store), cache=False, prefix=b"/t/")
+        async with trio.open_nursery() as nursery:
+            await mount.start(nursery)
+            bent.bend = bend
+            with trio.fail_after(BOUND_S):
+                for path in ((), (b"d",)):
+                    with suppress(OSError):
+                        assert set(await mount.kernel.listdir(path)) <= {b"a", b"b", b"d"}
+                    with suppress(OSError):
+                        await mount.kernel.stat((*path, b"b"))
+            bent.bend = None
+            assert sorted(await mount.kernel.listdir(())) == [b"a", b"d"]
+            assert await mount.kernel.listdir((b"d",)) == [b"b"]
+            nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("bend", TXNS.values(), ids=TXNS)
