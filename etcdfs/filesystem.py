@@ -209,6 +209,7 @@ class Filesystem:
         """Take back lookups: pairs of inode and count."""
         for inode, count in counts:
             self._tree.forget(inode, count)
+        self._files.forgotten()
 
     async def opendir(self, inode: int) -> DirectoryHandle:
         """Open a directory; the listing is taken when it is first read."""
@@ -593,8 +594,10 @@ class Filesystem:
 
     # --- attributes -------------------------------------------------------------------------
 
-    async def setattr(self, inode: int, change: Change, uid: int = 0) -> Attributes:
-        """Change size, mode, owner or times, for a user.
+    async def setattr(
+        self, inode: int, change: Change, uid: int = 0, *, by_path: bool = False
+    ) -> Attributes:
+        """Change size, mode, owner or times, for a user, by a path or through a descriptor.
 
         Raises:
             IsADirectoryFileError: A directory is to be truncated.
@@ -606,7 +609,7 @@ class Filesystem:
             if isinstance(node, Directory):
                 msg = f"inode {inode} is a directory"
                 raise IsADirectoryFileError(msg)
-            await self._files.truncate(node, change.size, uid)
+            await self._files.truncate(node, change.size, uid, by_path=by_path)
         await self._metadata.change(node, change)
         if inode != node.inode:
             listing = self._tree.listing_of(node)

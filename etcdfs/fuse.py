@@ -245,7 +245,7 @@ class Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
         )
-        return _pack(await self._filesystem.setattr(inode, change, ctx.uid))
+        return _pack(await self._filesystem.setattr(inode, change, ctx.uid, by_path=fh is None))
 
     @handler
     async def statfs(self, ctx: RequestContext) -> StatvfsData:

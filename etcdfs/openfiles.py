@@ -83,6 +83,7 @@ class OpenFiles:
         self._read_only = read_only
         # --- mutable state
         self._open: dict[Handle, OpenFile] = {}
+        self._kept: set[File] = set()  # those without a name or a handle that the kernel holds
         self._leaving: set[File] = set()  # those whose last publisher is being released
         self._next = 1
 
@@ -240,8 +241,12 @@ class OpenFiles:
         listing = self._view.switch.tree.listing_of(opened.file)
         return {replace(listing, pages=True)}
 
-    async def truncate(self, file: File, size: int, uid: int = 0) -> None:
-        """Cut or extend a file; published at once unless a writer has it open."""
+    async def truncate(self, file: File, size: int, uid: int = 0, *, by_path: bool = False) -> None:
+        """Cut or extend a file; published at once unless a writer will publish it.
+
+        By its path, that is one who has written already. Through a descriptor (ftruncate(2)), it
+        is whoever has it.
+        """
         if self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
@@ -251,10 +256,11 @@ class OpenFiles:
             async with self.locks.held(file):
                 self._publisher.check_size(file, size)
                 draft = self._draft(file)
+                is_alone = not self._has_writer(file) or (by_path and not draft.is_dirty)
                 self.buffers.take(file, uid, size)
                 if size != len(draft) or draft.is_torn:
                     draft.truncate(size, self._now(file))
-            if not self._has_writer(file):
+            if is_alone:
                 await self._publish_alone(file)
         finally:
             self._unpin(file)
@@ -318,7 +324,14 @@ class OpenFiles:
                 # The kernel has opened it since its version changed, if that was of another one,
                 # and let go of what it had cached then; what was read after that is of this one.
                 opened.file.pages = opened.file.version
-            self._unpin(opened.file)
+            self._unpin(opened.file, opened.uid)
+
+    def forgotten(self) -> None:
+        """Note that the kernel has let go of some inodes: what was kept for them need not be."""
+        for file in [file for file in self._kept if not (file.lookups or file.handles)]:
+            self._kept.discard(file)
+            file.value = None
+            self.buffers.give_back(file)
 
     async def publish(self, file: File) -> None:
         """Publish a file's draft although nobody flushes it (before a rename)."""
@@ -420,23 +433,31 @@ class OpenFiles:
     def _now(self, file: File) -> int:
         return max(self._view.switch.tree.clock(), file.mtime_ns + 1)
 
-    def _unpin(self, file: File) -> None:
+    def _unpin(self, file: File, uid: int = 0) -> None:
         file.handles -= 1
         if file.handles:
             return
-        if file.removed and file.lookups:
-            _keep_last(file)
+        if file.removed and file.lookups and self._keep_last(file, uid):
+            file.draft = None
         else:
             file.value = None
-        self._drop_draft(file)
+            self._drop_draft(file)
         self._view.switch.tree.prune(file)
 
+    def _keep_last(self, file: File, uid: int) -> bool:
+        """Let a file without a name stay what was written last, while the kernel holds it.
 
-def _keep_last(file: File) -> None:
-    """Let a file without a name stay what was written last, while the kernel holds it."""
-    if isinstance(file.draft, Draft):
-        file.value = file.draft.value
-        file.facts = (file.facts or NOT_IN_ETCD)._replace(size=len(file.value))
+        As long as there is room: whoever holds it by O_PATH may open it again.
+        """
+        if isinstance(file.draft, Draft):
+            file.value = file.draft.value
+            file.facts = (file.facts or NOT_IN_ETCD)._replace(size=len(file.value))
+        try:
+            self.buffers.take(file, uid, len(file.value or b""))
+        except CallerError:
+            return False
+        self._kept.add(file)
+        return True
 
 
 def may_change(flags: int) -> bool:

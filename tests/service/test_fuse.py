@@ -84,8 +84,8 @@ class Recording:
         return self.publishes
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        async def call(*args: Any) -> Any:
-            self.calls.append((name, *args))
+        async def call(*args: Any, **named: Any) -> Any:
+            self.calls.append((name, *args, *named.values()))
             return self._results.get(name)
 
         return call
@@ -283,7 +283,7 @@ async def test_setattr_passes_on_what_is_to_be_changed(
     wanted.st_uid, wanted.st_gid, wanted.st_atime_ns, wanted.st_mtime_ns = 3, 4, 5, 6
     fake = Recording(setattr=ATTRIBUTES)
     await operations(fake).setattr(cast("Any", 5), wanted, fields(**updates), None, CONTEXT)
-    assert fake.calls == [("setattr", 5, change, CALLER.uid)]
+    assert fake.calls == [("setattr", 5, change, CALLER.uid, True)]
 
 
 async def test_statfs() -> None:

@@ -141,7 +141,7 @@ class FakeWorld:
             case "move":
                 await kernel.rename((b"d",), (b"e",))
             case "truncate":
-                await kernel.truncate(await kernel.walk(path), TRUNCATED)
+                await kernel.truncate(await kernel.walk(path), TRUNCATED, by_path=True)
             case _:
                 await self._change(name, path)
 

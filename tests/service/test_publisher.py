@@ -342,6 +342,26 @@ async def test_emptied_while_it_is_published(
         assert held(store) == b""
 
 
+async def test_b110_a_truncation_by_path_does_not_wait_for_who_has_nothing_to_publish(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """A writer that has closed is there until its release; no call tells how that ends."""
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_RDWR)
+        await mount.kernel.write(handle, 0, b"OLD")
+        await mount.kernel.truncate(handle.inode, 2, by_path=True)
+        assert held(store) == b"old", "what the writer has begun is for its close"
+        await mount.kernel.flush(handle)
+        assert held(store) == b"OL"
+        await mount.kernel.truncate(handle.inode, 1, by_path=True)
+        assert held(store) == b"O"
+        await mount.kernel.truncate(handle.inode, 0)
+        assert held(store) == b"O", "ftruncate(2) is for the close of the same"
+        await mount.kernel.close(handle)
+        assert held(store) == b""
+
+
 # --- too large ------------------------------------------------------------------------------
 
 
@@ -756,9 +776,10 @@ async def test_b114_too_much_unpublished_is_edquot_and_nothing_is_cut_off(
         assert mount.files.buffers.statistics().files == 0
 
 
-async def test_b114_what_was_unlinked_takes_room_until_it_is_closed(
+async def test_b114_what_was_unlinked_takes_room_until_nobody_holds_it(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
+    store.put_now(KEY, b"old")
     async with open_mount(store, cache=cache, write_buffer=1, max_file_size=10_000) as mount:
         first = await mount.kernel.open(PATH, WHOLE)
         await mount.kernel.write(first, 0, b"x" * 9000)
@@ -767,6 +788,8 @@ async def test_b114_what_was_unlinked_takes_room_until_it_is_closed(
         second = await mount.kernel.open(PATH, WHOLE)
         assert await errno_of(mount.kernel.write(second, 0, b"y" * 9000)) == errno.EDQUOT
         await mount.kernel.close(first)
+        assert await errno_of(mount.kernel.write(second, 0, b"y" * 9000)) == errno.EDQUOT, "O_PATH"
+        mount.kernel.evict_all()
         await mount.kernel.truncate(second.inode, 0)
         await mount.kernel.write(second, 0, b"y" * 9000)
         await mount.kernel.close(second)

@@ -552,11 +552,13 @@ class FakeKernel:
         self._stale(inode)
         return written
 
-    async def truncate(self, inode: KernelInode, size: int) -> None:
-        """truncate(2) and ftruncate(2)."""
+    async def truncate(self, inode: KernelInode, size: int, *, by_path: bool = False) -> None:
+        """ftruncate(2), or truncate(2) of a path that has been walked."""
         self.requests["setattr"] += 1
         with errnos():
-            answer = await self._filesystem.setattr(inode.number, Change(size=size))
+            answer = await self._filesystem.setattr(
+                inode.number, Change(size=size), by_path=by_path
+            )
         pages = inode.pages
         self._receive(answer, None)
         inode.pages = None if pages is None else pages[:size].ljust(size, b"\0")
