@@ -72,7 +72,9 @@ class Direct:
         if not tree.is_attached(directory):
             return
         if is_part(name):
-            await self.listing(directory)  # part of a long name: only a scan can tell
+            # Part of a long name: only a scan can tell. It is about nothing else: other names may
+            # be made meanwhile, as for this one the kernel may ask without the directory's lock.
+            await self._list(directory, only=name)
             return
         names = tree.names(directory, name)
         known = directory.children.get(name)
@@ -134,6 +136,9 @@ class Direct:
 
     async def listing(self, directory: Directory) -> None:
         """See `View.listing`: as many requests as the level has entries, whatever is below."""
+        await self._list(directory)
+
+    async def _list(self, directory: Directory, only: bytes | None = None) -> None:
         tree = self.switch.tree
         if not tree.is_attached(directory):
             await self._look_for(directory)
@@ -144,19 +149,26 @@ class Direct:
         if not tree.is_attached(directory):
             return
         if tree.names(directory) != scan.names:
-            await self.listing(directory)
+            await self._list(directory, only)
             return
-        for name in [n for n in directory.children if n not in scan.found]:
+        gone = [name for name in directory.children if name not in scan.found]
+        for name in [*gone, *scan.found] if only is None else [only]:
+            self._take(scan, directory, name)
+
+    def _take(self, scan: Level, directory: Directory, name: bytes) -> None:
+        """Make the tree say what a scan says of one name."""
+        if name not in scan.found:
             self._observe(directory, name, None, is_directory=False)
-        for name, value in scan.found.items():
-            if value is None or name not in scan.kept:
-                self._observe(directory, name, value, is_directory=value is None)
-            self._witness(directory, name, scan.witnesses.get(name))
-            if name != MARKER_NAME:
-                side = scan.sides.get((name, value is None))
-                marker = scan.markers.get(name)
-                answer = _Answer(side, marker, scan.revision, has_side=scan.has_sides)
-                self._dress(directory, name, answer)
+            return
+        value = scan.found[name]
+        if value is None or name not in scan.kept:
+            self._observe(directory, name, value, is_directory=value is None)
+        self._witness(directory, name, scan.witnesses.get(name))
+        if name != MARKER_NAME:
+            side = scan.sides.get((name, value is None))
+            marker = scan.markers.get(name)
+            answer = _Answer(side, marker, scan.revision, has_side=scan.has_sides)
+            self._dress(directory, name, answer)
 
     async def refresh(self, node: Node) -> None:
         """See `View.refresh`."""

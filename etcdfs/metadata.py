@@ -242,6 +242,7 @@ class Metadata:
                 record,
                 create_revision=0 if facts is None else facts.create_revision,
                 known=0 if node.side is None else node.side.facts.mod_revision,
+                is_root=node is self._tree.root,
             )
             try:
                 committed = await self._store.commit(replace(wanted, claims=claims))

@@ -53,7 +53,9 @@ def same_record(key: bytes, known: int, create_revision: int) -> tuple[Compare, 
     return ()
 
 
-def change_record(key: bytes, record: Record, *, create_revision: int, known: int) -> Transaction:
+def change_record(
+    key: bytes, record: Record, *, create_revision: int, known: int, is_root: bool = False
+) -> Transaction:
     """Write the record of a key that is there; a directory without a marker gets one.
 
     If it fails: a page of the key, one of its side key.
@@ -63,6 +65,7 @@ def change_record(key: bytes, record: Record, *, create_revision: int, known: in
         record: What to write.
         create_revision: That of the key; 0 for a directory without a marker.
         known: As for `same_record`.
+        is_root: Whether it is the root of the mount, which is there whatever is below it.
     """
     conditions = (
         Compare(key, "create_revision", "==", create_revision),
@@ -71,7 +74,8 @@ def change_record(key: bytes, record: Record, *, create_revision: int, known: in
     operations = write_record(key, record, known)
     if not create_revision:
         # Something is below it, or it is no directory: a range without keys compares as 0.
-        conditions += (Compare(key, "create_revision", ">", 0, range_end(key)),)
+        if not is_root:
+            conditions += (Compare(key, "create_revision", ">", 0, range_end(key)),)
         operations = (Put(key, b""), Get(key, keys_only=True), *operations)
     # The value of a marker is mostly empty, and needed by whoever takes it over.
     own = Get(key, keys_only=not key.endswith(b"/"))

@@ -185,6 +185,31 @@ async def test_long_names(autojump_clock: MockClock, store: FakeStore) -> None:
         assert sorted(found.values()) == [b"long", b"shorter"]
 
 
+async def test_looking_for_part_of_a_long_name_is_about_nothing_else(
+    autojump_clock: MockClock, store: FakeStore, nursery: trio.Nursery
+) -> None:
+    store.put_now(b"/" + LONG, b"long")
+    go_on, looked = trio.Event(), trio.Event()
+
+    async def pace() -> None:
+        if len(store.range_calls) > 1 and not looked.is_set():  # the scan for keys is over
+            looked.set()
+            await go_on.wait()
+
+    async with open_mount(store, cache=False) as mount:
+        (part,) = await mount.kernel.listdir(())
+        store.range_calls.clear()
+        store.pace = pace
+        nursery.start_soon(mount.filesystem.lookup, 1, part)
+        await looked.wait()
+        handle = await mount.kernel.open((b"f",), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        go_on.set()
+        await trio.testing.wait_all_tasks_blocked()
+        await mount.kernel.write(handle, 0, b"kept")
+        await mount.kernel.close(handle)
+        assert store.range_now(b"/f").entries[0].value == b"kept"
+
+
 async def test_nothing_is_kept_that_nobody_refers_to(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:

@@ -534,3 +534,12 @@ async def test_side_keys_are_listed_again_after_a_compaction(
         store.release_watches()
         await trio.sleep(60)
         assert [(await stat_of(mount, n)).uid for n in (b"a", b"b", b"c")] == [7, 6, 5]
+
+
+async def test_an_empty_root_keeps_what_is_set(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
+) -> None:
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        await mount.filesystem.setattr(1, Change(mode=0o700, mtime_ns=LONG_AGO))
+        found = await stat_of(mount)
+        assert (stat.S_IMODE(found.mode), found.mtime_ns) == (0o700, LONG_AGO)
