@@ -220,6 +220,7 @@ class Direct:
         self, revision: int, events: Sequence[Event], locked: Sequence[Entry] = ()
     ) -> None:
         """See `View.settle`: nothing to wait for."""
+        self.switch.tree.revisions.learn(revision, self.switch.tree.clock())
         self.switch.apply_ahead(events, remember=False)
 
     def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:

@@ -431,6 +431,7 @@ class Filesystem:
                 making = make_file(key, value, is_value=has_keys_below(names))
                 making, committed = await self._make_in(directory, name, making, key, record)
                 await self._settle(committed, events_of(making, committed), locked)
+        file.mtime_ns = file.ctime_ns = self._tree.revisions.time_of(committed.revision)
         return file
 
     def _record(

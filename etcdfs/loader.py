@@ -28,6 +28,41 @@ def directory_at(tree: Tree, names: tuple[bytes, ...]) -> Directory:
     return _Loader(tree).walk(names)
 
 
+def date(tree: Tree) -> None:
+    """Give the nodes of a new tree the times of their revisions; nobody is told.
+
+    A directory's is that of the newest entry which it has: nothing tells of those that have gone,
+    but the marker that is put for the last one.
+    """
+    directories = list(tree.directories())
+    newest = max(map(_newest, directories))
+    if not newest:
+        return
+    tree.revisions.learn(newest, tree.clock())
+    time_of = tree.revisions.time_of
+    made: dict[Directory, int] = {}  # at which revision, as far as is known
+    for directory in reversed(directories):  # what is below comes first
+        marker = directory.marker
+        entries: list[int] = [] if marker is None else [marker.create_revision]
+        for child in directory.children.values():
+            if isinstance(child, Directory):
+                entries.append(made.pop(child))
+            elif child.facts is not None:
+                entries.append(child.facts.create_revision)
+                child.mtime_ns = child.ctime_ns = time_of(child.facts.mod_revision)
+        made[directory] = min(entries, default=0) if marker is None else marker.create_revision
+        changed = max(*entries, 0 if marker is None else marker.mod_revision, 0)
+        if changed:
+            directory.mtime_ns = directory.ctime_ns = time_of(changed)
+
+
+def _newest(directory: Directory) -> int:
+    """Return the newest revision of what is in a directory, 0 if there is nothing."""
+    facts = [child.facts for child in directory.children.values() if isinstance(child, File)]
+    known = [found.mod_revision for found in (*facts, directory.marker) if found is not None]
+    return max(known, default=0)
+
+
 class _Loader:
     """Builds the tree from sorted keys; neighbours share their directory."""
 

@@ -32,7 +32,7 @@ from etcdfs.errors import (
 )
 from etcdfs.letting import KernelCache
 from etcdfs.link import UNLIMITED, Link
-from etcdfs.loader import load
+from etcdfs.loader import date, load
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.rebuild import rebuild
 from etcdfs.replica import Replica, State
@@ -218,6 +218,7 @@ class Mirror:
         self, revision: int, events: Sequence[Event], locked: Sequence[Entry] = ()
     ) -> None:
         """See `View.settle`: wait for the watch, so that revisions are seen in order."""
+        self.switch.tree.revisions.learn(revision, self.switch.tree.clock())
         with self.holding(locked), trio.move_on_after(self._settle_timeout_s):
             if self.sides is None or any(not is_side_key(event.key) for event in events):
                 await self.reached(revision)
@@ -492,6 +493,7 @@ class Mirror:
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:
             self._is_restored = True
+            date(self.switch.tree)
             dress(self.switch.tree)
             self._applier.revision = revision
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
@@ -506,6 +508,7 @@ class Mirror:
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
         self.switch.relisted()
+        self.switch.tree.revisions.forget_after(revision)
         await self._applier.replace((*events, *await self._sides_of(events)), revision)
 
     def _make_tree(self) -> Tree:
@@ -513,6 +516,7 @@ class Mirror:
         tree = self.switch.tree
         fresh = Tree(tree.keyspace, tree.clock, complete=True, attributes=tree.attributes)
         fresh.numbers = tree.numbers
+        fresh.revisions = tree.revisions
         return fresh
 
     async def _make_anew(self, fresh: Tree, revision: Revision) -> None:
@@ -533,6 +537,7 @@ class Mirror:
             for side in sides:
                 if isinstance(side, KeyValue):
                     fresh.sides[owner_of(side.key)] = side_of(side)
+        date(fresh)
         dress(fresh)
         rebuild(tree, fresh)
         self._fresh = None

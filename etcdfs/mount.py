@@ -85,6 +85,7 @@ from etcdfs.processes import take_name
 from etcdfs.publisher import Publisher
 from etcdfs.shortage import describe_shortage, is_shortage
 from etcdfs.store import Store
+from etcdfs.times_record import TimesRecord
 from etcdfs.tree import Tree
 from etcdfs.view import View
 
@@ -143,6 +144,12 @@ class Rooms:
             )
         else:
             self.view = Direct(store, self.contents, self.tree)
+        self.times = TimesRecord(
+            store,
+            self.tree.revisions,
+            time.time_ns,
+            writes=options.cache and not (options.read_only or options.no_attrs),
+        )
         self.publisher = Publisher(
             store, self.view, self.contents, max_file_size=options.max_file_size
         )
@@ -238,9 +245,14 @@ async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None
             rooms, client_url = await _open_rooms(stack, options, waiting)
             tasks = await stack.enter_async_context(trio.open_nursery())
             stack.callback(tasks.cancel_scope.cancel)
+            if not options.no_attrs:
+                await rooms.times.load()
+                stack.push_async_callback(rooms.times.save)
             if rooms.mirror is not None:
                 await waiting.until_done(partial(_sync, tasks, rooms.mirror, reporter))
                 tasks.start_soon(watch_over, rooms.mirror)
+                await rooms.times.save()
+                tasks.start_soon(rooms.times.run)
             claim.check()
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:

@@ -168,6 +168,7 @@ class Publisher:
                 file.value = done.value
             self._contents.put(key, done.facts.mod_revision, done.value)
             draft.times = None
+            self._view.switch.tree.revisions.learn(done.facts.mod_revision, draft.changed_ns)
             events = (_event(key, done), *done.sides)
             await self._view.settle(max(e.mod_revision for e in events), events)
         if not done.merged:

@@ -92,9 +92,8 @@ def owner_of(side: bytes) -> bytes:
 
 
 def side_range(prefix: bytes) -> tuple[bytes, bytes]:
-    """Return start and end of the side keys of all keys that begin with `prefix`."""
-    start = side_key(prefix)
-    return start, range_end(start)
+    """Return start and end of the side keys of all keys that begin with `prefix`; none is empty."""
+    return side_key(prefix or b"\0"), range_end(side_key(prefix))
 
 
 def shown_ranges(start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:

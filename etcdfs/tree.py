@@ -47,6 +47,7 @@ from etcdfs.nodes import File as File  # noqa: PLC0414
 from etcdfs.nodes import Node as Node  # noqa: PLC0414
 from etcdfs.nodes import is_local as is_local  # noqa: PLC0414
 from etcdfs.nodes import is_within as is_within  # noqa: PLC0414
+from etcdfs.revision_times import RevisionTimes
 from etcdfs.rights import Rights
 from etcdfs.store import Clock
 from etcdfs.times import Times
@@ -129,6 +130,7 @@ class Tree:
         # Directories of which the kernel may have older names for as long as somebody holds their
         # lock; None: all of them. What it asks of one meanwhile, it must not keep.
         self.stuck: set[Inode | None] = set()
+        self.revisions = RevisionTimes()
         self.times = Times()  # only in a tree that is not complete
 
     # --- finding ----------------------------------------------------------------------------
@@ -340,7 +342,10 @@ class Tree:
 
     def new_file(self, facts: Facts | None, now_ns: int | None = None) -> File:
         """Make a file with a new inode number, attached nowhere yet."""
-        return File(self._new_number(), facts, self.clock() if now_ns is None else now_ns)
+        now_ns = self.clock() if now_ns is None else now_ns
+        if facts is not None:
+            now_ns = self.revisions.learn(facts.mod_revision, now_ns)
+        return File(self._new_number(), facts, now_ns)
 
     def new_version(self, old: File | None, facts: Facts) -> File:
         """Make the file for a version that another client wrote over `old`.

@@ -1,0 +1,110 @@
+"""Times that nobody set: in the order of changes, and the same wherever they are looked at."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from etcdfs.times_record import TIMES_KEY
+from tests.mount.lab import MODES, Lab, Pool, sh
+from tests.support.mounted import Mounted
+
+pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
+
+
+def times_below(path: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(found.relative_to(path)): (found.stat().st_mtime_ns, found.stat().st_ctime_ns)
+        for found in path.rglob("*")
+        if found.is_file()
+    }
+
+
+def by_time(path: Path) -> list[str]:
+    found = times_below(path)
+    return sorted(found, key=lambda name: found[name])
+
+
+def fill(lab: Lab, mounted: Mounted) -> None:
+    """Make changes, here and by another client, not in the order of their names."""
+    path = mounted.path
+    for name in ("zz.c", "aa.c", "mm.c"):
+        (path / name).write_text(name)
+        mounted.wait(lab.put(f"app/{name}.by-others", b"x"))
+    (path / "sub").mkdir()
+    (path / "sub" / "file").write_text("x")
+    (path / "aa.c").write_text("changed")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_b171_the_order_of_changes_survives_a_remount(pool: Pool, cached: Lab, mode: str) -> None:
+    prefix = os.fsdecode(cached.key("app"))
+    (cached.path / "app").mkdir()
+    with pool.private(cached.etcd, mode, "--prefix", prefix) as mounted:
+        fill(cached, mounted)
+        mounted.wait(cached.client.revision())
+        before = by_time(mounted.path)
+        assert before[-2:] == ["sub/file", "aa.c"]
+    for key in ("app/zz.c", "app/mm.c"):
+        cached.put(key, b"while it was not mounted")
+    with pool.private(cached.etcd, mode, "--prefix", prefix) as mounted:
+        changed = ["zz.c", "mm.c"]
+        assert by_time(mounted.path) == [n for n in before if n not in changed] + changed
+        new = mounted.path / "new"
+        new.touch()
+        assert by_time(mounted.path)[-1] == "new"
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.programs("make")
+def test_b171_make_has_nothing_to_do_after_a_remount(pool: Pool, cached: Lab, mode: str) -> None:
+    prefix = os.fsdecode(cached.key("app"))
+    rules = "all: zz.o aa.o\n%.o: %.c\n\t@echo $<; cp $< $@\n"
+    (cached.path / "app").mkdir()
+    with pool.private(cached.etcd, mode, "--prefix", prefix) as mounted:
+        (mounted.path / "Makefile").write_text(rules)
+        for name in ("aa.c", "zz.c"):
+            (mounted.path / name).write_text(name)
+        assert sh(mounted.path, "make -s").split() == ["zz.c", "aa.c"]
+    with pool.private(cached.etcd, mode, "--prefix", prefix) as mounted:
+        assert sh(mounted.path, "make -s all") == ""
+        (mounted.path / "aa.c").write_text("changed")
+    with pool.private(cached.etcd, mode, "--prefix", prefix) as mounted:
+        assert sh(mounted.path, "make -s").split() == ["aa.c"]
+
+
+def test_b172_times_are_the_same_after_a_remount_and_on_other_mounts(
+    pool: Pool, cached: Lab
+) -> None:
+    prefix = os.fsdecode(cached.key("app"))
+    (cached.path / "app").mkdir()
+    with pool.private(cached.etcd, "--cache", "--prefix", prefix) as mounted:
+        fill(cached, mounted)
+        mounted.wait(cached.client.revision())
+        before = {name: mtime_ns for name, (mtime_ns, _) in times_below(mounted.path).items()}
+    revision = cached.client.revision()
+
+    def mtimes(mounted: Mounted) -> dict[str, int]:
+        return {name: mtime_ns for name, (mtime_ns, _) in times_below(mounted.path).items()}
+
+    with (
+        pool.private(cached.etcd, "--cache", "--prefix", prefix) as mounted,
+        pool.private(cached.etcd, "--no-cache", "--prefix", prefix) as uncached,
+    ):
+        assert mtimes(mounted) == before
+        assert mtimes(uncached) == before
+    assert cached.client.revision() == revision, "who only reads writes nothing"
+
+
+@pytest.mark.parametrize("options", [("--read-only",), ("--no-attrs",)])
+def test_b172_nothing_is_written_where_nothing_may_be(
+    pool: Pool, cached: Lab, options: tuple[str, ...]
+) -> None:
+    prefix = os.fsdecode(cached.key("app"))
+    cached.put("app/file", b"x")
+    record = cached.client.get(TIMES_KEY)
+    with pool.private(cached.etcd, "--cache", "--prefix", prefix, *options) as mounted:
+        cached.put("app/other", b"x")
+        mounted.wait(cached.client.revision())
+        assert by_time(mounted.path) == ["file", "other"]
+    assert cached.client.get(TIMES_KEY) == record
