@@ -84,7 +84,7 @@ from etcdfs.options import Endpoint, MountOptions
 from etcdfs.processes import take_name
 from etcdfs.publisher import Publisher
 from etcdfs.shortage import describe_shortage, is_shortage
-from etcdfs.store import Store
+from etcdfs.store import END_OF_KEYS, Store, range_end
 from etcdfs.times_record import TimesRecord
 from etcdfs.tree import Tree
 from etcdfs.view import View
@@ -95,6 +95,7 @@ T = TypeVar("T")
 
 _STDERR: Final = 2
 _NOSYMFOLLOW: Final = "nosymfollow"
+DEFAULT_PREFIX: Final = b"/"
 
 RETRY_S: Final = 1.0
 """Pause between two attempts to reach an etcd that is waited for."""
@@ -127,6 +128,7 @@ class Rooms:
         self.contents = Contents(options.cache_size)
         self.kernel = KernelCache()
         self.mirror: Mirror | None = None
+        self.outside: bytes | None = None  # a key that no default mount shows
         self.view: View
         if options.cache:
             self.view = self.mirror = Mirror(
@@ -195,6 +197,7 @@ class Rooms:
             "write_buffer": asdict(self.buffers.statistics()),
             "open_files": len(self.files),
             "admission": asdict(self.operations.admission.statistics()),
+            "key_outside": None if self.outside is None else repr(self.outside)[2:-1],
         }
         if self.mirror is not None:
             counters["mirror"] = asdict(self.mirror.statistics())
@@ -205,6 +208,26 @@ class Rooms:
             if self.mirror.replica is not None:
                 counters["replica"] = asdict(self.mirror.replica.statistics())
         return counters
+
+    async def look_elsewhere(self) -> None:
+        """See whether there are keys that the default prefix leaves out, and say so once."""
+        if self.options.prefix != DEFAULT_PREFIX:
+            return
+        outside = ((b"\0", DEFAULT_PREFIX), (range_end(DEFAULT_PREFIX), END_OF_KEYS))
+        try:
+            pages = [
+                await self.store.range(start, end, limit=1, keys_only=True)
+                for start, end in outside
+            ]
+        except StoreError as exc:  # who may not see them need not know
+            log.debug("keys without a leading slash are not looked for: %s", exc)
+            return
+        self.outside = next((entry.key for page in pages for entry in page.entries), None)
+        if self.outside is not None:
+            log.info(
+                "there are keys that do not begin with a slash, such as %r: --prefix '' shows them",
+                self.outside,
+            )
 
     async def flush(self) -> None:
         """Publish what is still unpublished, as far as that can be done in time."""
@@ -253,6 +276,7 @@ async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None
                 tasks.start_soon(watch_over, rooms.mirror)
                 await rooms.times.save()
                 tasks.start_soon(rooms.times.run)
+            await rooms.look_elsewhere()
             claim.check()
             mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
             with mount:

@@ -1,12 +1,15 @@
 """How keys that other clients put appear as paths, and which keys paths become."""
 
+import contextlib
 import errno
 import os
 
 import pytest
 
 from etcdfs.keys import MAX_DEPTH, Keyspace
+from tests.mount.client import Client
 from tests.mount.lab import MODES, Lab, Pool, sh
+from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
@@ -339,3 +342,20 @@ def _make_at_the_root(mounted: Mounted, lab: Lab) -> None:
     found = lab.client.get(name.encode())
     assert found is not None
     assert found.value == b"raw"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_b5_keys_that_the_default_prefix_leaves_out_are_told_of(
+    pool: Pool, own_etcd: EtcdProcess, mode: str
+) -> None:
+    with contextlib.closing(Client(own_etcd.endpoint)) as client:
+        client.put(b"/key", b"")
+        with pool.private(own_etcd, mode) as mounted:
+            assert mounted.statistics()["key_outside"] is None
+            assert "begin with a slash" not in mounted.log
+        client.put(b"no\xff/slash", b"")
+        with pool.private(own_etcd, mode) as mounted:
+            assert mounted.statistics()["key_outside"] == r"no\xff/slash"
+            assert mounted.log.count("begin with a slash") == 1
+        with pool.private(own_etcd, mode, "--prefix", "") as mounted:
+            assert mounted.statistics()["key_outside"] is None
