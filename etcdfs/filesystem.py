@@ -33,7 +33,7 @@ from etcdfs.errors import (
     StoreError,
     StorePermissionError,
 )
-from etcdfs.inodes import node_of
+from etcdfs.inodes import Newcomers, node_of
 from etcdfs.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
 from etcdfs.leases import Leases, lease_of
 from etcdfs.listings import DirectoryHandle, Listings
@@ -110,6 +110,7 @@ class Filesystem:
         self._files = files
         self._defaults = defaults
         self._liveness = liveness
+        self._newcomers = Newcomers(view.switch.tree)
         self._places = Places(view)
         self._leases = Leases(store, view, files)
         self._moves = Moves(store, view, files, self._places, self._leases)
@@ -284,12 +285,13 @@ class Filesystem:
             raise NameTooLongError(msg)
         return target
 
-    async def open(self, inode: int, flags: int, uid: int = 0) -> Handle:
-        """Open a file, for a user.
+    async def open(self, inode: int, flags: int, uid: int = 0, thread: int = 0) -> Handle:
+        """Open a file, for a user's thread.
 
         Raises:
             IsADirectoryFileError: It is a directory.
-            StaleError: It is an old version, of which the value is nowhere to be had.
+            StaleError: It is an old version: the kernel is to look its path up again, or the
+                value is nowhere to be had.
             StoreError: It is opened for writing, and etcd is away.
         """
         if may_change(flags) and not self._read_only:
@@ -298,7 +300,8 @@ class Filesystem:
         if isinstance(node, Directory):
             msg = f"inode {inode} is a directory"
             raise IsADirectoryFileError(msg)
-        return await self._files.open(node, flags, inode, uid=uid)
+        file = self._newcomers.admit(inode, node, thread)
+        return await self._files.open(file, flags, inode, uid=uid)
 
     # --- making -----------------------------------------------------------------------------
 

@@ -290,7 +290,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
-        handle = await self._filesystem.open(inode, flags, ctx.uid)
+        handle = await self._filesystem.open(inode, flags, ctx.uid, ctx.pid)
         self._users[_FILE, handle] = ctx.uid
         self.openers.note(handle, flags, ctx.pid, inode)
         if self._store is not None and (value := self._files.to_store(handle)) is not None:

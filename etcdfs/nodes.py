@@ -33,6 +33,7 @@ class File:
         "name",
         "pages",
         "removed",
+        "reopened",
         "side",
         "stored",
         "told",
@@ -53,6 +54,7 @@ class File:
         self.side: Side | None = None
         self.lookups = 0
         self.told = False  # the kernel may have the name cached
+        self.reopened: File | None = None  # the version that newcomers have open in its place
         self.stored = False  # the kernel was given the content
         self.pages: int | None = None  # None: the kernel has none
         self.unpaged = False  # not opened since the kernel was told to let go of them

@@ -156,6 +156,8 @@ class OpenFiles:
             uid,
             keeps_pages=file.pages == file.version,
         )
+        if inode != file.inode:
+            self._note_newcomers(inode)
         return handle
 
     def how(self, handle: int) -> OpenFile:
@@ -320,7 +322,9 @@ class OpenFiles:
                 await self.publish(opened.file)
         finally:
             self._leaving.discard(opened.file)
-            if opened.file.handles == 1 and not opened.is_direct:
+            if opened.is_direct:
+                self._note_newcomers(opened.inode)
+            elif opened.file.handles == 1:
                 # The kernel has opened it since its version changed, if that was of another one,
                 # and let go of what it had cached then; what was read after that is of this one.
                 opened.file.pages = opened.file.version
@@ -332,6 +336,16 @@ class OpenFiles:
             self._kept.discard(file)
             file.value = None
             self.buffers.give_back(file)
+
+    def _note_newcomers(self, inode: int) -> None:
+        """Note which version those have open who opened an inode past its own: the last of them.
+
+        Its attributes are that version's as long as nobody has its own open.
+        """
+        node = self._view.switch.tree.node(inode)
+        if isinstance(node, File):
+            theirs = [o.file for o in self._open.values() if o.inode == inode and o.is_direct]
+            node.reopened = theirs[-1] if theirs else None
 
     async def publish(self, file: File) -> None:
         """Publish a file's draft although nobody flushes it (before a rename)."""

@@ -249,7 +249,7 @@ async def test_open_and_create(keep_cache: bool, value: bytes | None) -> None:
     )
     assert (info.fh, info.keep_cache, packed.st_ino) == (8, keep_cache, 5)
     assert fake.calls == [
-        ("open", 5, os.O_RDWR, CALLER.uid),
+        ("open", 5, os.O_RDWR, CALLER.uid, os.getpid()),
         ("create", 1, b"f", flags, 0o644, CALLER),
     ]
 

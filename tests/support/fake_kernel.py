@@ -469,6 +469,10 @@ class FakeKernel:
 
         return await self._retry(attempt)
 
+    async def reopen(self, inode: KernelInode, flags: int) -> KernelHandle:
+        """open(2) of what is held: a bind mount, say. No path is looked up."""
+        return await self._retry(lambda _reval: self._open(inode, flags))
+
     async def _open(self, inode: KernelInode, flags: int) -> KernelHandle:
         if inode.number == ROOT_INODE or inode.is_directory:
             raise fail(errno.EISDIR)
@@ -477,7 +481,8 @@ class FakeKernel:
         inode.opens += 1
         try:
             with errnos():
-                handle = await self._filesystem.open(inode.number, flags)
+                thread = id(trio.lowlevel.current_task())
+                handle = await self._filesystem.open(inode.number, flags, thread=thread)
         except OSError:
             inode.opens -= 1
             raise
