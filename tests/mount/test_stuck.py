@@ -48,11 +48,12 @@ def test_b140_a_directory_that_is_held_stops_no_other(
     own_etcd: EtcdProcess, pool: Pool, mode: str
 ) -> None:
     with shared(pool, own_etcd, mode) as mounted:
-        mounted.put("/held/f", b"1")
-        mounted.put("/d/f", b"1")
-        assert read(mounted, "held/f", "d/f") == [b"1", b"1"]
+        for name in ("held/f", "held/gone", "d/f"):
+            mounted.put(f"/{name}", b"1")
+        assert read(mounted, "held/f", "held/gone", "d/f") == [b"1", b"1", b"1"]
         with StuckReader(mounted.path / "held") as reader:
             mounted.expect_log(STUCK)
+            mounted.delete("/held/gone")  # a name goes under its directory's lock only
             mounted.put("/held/f", b"2")
             for value in (b"2", b"3", b"4"):
                 mounted.put("/d/f", value)
@@ -66,6 +67,7 @@ def test_b140_a_directory_that_is_held_stops_no_other(
                 assert mounted.log.count(STUCK) == 1
             reader.let_go()
         (mounted.path / "held/mine").touch()  # waits for the lock behind whoever waits already
+        assert not (mounted.path / "held/gone").exists()
         assert read(mounted, "held/f") == [b"2"]
         if mode == "--cache":
             until(lambda: stale_s(mounted) == 0)
@@ -82,10 +84,12 @@ def test_b141_a_daemon_ends_although_a_directory_is_held(own_etcd: EtcdProcess, 
     with shared(pool, own_etcd, "--cache") as mounted:
         mounted.expect_log(STUCK, LEFT)
         mounted.put("/held/f", b"1")
-        assert read(mounted, "held/f") == [b"1"]
+        mounted.put("/held/gone", b"1")
+        assert read(mounted, "held/f", "held/gone") == [b"1", b"1"]
         inside = os.open(mounted.path, os.O_PATH)
         try:
             with StuckReader(mounted.path / "held"):
+                mounted.delete("/held/gone")
                 mounted.put("/held/f", b"2")
                 (mounted.path / "mine").write_bytes(b"3")
                 daemon = mounted.daemon

@@ -18,6 +18,7 @@ from tests.soak.table import fault
 from tests.support.stuck_reader import StuckReader
 
 HELD: Final = "held/f"
+GONE: Final = "held/gone"
 FREE: Final = "free/f"
 SHOWN_S: Final = 10.0
 
@@ -43,8 +44,8 @@ def stuck_reader(arena: Arena) -> None:
     def put(name: str, value: bytes) -> Any:
         return raw.put((layout.key(name), value))
 
-    put(HELD, b"1")
-    put(FREE, b"1")
+    for name in (GONE, HELD, FREE):
+        put(name, b"1")
     with shared(arena) as mount:
         held, free = (mount.path / "soak" / name for name in (HELD, FREE))
 
@@ -52,7 +53,10 @@ def stuck_reader(arena: Arena) -> None:
             return lambda: bool(path.read_bytes() == value)
 
         until(shows(held, b"1"), "the file is there", SHOWN_S)
+        gone = mount.path / "soak" / GONE
+        gone.read_bytes()
         with StuckReader(held.parent) as reader:
+            raw.delete(layout.key(GONE))
             for value in (b"2", b"3", b"4"):
                 put(HELD, value)
                 put(FREE, value)
@@ -62,6 +66,7 @@ def stuck_reader(arena: Arena) -> None:
             check(statistics["link"]["stale_s"] >= 1, "it is not said that it may be stale")
             reader.let_go()
         until(shows(held, b"4"), "what was held is shown", SHOWN_S)
+        check(not gone.exists(), "what is gone is there")
         until(lambda: mount.statistics()["link"]["stale_s"] == 0, "nothing is stale", SHOWN_S)
     raw.delete(layout.key("held/"), layout.key("held0"))
     raw.delete(layout.key("free/"), layout.key("free0"))
@@ -71,11 +76,14 @@ def stuck_reader(arena: Arena) -> None:
 def ended_with_a_stuck_reader(arena: Arena) -> None:
     """The mountpoint is free, and a new mount serves it."""
     raw = arena.etcds.raw()
-    raw.put((layout.key(HELD), b"1"))
+    for name in (GONE, HELD):
+        raw.put((layout.key(name), b"1"))
     with shared(arena) as mount:
         held = mount.path / "soak" / HELD
         until(lambda: held.read_bytes() == b"1", "the file is there", SHOWN_S)
+        (held.parent / "gone").read_bytes()
         with StuckReader(held.parent):
+            raw.delete(layout.key(GONE))
             raw.put((layout.key(HELD), b"2"))
             until(lambda: mount.statistics()["kernel"]["stuck"] == 1, "it is stuck", SHOWN_S)
             mount.end()
