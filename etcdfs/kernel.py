@@ -103,12 +103,12 @@ class _Worker:
     """One thread.
 
     Attributes:
-        directory: Whose lock it waits for; 0: nobody's.
+        lock: The inode whose lock it waits for, negative if for those of its pages; 0: none.
         turn: How many locks it has waited for.
-        stuck: The stuck directory that it is left to; 0: it does what comes.
+        stuck: The lock that it is left to; 0: it does what comes.
     """
 
-    directory: int = 0
+    lock: int = 0
     turn: int = 0
     stuck: int = 0
 
@@ -135,7 +135,7 @@ class KernelCache:
         self._lock = threading.Lock()
         self._main: _Worker | None = None  # who does what comes
         self._threads = 0
-        self._stuck: dict[int, deque[Cached]] = {}  # by directory: what is left to its thread
+        self._stuck: dict[int, deque[Cached]] = {}  # by lock: what is left to its thread
         self._invalidated = 0
         self._is_closed = False
 
@@ -252,7 +252,7 @@ class KernelCache:
                 await self._stir.park()
             await trio.sleep(STUCK_S / LOOKS)
             assert self._main is not None
-            turn = self._main.turn if self._main.directory else 0
+            turn = self._main.turn if self._main.lock else 0
             seen, looks = turn, looks + 1 if turn and turn == seen else 0
             if looks >= LOOKS and self._leave(self._main, turn):
                 seen, looks = 0, 0
@@ -264,18 +264,18 @@ class KernelCache:
             Whether there is another one.
         """
         with self._lock:
-            directory = worker.directory
-            if not directory or worker.turn != turn:
+            lock = worker.lock
+            if not lock or worker.turn != turn:
                 return False
             may_start = len(self._stuck) < STUCK_MAX
             if may_start:
-                worker.stuck = directory
-                self._stuck[directory] = deque()
+                worker.stuck = lock
+                self._stuck[lock] = deque()
         since = trio.current_time() - STUCK_S
         if may_start:
             self._stuck_ever += 1
             self._main = self._start_worker()
-            self._listener(Inode(directory), since)
+            self._listener(Inode(abs(lock)), since)
         elif not self._is_overrun:
             self._stuck_ever += 1
             self._is_overrun = True
@@ -283,9 +283,9 @@ class KernelCache:
             self._reach_all()
         return may_start
 
-    def _free(self, directory: int) -> None:
-        if directory not in self._stuck:  # nor again
-            self._listener(Inode(directory), None)
+    def _free(self, lock: int) -> None:
+        if lock not in self._stuck:  # nor again
+            self._listener(Inode(abs(lock)), None)
 
     def _start_worker(self) -> _Worker:
         worker = _Worker()
@@ -338,38 +338,52 @@ class KernelCache:
     def _invalidate(self, worker: _Worker, cached: Cached) -> None:
         match cached:
             case Entry():
-                self._invalidate_entry(worker, cached, cached)
+                self._call(worker, cached, cached.directory, partial(invalidate_entry, cached))
             case Expiry(within):
-                self._invalidate_entry(worker, cached, within)
-            case Listing(inode, within, pages):
-                with self._lock:
-                    self._waiting.discard(cached)
-                    self._invalidated += 1
-                # Not an inode yet: a LOOKUP answered with the old attributes may still be on
-                # its way into the caches. Its name waits for it (FACTS.md 8).
-                if not invalidate_attributes(inode, pages=pages) and within is not None:
-                    self._invalidate_entry(worker, cached, within)
+                self._call(worker, cached, within.directory, partial(expire_entry, within))
+            case Listing():
+                self._invalidate_inode(worker, cached)
 
-    def _invalidate_entry(self, worker: _Worker, cached: Cached, entry: Entry) -> None:
+    def _invalidate_inode(self, worker: _Worker, cached: Listing) -> None:
+        invalidate = partial(invalidate_attributes, cached.inode, pages=cached.pages)
+        # Attributes alone wait for nobody.
+        lock = _pages_of(cached.inode) if cached.pages else 0
+        within = cached.within
+        # Not an inode yet: a LOOKUP answered with the old attributes may still be on its way into
+        # the caches. Its name waits for it (FACTS.md 8).
+        if self._call(worker, cached, lock, invalidate) is not False or within is None:
+            return
+        if self._call(worker, cached, within.directory, partial(expire_entry, within)) is not None:
+            # Whoever looked it up may be about to use it.
+            self._call(worker, cached, lock, invalidate)
+
+    def _call(
+        self, worker: _Worker, cached: Cached, lock: int, call: Callable[[], bool | None]
+    ) -> bool | None:
+        """Make a call that waits for a lock, and return what it returns, or else True.
+
+        None if it is left to a thread that waits for that lock already.
+        """
         with self._lock:
-            left = self._stuck.get(entry.directory)
-            if left is not None and worker.stuck != entry.directory:
+            left = self._stuck.get(lock)
+            if left is not None and worker.stuck != lock:
                 left.append(cached)
-                return
+                return None
             self._waiting.discard(cached)
             self._invalidated += 1
-            worker.directory = entry.directory
+            worker.lock = lock
             worker.turn += 1
         try:
-            if isinstance(cached, Entry):
-                invalidate_entry(entry)
-            else:
-                expire_entry(entry)
+            done = call()
         finally:
             with self._lock:
-                worker.directory = 0
-        if isinstance(cached, Listing):  # whoever looked it up may be about to use it
-            invalidate_attributes(cached.inode, pages=cached.pages)
+                worker.lock = 0
+        return True if done is None else done
+
+
+def _pages_of(inode: int) -> int:
+    """Return what stands for the locks of an inode's pages, as the inode does for its own."""
+    return -inode
 
 
 def is_in_kernel() -> bool:
@@ -390,7 +404,8 @@ def _reach(mark: _Mark) -> None:
 def invalidate_attributes(inode: int, *, pages: bool) -> bool:
     """Have the kernel forget the attributes of an inode; False if it does not have it.
 
-    This never waits for a lock; with its `pages`, for a READ under way, which waits for nothing.
+    This never waits for a lock; with its `pages`, for a READ under way. That waits for nothing
+    here, but perhaps in Linux, behind other requests (`max_background`).
     Directories have none (pyfuse3 cannot ask for FOPEN_CACHE_DIR).
     """
     try:

@@ -289,6 +289,8 @@ class Tree:
         return is_sure and what not in self.switching and not self._is_stuck(what)
 
     def _is_stuck(self, what: Cached) -> bool:
+        if isinstance(what, Listing) and what.inode in self.stuck:
+            return True
         entry = what if isinstance(what, Entry) else what.within
         return bool(self.stuck) and (
             None in self.stuck or (entry is not None and entry.directory in self.stuck)

@@ -38,15 +38,20 @@ class Locks:
         self.let_go(*list(self._free))
 
     def invalidate_entry(self, entry: Entry) -> None:
-        free = self._free.get(entry.directory)
-        if free is not None:
-            self.entered[entry.directory].set()
-            assert free.wait(PATIENCE_S)
+        self._wait(entry.directory)
         self.told.append(entry)
 
     def invalidate_attributes(self, inode: int, *, pages: bool) -> bool:
+        if pages:
+            self._wait(inode)
         self.told.append(Listing(Inode(inode), None))
         return inode != UNKNOWN
+
+    def _wait(self, lock: int) -> None:
+        free = self._free.get(lock)
+        if free is not None:
+            self.entered[lock].set()
+            assert free.wait(PATIENCE_S)
 
 
 @pytest.fixture
@@ -166,6 +171,19 @@ async def test_attributes_wait_for_a_stuck_directory_only_by_their_name(
         await listener.until()
     unknown = Listing(UNKNOWN, None)
     assert locks.told[2:] == [entry, unknown, entry, unknown]
+
+
+async def test_pages_may_be_stuck_as_names_may(locks: Locks, impatient: None) -> None:
+    locks.hold(7)
+    pages, attributes = Listing(Inode(7), None, pages=True), Listing(Inode(7), None)
+    async with started(locks) as (kernel, listener):
+        await finish(kernel, pages, *names(1))
+        await listener.until(7)
+        await finish(kernel, pages, attributes)
+        assert locks.told[:2] == [*names(1), attributes], "these wait for no page"
+        locks.let_go(7)
+        await listener.until()
+    assert locks.told.count(attributes) == 3
 
 
 async def test_a_directory_may_be_stuck_again(locks: Locks, impatient: None) -> None:
