@@ -1,6 +1,7 @@
 """Writes whose answer was lost: what can be told afterwards, and what cannot."""
 
 import pytest
+from trio.testing import MockClock
 
 from etcdfs.certainty import Certain
 from etcdfs.errors import OutcomeUnknownError, StoreUnavailableError
@@ -14,6 +15,7 @@ from etcdfs.transactions import (
     remove_directory,
     remove_file,
 )
+from tests.support.fake_kernel import open_mount
 from tests.support.fake_store import FakeStore
 
 LOST = OutcomeUnknownError("no answer")
@@ -159,3 +161,17 @@ async def test_when_it_cannot_be_read_back_it_stays_unknown() -> None:
 async def test_an_answer_that_comes_is_passed_on() -> None:
     store = await made()
     assert not (await Certain(store).commit(remove_file(b"/x", None, is_value=False))).succeeded
+
+
+@pytest.mark.parametrize(("is_there", "claims"), [(False, True), (True, False), (None, False)])
+async def test_b111_only_what_must_not_be_there_is_claimed(
+    autojump_clock: MockClock, is_there: bool | None, claims: bool
+) -> None:
+    store = FakeStore()
+    store.put_now(b"/f", b"value")
+    async with open_mount(store) as mount:
+        inode = (await mount.kernel.walk((b"f",))).number
+        name = b"user.there" if is_there else b"user.new"
+        await mount.filesystem.xattrs.setxattr(inode, b"user.there", b"1")
+        await mount.filesystem.xattrs.setxattr(inode, name, b"2", is_there)
+        assert store.commit_calls[-1].claims is claims
