@@ -548,10 +548,15 @@ class Filesystem:
                 raise not_empty(name)
             marker = self._tree.prefix_of(node)
             removal = remove_directory(marker, parent_prefix(marker, self._root))
-            removal, committed = await self._remove(removal, marker, node)
+            # From now on, as the watch may be first: for the kernel it is dead when this is done.
+            node.removed = True
+            committed = None
+            try:
+                removal, committed = await self._remove(removal, marker, node)
+            finally:
+                node.removed = committed is not None and committed.succeeded
             if not committed.succeeded:
                 raise not_empty(name)
-            node.removed = True  # unless it is made anew, before the kernel hears that it is gone
             events = events_of(removal, committed)
             # The kernel holds the directory's own lock as well.
             with self._view.holding((Entry(node.inode, b""),)):
