@@ -959,7 +959,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         expected = self.parent_error(path, view)
         if not expected and path in view:
             expected = errno.EEXIST
-        if not expected and path[-1] in (b"%value", b"%marker", b"%="):
+        if not expected and path[-1] in (b"%value", b"%marker"):
             expected = errno.EPERM
         if self.changes_name(lambda: self.mount.kernel.mkdir(path), expected, race, early):
             marker = self.store.current(marker_of(path))
