@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b24_a_remote_put_is_seen_by_every_call(lab: Lab) -> None:
+def test_b28_a_remote_put_is_seen_by_every_call(lab: Lab) -> None:
     file = lab.path / "file"
     lab.put("file", b"one")
     for n in range(10):
@@ -32,7 +32,7 @@ def test_b24_a_remote_put_is_seen_by_every_call(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b24_a_value_of_the_same_size_is_seen(lab: Lab) -> None:
+def test_b28_a_value_of_the_same_size_is_seen(lab: Lab) -> None:
     file = lab.path / "file"
     for n in range(10):
         lab.put("file", b"%d" % n * 5000)
@@ -40,7 +40,7 @@ def test_b24_a_value_of_the_same_size_is_seen(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b24_a_name_known_to_be_missing_appears(lab: Lab) -> None:
+def test_b28_a_name_known_to_be_missing_appears(lab: Lab) -> None:
     for n in range(10):
         path = lab.path / f"file{n}"
         for _ in range(2):
@@ -54,7 +54,7 @@ def test_b24_a_name_known_to_be_missing_appears(lab: Lab) -> None:
         assert os.listdir(lab.path) == []
 
 
-def test_b24_a_directory_known_to_be_missing_appears(lab: Lab) -> None:
+def test_b28_a_directory_known_to_be_missing_appears(lab: Lab) -> None:
     assert not (lab.path / "a").exists()
     with pytest.raises(FileNotFoundError):
         (lab.path / "a" / "b" / "file").stat()
@@ -68,7 +68,7 @@ def test_b24_a_directory_known_to_be_missing_appears(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b24_listings_follow(lab: Lab) -> None:
+def test_b28_listings_follow(lab: Lab) -> None:
     expected: set[str] = set()
     for n in range(15):
         name = f"file{n}"
@@ -81,7 +81,7 @@ def test_b24_listings_follow(lab: Lab) -> None:
             assert set(os.listdir(lab.path)) == expected
 
 
-def test_b24_link_counts_and_times_of_directories_follow(lab: Lab) -> None:
+def test_b28_link_counts_and_times_of_directories_follow(lab: Lab) -> None:
     before = lab.path.stat()
     lab.put("d/file", b"")
     after = lab.path.stat()
@@ -103,7 +103,7 @@ def test_a_link_count_is_of_the_subdirectories_that_were_seen(lab: Lab) -> None:
     assert directory.stat().st_nlink == 3
 
 
-def test_b24_a_file_becomes_a_directory_and_back(lab: Lab) -> None:
+def test_b28_a_file_becomes_a_directory_and_back(lab: Lab) -> None:
     for n in range(5):
         lab.put("name", b"file %d" % n)
         assert (lab.path / "name").read_bytes() == b"file %d" % n
@@ -118,14 +118,14 @@ def test_b24_a_file_becomes_a_directory_and_back(lab: Lab) -> None:
             (lab.path / "name" / "below").stat()
 
 
-def test_b24_many_changes_at_once(lab: Lab) -> None:
+def test_b28_many_changes_at_once(lab: Lab) -> None:
     lab.shown(lab.client.put_all([(lab.key(f"d{n % 7}/f{n}"), b"one") for n in range(100)]))
     assert {len(os.listdir(lab.path / f"d{n}")) for n in range(7)} == {14, 15}
     lab.shown(lab.client.delete_below(lab.key("d")))
     assert os.listdir(lab.path) == []
 
 
-def test_b24_a_program_that_stays_in_a_directory_that_goes(lab: Lab) -> None:
+def test_b28_a_program_that_stays_in_a_directory_that_goes(lab: Lab) -> None:
     lab.put("d/file", b"value")
     directory = os.open(lab.path / "d", os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -145,7 +145,7 @@ def test_b24_a_program_that_stays_in_a_directory_that_goes(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b25_an_open_file_keeps_its_version(lab: Lab) -> None:
+def test_b29_an_open_file_keeps_its_version(lab: Lab) -> None:
     old = os.urandom(200_000)
     lab.put("file", old)
     fd = os.open(lab.path / "file", os.O_RDONLY)
@@ -164,7 +164,7 @@ def test_b25_an_open_file_keeps_its_version(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("how", ["delete", "replace"])
-def test_b25_what_is_open_and_has_no_name_any_more_has_no_links(lab: Lab, how: str) -> None:
+def test_b29_what_is_open_and_has_no_name_any_more_has_no_links(lab: Lab, how: str) -> None:
     lab.put("d/file", b"value")
     with (
         opened(lab.path / "d/file", os.O_RDONLY) as file,
@@ -180,7 +180,7 @@ def test_b25_what_is_open_and_has_no_name_any_more_has_no_links(lab: Lab, how: s
         assert os.fstat(directory).st_nlink == (0 if how == "delete" else 2)
 
 
-def test_b25_a_memory_map_keeps_its_version(lab: Lab) -> None:
+def test_b29_a_memory_map_keeps_its_version(lab: Lab) -> None:
     lab.put("file", b"old value " * 1000)
     with (lab.path / "file").open("rb") as opened:
         mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
@@ -189,7 +189,7 @@ def test_b25_a_memory_map_keeps_its_version(lab: Lab) -> None:
         mapped.close()
 
 
-def test_b25_own_changes_keep_the_inode_and_remote_ones_do_not(lab: Lab) -> None:
+def test_b29_own_changes_keep_the_inode_and_remote_ones_do_not(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"one")
     with file.open("rb") as opened:
@@ -207,7 +207,7 @@ def test_b25_own_changes_keep_the_inode_and_remote_ones_do_not(lab: Lab) -> None
         assert os.fstat(opened.fileno()).st_ino == inode
 
 
-def test_b25_a_remote_change_of_nothing_is_a_new_version(lab: Lab) -> None:
+def test_b29_a_remote_change_of_nothing_is_a_new_version(lab: Lab) -> None:
     lab.put("file", b"same")
     before = (lab.path / "file").stat()
     lab.put("file", b"same")
@@ -216,7 +216,7 @@ def test_b25_a_remote_change_of_nothing_is_a_new_version(lab: Lab) -> None:
     assert (lab.path / "file").read_bytes() == b"same"
 
 
-def test_b27_own_changes_are_seen_when_the_call_returns(lab: Lab) -> None:
+def test_b37_own_changes_are_seen_when_the_call_returns(lab: Lab) -> None:
     for n in range(30):
         file = lab.path / f"file{n % 3}"
         file.write_bytes(b"%d" % n)
@@ -229,7 +229,7 @@ def test_b27_own_changes_are_seen_when_the_call_returns(lab: Lab) -> None:
             assert lab.value(file.name) is None
 
 
-def test_b27_own_and_remote_changes_in_turn(lab: Lab) -> None:
+def test_b37_own_and_remote_changes_in_turn(lab: Lab) -> None:
     file = lab.path / "file"
     for n in range(20):
         file.write_bytes(b"mine %d" % n)
@@ -238,7 +238,7 @@ def test_b27_own_and_remote_changes_in_turn(lab: Lab) -> None:
         assert file.read_bytes() == b"theirs %d" % n
 
 
-def test_b28_mtime_changes_exactly_with_the_content(lab: Lab) -> None:
+def test_b38_mtime_changes_exactly_with_the_content(lab: Lab) -> None:
     file = lab.path / "file"
     lab.put("file", b"0")
     last = file.stat().st_mtime_ns
@@ -261,7 +261,7 @@ def test_b28_mtime_changes_exactly_with_the_content(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b29_what_is_known_costs_no_request(cached: Lab) -> None:
+def test_b41_what_is_known_costs_no_request(cached: Lab) -> None:
     file = cached.path / "file"
     missing = cached.path / "missing"
     cached.put("file", os.urandom(10_000))
@@ -278,7 +278,7 @@ def test_b29_what_is_known_costs_no_request(cached: Lab) -> None:
     assert not requests
 
 
-def test_b29_reading_again_costs_no_read_and_asks_etcd_nothing(cached: Lab) -> None:
+def test_b41_reading_again_costs_no_read_and_asks_etcd_nothing(cached: Lab) -> None:
     file = cached.path / "file"
     file.write_bytes(os.urandom(100_000))
     file.read_bytes()
@@ -292,7 +292,7 @@ def test_b29_reading_again_costs_no_read_and_asks_etcd_nothing(cached: Lab) -> N
     assert cached.mounted.statistics()["store"] == before
 
 
-def test_b29_own_writes_are_not_fetched_back(cached: Lab) -> None:
+def test_b41_own_writes_are_not_fetched_back(cached: Lab) -> None:
     before = cached.mounted.statistics()["store"]["ranges"]
     for n in range(5):
         (cached.path / "file").write_bytes(b"%d" % n)
@@ -300,7 +300,7 @@ def test_b29_own_writes_are_not_fetched_back(cached: Lab) -> None:
     assert cached.mounted.statistics()["store"]["ranges"] == before
 
 
-def test_b30_without_the_mirror_every_call_asks_etcd(pool: Pool, cached: Lab) -> None:
+def test_b42_without_the_mirror_every_call_asks_etcd(pool: Pool, cached: Lab) -> None:
     """No waiting here: the put is seen by the very next call."""
     with pool.private(cached.etcd, "--no-cache") as mounted:
         path = mounted.path / cached.path.name
@@ -316,7 +316,7 @@ def test_b30_without_the_mirror_every_call_asks_etcd(pool: Pool, cached: Lab) ->
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b31_evicted_values_are_fetched_at_their_revision(pool: Pool, cached: Lab) -> None:
+def test_b43_evicted_values_are_fetched_at_their_revision(pool: Pool, cached: Lab) -> None:
     values = {f"file{n}": os.urandom(20_000) for n in range(10)}
     cached.client.put_all([(cached.key(name), value) for name, value in values.items()])
     with pool.private(cached.etcd, "--cache", "--cache-size", "50K") as mounted:
@@ -336,7 +336,7 @@ def test_b31_evicted_values_are_fetched_at_their_revision(pool: Pool, cached: La
         assert (path / "file0").read_bytes() == b"new"
 
 
-def test_b31_a_cache_of_nothing_works(pool: Pool, cached: Lab) -> None:
+def test_b43_a_cache_of_nothing_works(pool: Pool, cached: Lab) -> None:
     with pool.private(cached.etcd, "--cache", "--cache-size", "0") as mounted:
         path = mounted.path / cached.path.name
         for n in range(5):

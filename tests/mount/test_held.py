@@ -93,7 +93,7 @@ def hold(request: pytest.FixtureRequest, tmp_path: Path) -> Hold:
     return by_mount
 
 
-def test_b150_what_is_held_follows_its_key(lab: Lab, hold: Hold) -> None:
+def test_b30_what_is_held_follows_its_key(lab: Lab, hold: Hold) -> None:
     file = lab.path / "file"
     lab.put("file", b"one")
     with hold(file) as held:
@@ -115,7 +115,7 @@ def test_b150_what_is_held_follows_its_key(lab: Lab, hold: Hold) -> None:
         assert held.stat().st_ino == file.stat().st_ino == inode
 
 
-def test_b150_a_change_of_attributes_is_no_other_file(lab: Lab, hold: Hold) -> None:
+def test_b30_a_change_of_attributes_is_no_other_file(lab: Lab, hold: Hold) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
     with hold(file) as held:
@@ -128,7 +128,7 @@ def test_b150_a_change_of_attributes_is_no_other_file(lab: Lab, hold: Hold) -> N
         assert os.getxattr(held, "user.etcd.mod_revision") == b"%d" % lab.client.revision()
 
 
-def test_b151_what_is_open_keeps_its_version_and_newcomers_read_the_newest(
+def test_b31_what_is_open_keeps_its_version_and_newcomers_read_the_newest(
     lab: Lab, hold: Hold
 ) -> None:
     file = lab.path / "file"
@@ -161,7 +161,7 @@ def test_b151_what_is_open_keeps_its_version_and_newcomers_read_the_newest(
 
 
 @pytest.mark.parametrize("how", ["renamed over", "removed", "removed and made anew"])
-def test_b152_what_is_replaced_or_removed_here_stays_what_it_was(
+def test_b32_what_is_replaced_or_removed_here_stays_what_it_was(
     lab: Lab, hold: Hold, how: str
 ) -> None:
     file = lab.path / "file"
@@ -185,7 +185,7 @@ def test_b152_what_is_replaced_or_removed_here_stays_what_it_was(
         assert file.read_bytes() == lab.value("file") == b"newer"
 
 
-def test_b152_what_another_client_deletes_is_read_from_history(lab: Lab, hold: Hold) -> None:
+def test_b32_what_another_client_deletes_is_read_from_history(lab: Lab, hold: Hold) -> None:
     lab.put("file", b"value")
     with hold(lab.path / "file") as held:
         lab.delete("file")
@@ -199,7 +199,7 @@ def test_b152_what_another_client_deletes_is_read_from_history(lab: Lab, hold: H
 
 
 @pytest.mark.parametrize("marked", [False, True])
-def test_b153_a_directory_that_comes_back_is_the_one_that_was_there(
+def test_b33_a_directory_that_comes_back_is_the_one_that_was_there(
     lab: Lab, *, marked: bool
 ) -> None:
     directory = lab.path / "d" / "deep"
@@ -225,7 +225,7 @@ def test_b153_a_directory_that_comes_back_is_the_one_that_was_there(
         assert lab.value("d/deep/new") == b"made there"
 
 
-def test_b153_a_working_directory_whose_keys_are_all_replaced_at_once(lab: Lab) -> None:
+def test_b33_a_working_directory_whose_keys_are_all_replaced_at_once(lab: Lab) -> None:
     lab.put("d/old", b"1")
     with subprocess.Popen(
         ["sh", "-c", "read go; pwd -P; ls; cat new"],
@@ -240,7 +240,7 @@ def test_b153_a_working_directory_whose_keys_are_all_replaced_at_once(lab: Lab) 
         assert shell.communicate("\n", timeout=30)[0] == f"{lab.path}/d\nnew\n3"
 
 
-def test_b153_a_directory_that_was_removed_here_does_not_come_back(lab: Lab) -> None:
+def test_b33_a_directory_that_was_removed_here_does_not_come_back(lab: Lab) -> None:
     (lab.path / "d").mkdir()
     with opened(lab.path / "d", os.O_RDONLY | os.O_DIRECTORY) as fd:
         (lab.path / "d").rmdir()
@@ -255,7 +255,7 @@ def test_b153_a_directory_that_was_removed_here_does_not_come_back(lab: Lab) -> 
 
 
 @needs_root
-def test_b154_what_is_mounted_inside_stays(lab: Lab, container: Container) -> None:
+def test_b34_what_is_mounted_inside_stays(lab: Lab, container: Container) -> None:
     for name in ("app/conf", "app/cache/keep", "app/beside"):
         lab.put(name, b"in etcd")
     (container.home / "local").write_text("local")
@@ -285,7 +285,7 @@ def test_b154_what_is_mounted_inside_stays(lab: Lab, container: Container) -> No
 
 
 @needs_root
-def test_b154_a_copy_of_a_directory_in_a_container_goes_on(lab: Lab, container: Container) -> None:
+def test_b34_a_copy_of_a_directory_in_a_container_goes_on(lab: Lab, container: Container) -> None:
     lab.put("d/one", b"1")
     (container.home / "d").mkdir()
     container.sh('mount --bind "$1" "$2"', lab.path / "d", container.home / "d")
@@ -297,7 +297,7 @@ def test_b154_a_copy_of_a_directory_in_a_container_goes_on(lab: Lab, container: 
 
 
 @needs_root
-def test_b150_an_overlay_above_the_mount_follows(lab: Lab, container: Container) -> None:
+def test_b30_an_overlay_above_the_mount_follows(lab: Lab, container: Container) -> None:
     lab.put("d/file", b"one")
     for name in ("upper", "work", "merged"):
         (container.home / name).mkdir()
@@ -345,7 +345,7 @@ def by_handle(mountpoint: Path, handle: Handle) -> bytes:
 
 
 @needs_root
-def test_b155_a_file_handle_leads_to_what_is_still_there(lab: Lab) -> None:
+def test_b35_a_file_handle_leads_to_what_is_still_there(lab: Lab) -> None:
     mirrored = bool(lab.mounted.statistics().get("mirror"))
     top = lab.mounted.path
     lab.put("d/file", b"one")

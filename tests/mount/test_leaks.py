@@ -26,7 +26,7 @@ INODES = 2  # the root, and the directory that all rounds are in
 
 
 @pytest.mark.parametrize(("mode", "rounds"), [("--cache", 10), ("--no-cache", 3)])
-def test_b66_what_is_gone_leaves_nothing_in_the_daemon(
+def test_b92_what_is_gone_leaves_nothing_in_the_daemon(
     pool: Pool,
     own_etcd: EtcdProcess,
     mode: str,
@@ -77,7 +77,7 @@ def peak(mounted: Mounted) -> int:
     return int(found.split()[1]) * 1024
 
 
-def test_b162_values_that_are_not_kept_take_no_memory_while_they_are_listed(
+def test_b44_values_that_are_not_kept_take_no_memory_while_they_are_listed(
     pool: Pool, own_etcd: EtcdProcess
 ) -> None:
     options = ("--cache", "--cache-size", "1M")
@@ -94,7 +94,7 @@ def test_b162_values_that_are_not_kept_take_no_memory_while_they_are_listed(
     assert full - empty < 120 * MIB, f"{(full - empty) // MIB} MiB for 133 MiB of values"
 
 
-def test_b114_unpublished_files_take_only_so_much_memory(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b18_unpublished_files_take_only_so_much_memory(pool: Pool, own_etcd: EtcdProcess) -> None:
     with pool.private(own_etcd, "--cache", "--cache-size", "1M") as mounted:
         before = resident(mounted)
         with contextlib.ExitStack() as stack:

@@ -16,7 +16,7 @@ NOBODY = 65534
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b62_a_read_only_mount(pool: Pool, cached: Lab, mode: str) -> None:
+def test_b82_a_read_only_mount(pool: Pool, cached: Lab, mode: str) -> None:
     cached.put("file", b"value")
     cached.put("d/file", b"value")
     before = cached.client.revision()
@@ -97,7 +97,7 @@ def test_another_user_is_let_in_by_allow_other(pool: Pool, lab: Lab) -> None:
         assert "denied" in as_nobody(f"ls {mounted.path}").stderr
 
 
-def test_b29_the_kernel_may_be_told_to_keep_nothing(pool: Pool, cached: Lab) -> None:
+def test_b41_the_kernel_may_be_told_to_keep_nothing(pool: Pool, cached: Lab) -> None:
     cached.put("file", b"value")
     with pool.private(cached.etcd, "--cache", "--kernel-timeout", "0") as mounted:
         path = mounted.path / cached.path.name

@@ -46,7 +46,7 @@ def errno_of(call: Callable[[], object]) -> int:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b19_a_directory_moves_with_all_that_is_in_it(place: Path) -> None:
+def test_b23_a_directory_moves_with_all_that_is_in_it(place: Path) -> None:
     sh(place, "mkdir -p d/e/empty t; echo 1 > d/one; echo 2 > d/e/two; chmod 600 d/one")
     inodes = {name: (place / "d" / name).stat().st_ino for name in (".", "one", "e", "e/two")}
     renameat2(place / "d", place / "t" / "n", 0)
@@ -64,7 +64,7 @@ def test_b19_a_directory_moves_with_all_that_is_in_it(place: Path) -> None:
     assert os.listdir(place) == ["t"]
 
 
-def test_b19_what_is_open_in_it_goes_along(place: Path) -> None:
+def test_b23_what_is_open_in_it_goes_along(place: Path) -> None:
     sh(place, "mkdir -p d/e; echo old > d/e/f")
     with (place / "d" / "e" / "f").open("r+b", buffering=0) as opened:
         opened.write(b"new")
@@ -82,12 +82,12 @@ def test_b19_what_is_open_in_it_goes_along(place: Path) -> None:
     assert os.listdir(place) == ["n"]
 
 
-def test_b19_a_working_directory_goes_along(place: Path) -> None:
+def test_b23_a_working_directory_goes_along(place: Path) -> None:
     sh(place, "mkdir -p d/e; cd d/e; mv ../../d ../../n; echo 1 > f; cat f; ls .. | grep e")
     assert tree_of(place / "n") == {"e": None, "e/f": b"1\n"}
 
 
-def test_b19_over_an_empty_directory_only(place: Path) -> None:
+def test_b23_over_an_empty_directory_only(place: Path) -> None:
     sh(place, "mkdir d full empty; echo 1 > d/f; echo 2 > full/f; echo 3 > file")
     assert errno_of(lambda: os.rename(place / "d", place / "full")) == errno.ENOTEMPTY
     assert errno_of(lambda: os.rename(place / "d", place / "file")) == errno.ENOTDIR
@@ -108,7 +108,7 @@ def test_b19_over_an_empty_directory_only(place: Path) -> None:
     }
 
 
-def test_b19_noreplace(place: Path) -> None:
+def test_b23_noreplace(place: Path) -> None:
     sh(place, "mkdir d e; echo 1 > d/f; echo 2 > file")
     for name in ("e", "file", "d"):
         call = partial(renameat2, place / "d", place / name, RENAME_NOREPLACE)
@@ -118,7 +118,7 @@ def test_b19_noreplace(place: Path) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b20_exchange(place: Path) -> None:
+def test_b24_exchange(place: Path) -> None:
     sh(place, "mkdir -p d/x e; echo 1 > d/f; echo 2 > e/f; echo 3 > e/g; echo 4 > file")
 
     def inodes(*names: str) -> list[int]:
@@ -149,7 +149,7 @@ def test_b20_exchange(place: Path) -> None:
     assert errno_of(below) == errno.EINVAL
 
 
-def test_b20_exchange_of_what_is_being_written(place: Path) -> None:
+def test_b24_exchange_of_what_is_being_written(place: Path) -> None:
     (place / "b").write_bytes(b"b")
     with (place / "a").open("wb", buffering=0) as opened:
         opened.write(b"new")
@@ -161,7 +161,7 @@ def test_b20_exchange_of_what_is_being_written(place: Path) -> None:
 # --- what etcd has --------------------------------------------------------------------------
 
 
-def test_b19_one_revision_of_any_keys(lab: Lab) -> None:
+def test_b23_one_revision_of_any_keys(lab: Lab) -> None:
     names = [
         b"",
         b"/x",
@@ -190,21 +190,21 @@ def test_b19_one_revision_of_any_keys(lab: Lab) -> None:
     assert (lab.path / "e" / "x").read_bytes() == b"/x"
 
 
-def test_b19_a_part_of_a_long_name_stays(lab: Lab) -> None:
+def test_b23_a_part_of_a_long_name_stays(lab: Lab) -> None:
     lab.put(b"d/" + b"n" * 300, b"1")
     (part,) = os.listdir(lab.path / "d")
     assert errno_of(lambda: os.rename(lab.path / "d" / part, lab.path / "x")) == errno.EPERM
     assert lab.own_keys() == [b"d/" + b"n" * 300]
 
 
-def test_b19_the_old_directorys_directory_stays(lab: Lab) -> None:
+def test_b23_the_old_directorys_directory_stays(lab: Lab) -> None:
     lab.put("p/d/f", b"1")
     (lab.path / "p" / "d").rename(lab.path / "d")
     assert lab.own_keys() == [b"d/f", b"p/"]
     assert os.listdir(lab.path / "p") == []
 
 
-def test_b21_what_does_not_fit_is_left_to_mv(lab: Lab) -> None:
+def test_b25_what_does_not_fit_is_left_to_mv(lab: Lab) -> None:
     for n in range(4):
         lab.put(f"d/{n}", b"%d" % n * 500_000)
     before = lab.own_keys(), lab.client.revision()
@@ -218,7 +218,7 @@ def test_b21_what_does_not_fit_is_left_to_mv(lab: Lab) -> None:
     assert lab.value("e/3") == b"3" * 500_000
 
 
-def test_b19_nothing_a_foreign_writer_does_meanwhile_is_lost(lab: Lab) -> None:
+def test_b23_nothing_a_foreign_writer_does_meanwhile_is_lost(lab: Lab) -> None:
     """Every put is found under the old name, if it came later, or went along."""
     for n in range(20):
         lab.client.put(lab.key(f"d/{n}"), b"0")
@@ -258,7 +258,7 @@ def test_b19_nothing_a_foreign_writer_does_meanwhile_is_lost(lab: Lab) -> None:
     assert all(value > total - 20 for value in newest.values()), "a put was lost"
 
 
-def test_b19_another_mount_sees_it_move_in_one_step(cached: Lab, other: Lab) -> None:
+def test_b23_another_mount_sees_it_move_in_one_step(cached: Lab, other: Lab) -> None:
     for n in range(50):
         cached.client.put(cached.key(f"a/{n}"), b"%d" % n)
     other.shown(cached.shown(cached.client.revision()))
@@ -291,7 +291,7 @@ def paths(pool: Pool, etcd_binary: Path, cached: Lab, other: Lab) -> list[Path]:
     return [cached.path, other.path, direct.path / cached.path.name]
 
 
-def test_b22_of_fifty_processes_one_wins(cached: Lab, other: Lab, paths: list[Path]) -> None:
+def test_b26_of_fifty_processes_one_wins(cached: Lab, other: Lab, paths: list[Path]) -> None:
     def results(*calls: tuple[str, ...], racers: int = FEWER) -> dict[int, int]:
         for lab in (cached, other):
             lab.shown(cached.client.revision())
@@ -324,7 +324,7 @@ def test_b22_of_fifty_processes_one_wins(cached: Lab, other: Lab, paths: list[Pa
     assert set(found) <= {0, errno.ENOENT, errno.ENOTEMPTY}
 
 
-def test_b22_what_may_not_be_changes_nothing(lab: Lab) -> None:
+def test_b26_what_may_not_be_changes_nothing(lab: Lab) -> None:
     sh(lab.path, "mkdir -p d/e; echo 1 > f")
     before = lab.own_keys(), lab.client.revision()
     deep = Path(str(lab.path / "d") + "/x" * 2100)
@@ -343,7 +343,7 @@ def test_b22_what_may_not_be_changes_nothing(lab: Lab) -> None:
     assert (lab.own_keys(), lab.client.revision()) == before
 
 
-def test_b62_a_read_only_mount_moves_nothing(cached: Lab, pool: Pool) -> None:
+def test_b82_a_read_only_mount_moves_nothing(cached: Lab, pool: Pool) -> None:
     lab = cached
     sh(lab.path, "mkdir d e; echo 1 > d/f")
     before = lab.client.revision()
@@ -363,7 +363,7 @@ def lease_of(path: Path) -> bytes | None:
     return None
 
 
-def test_b113_a_lease_goes_with_its_file(lab: Lab) -> None:
+def test_b57_a_lease_goes_with_its_file(lab: Lab) -> None:
     def leased() -> set[str]:
         return {path.name for path in lab.path.iterdir() if lease_of(path)}
 

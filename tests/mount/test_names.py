@@ -183,7 +183,7 @@ def descend(lab: Lab, names: tuple[bytes, ...]) -> int:
 
 
 @pytest.mark.parametrize("deep", [b"d/" * 1500 + b"x", b"/" * 1500], ids=["levels", "slashes"])
-def test_b160_however_deep_a_key_is_it_comes_and_goes(lab: Lab, deep: bytes) -> None:
+def test_b5_however_deep_a_key_is_it_comes_and_goes(lab: Lab, deep: bytes) -> None:
     key = b"a/" + deep
     lab.shown(lab.client.put_all([(lab.key(key), b"deep"), (lab.key(b"a/b"), b"beside")]))
     *above, name = Keyspace(b"/").locate(lab.key(key)).names[1:]
@@ -201,7 +201,7 @@ def test_b160_however_deep_a_key_is_it_comes_and_goes(lab: Lab, deep: bytes) -> 
     assert listing(lab) == [b"after"]
 
 
-def test_b160_below_the_deepest_directory_are_files_only(lab: Lab) -> None:
+def test_b5_below_the_deepest_directory_are_files_only(lab: Lab) -> None:
     above = (b"d",) * (MAX_DEPTH - 2)  # and the test's own directory
     stem = b"d/" * len(above)
     lab.put(stem + b"a", b"1")
@@ -220,7 +220,7 @@ def test_b160_below_the_deepest_directory_are_files_only(lab: Lab) -> None:
     os.close(directory)
 
 
-def test_b160_a_directory_is_not_moved_to_where_it_is_too_deep(lab: Lab) -> None:
+def test_b5_a_directory_is_not_moved_to_where_it_is_too_deep(lab: Lab) -> None:
     lab.put("from/x/y", b"1")
     depth = MAX_DEPTH - 3
     lab.put(b"d/" * depth + b"x", b"")
@@ -229,7 +229,7 @@ def test_b160_a_directory_is_not_moved_to_where_it_is_too_deep(lab: Lab) -> None
     assert lab.value("from/x/y") == b"1"
 
 
-def test_b5_only_a_slash_bounds_a_directory(lab: Lab) -> None:
+def test_b6_only_a_slash_bounds_a_directory(lab: Lab) -> None:
     keys = [b"foo-bar", b"foo.conf", b"foo/x", b"foo0", b"foo2", b"foo\xff", b"fo"]
     lab.shown(lab.client.put_all([(lab.key(key), key) for key in keys]))
     assert listing(lab) == sorted([b"foo", *(k for k in keys if b"/" not in k)])
@@ -240,7 +240,7 @@ def test_b5_only_a_slash_bounds_a_directory(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b6_a_key_that_is_also_a_directory(lab: Lab) -> None:
+def test_b7_a_key_that_is_also_a_directory(lab: Lab) -> None:
     lab.put("a", b"value of a")
     with (lab.path / "a").open("rb") as opened:
         lab.put("a/b", b"below")
@@ -259,7 +259,7 @@ def test_b6_a_key_that_is_also_a_directory(lab: Lab) -> None:
     assert listing(lab, b"a") == [b"b"]
 
 
-def test_b6_a_value_in_the_marker_is_a_file(lab: Lab) -> None:
+def test_b7_a_value_in_the_marker_is_a_file(lab: Lab) -> None:
     lab.put("d/", b"of the marker")
     assert listing(lab, b"d") == [b"%marker"]
     assert read(lab, b"d", b"%marker") == b"of the marker"
@@ -282,7 +282,7 @@ def test_a_path_below_a_key_is_refused_through_the_mount(lab: Lab) -> None:
     assert lab.own_keys() == [b"file"]
 
 
-def test_b8_a_directory_of_ten_thousand_entries(lab: Lab) -> None:
+def test_b10_a_directory_of_ten_thousand_entries(lab: Lab) -> None:
     keys = [b"%s-%05d" % (b"n" * (n % 90), n) for n in range(10_000)]
     revision = 0
     for start in range(0, len(keys), 100):
@@ -298,7 +298,7 @@ def test_b8_a_directory_of_ten_thousand_entries(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b5_a_prefix_shows_its_keys_and_no_neighbours(pool: Pool, cached: Lab, mode: str) -> None:
+def test_b6_a_prefix_shows_its_keys_and_no_neighbours(pool: Pool, cached: Lab, mode: str) -> None:
     prefix = os.fsdecode(cached.key("app"))
     for key in (b"app/a", b"app/b/c", b"application/x", b"app-x", b"app", b"app0"):
         cached.put(key, key)
@@ -345,7 +345,7 @@ def _make_at_the_root(mounted: Mounted, lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b5_keys_that_the_default_prefix_leaves_out_are_told_of(
+def test_b6_keys_that_the_default_prefix_leaves_out_are_told_of(
     pool: Pool, own_etcd: EtcdProcess, mode: str
 ) -> None:
     with contextlib.closing(Client(own_etcd.endpoint)) as client:

@@ -41,7 +41,7 @@ def at_once(calls: list[Callable[[], int]], chance: random.Random) -> list[int]:
 
 
 @pytest.mark.parametrize("part", range(4))
-def test_b110_two_calls_at_once(lab: Lab, part: int) -> None:
+def test_b20_two_calls_at_once(lab: Lab, part: int) -> None:
     chance = random.Random(part)
     closing = sorted(pair for pair in pairs() if not set(CLOSING).isdisjoint(pair))
     for number, (kind, first, second) in enumerate(closing[part::STRIDE]):

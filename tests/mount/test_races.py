@@ -42,7 +42,7 @@ def value_of(number: int) -> bytes:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b25_b21_nothing_torn_and_nothing_older(lab: Lab) -> None:
+def test_b29_b21_nothing_torn_and_nothing_older(lab: Lab) -> None:
     file = lab.path / "file"
     lab.put("file", value_of(0))
     last = reads = 0
@@ -59,7 +59,7 @@ def test_b25_b21_nothing_torn_and_nothing_older(lab: Lab) -> None:
     assert file.read_bytes() == value_of(UPDATES)
 
 
-def test_b25_a_file_that_is_replaced_all_the_time_is_always_there(lab: Lab) -> None:
+def test_b29_a_file_that_is_replaced_all_the_time_is_always_there(lab: Lab) -> None:
     lab.put("file", b"0")
     with writing(lab, lambda client, n: client.put(lab.key("file"), b"%d" % n)) as done:
         last = (0, 0)
@@ -71,7 +71,7 @@ def test_b25_a_file_that_is_replaced_all_the_time_is_always_there(lab: Lab) -> N
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b26_two_keys_of_one_transaction_are_never_inverted(cached: Lab) -> None:
+def test_b36_two_keys_of_one_transaction_are_never_inverted(cached: Lab) -> None:
     """Whoever has read the new value of one never reads the old one of the other."""
     pair = [cached.key("one/a"), cached.key("two/b")]
 
@@ -91,7 +91,7 @@ def test_b26_two_keys_of_one_transaction_are_never_inverted(cached: Lab) -> None
     assert pairs
 
 
-def test_b26_names_that_come_and_go_together(cached: Lab) -> None:
+def test_b36_names_that_come_and_go_together(cached: Lab) -> None:
     """A key moves between two names; it is never at neither, and never at both."""
     names = [cached.key("here"), cached.key("there")]
     cached.put("here", b"")
@@ -105,7 +105,7 @@ def test_b26_names_that_come_and_go_together(cached: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b12_two_mounts_append_and_no_line_is_lost(cached: Lab, other: Lab) -> None:
+def test_b14_two_mounts_append_and_no_line_is_lost(cached: Lab, other: Lab) -> None:
     def append(path: Path, who: str) -> None:
         for n in range(40):
             with path.open("ab", buffering=0) as opened:
@@ -133,7 +133,7 @@ def test_b12_two_mounts_append_and_no_line_is_lost(cached: Lab, other: Lab) -> N
     assert (other.path / "log").read_bytes() == (cached.path / "log").read_bytes() == found
 
 
-def test_b14_of_many_that_claim_a_name_one_wins(cached: Lab, other: Lab) -> None:
+def test_b16_of_many_that_claim_a_name_one_wins(cached: Lab, other: Lab) -> None:
     def claim(path: Path) -> bool:
         try:
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -147,7 +147,7 @@ def test_b14_of_many_that_claim_a_name_one_wins(cached: Lab, other: Lab) -> None
             assert sum(executor.map(claim, paths)) == 1
 
 
-def test_b17_of_many_that_move_a_file_one_wins(cached: Lab, other: Lab) -> None:
+def test_b21_of_many_that_move_a_file_one_wins(cached: Lab, other: Lab) -> None:
     def move(old_and_new: tuple[Path, Path]) -> bool:
         try:
             old_and_new[0].rename(old_and_new[1])

@@ -37,7 +37,7 @@ def fill(lab: Lab, mounted: Mounted) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b171_the_order_of_changes_survives_a_remount(pool: Pool, cached: Lab, mode: str) -> None:
+def test_b39_the_order_of_changes_survives_a_remount(pool: Pool, cached: Lab, mode: str) -> None:
     prefix = os.fsdecode(cached.key("app"))
     (cached.path / "app").mkdir()
     with pool.private(cached.etcd, mode, "--prefix", prefix) as mounted:
@@ -57,7 +57,7 @@ def test_b171_the_order_of_changes_survives_a_remount(pool: Pool, cached: Lab, m
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.programs("make")
-def test_b171_make_has_nothing_to_do_after_a_remount(pool: Pool, cached: Lab, mode: str) -> None:
+def test_b39_make_has_nothing_to_do_after_a_remount(pool: Pool, cached: Lab, mode: str) -> None:
     prefix = os.fsdecode(cached.key("app"))
     rules = "all: zz.o aa.o\n%.o: %.c\n\t@echo $<; cp $< $@\n"
     (cached.path / "app").mkdir()
@@ -73,7 +73,7 @@ def test_b171_make_has_nothing_to_do_after_a_remount(pool: Pool, cached: Lab, mo
         assert sh(mounted.path, "make -s").split() == ["aa.c"]
 
 
-def test_b172_times_are_the_same_after_a_remount_and_on_other_mounts(
+def test_b40_times_are_the_same_after_a_remount_and_on_other_mounts(
     pool: Pool, cached: Lab
 ) -> None:
     prefix = os.fsdecode(cached.key("app"))
@@ -97,7 +97,7 @@ def test_b172_times_are_the_same_after_a_remount_and_on_other_mounts(
 
 
 @pytest.mark.parametrize("options", [("--read-only",), ("--no-attrs",)])
-def test_b172_nothing_is_written_where_nothing_may_be(
+def test_b40_nothing_is_written_where_nothing_may_be(
     pool: Pool, cached: Lab, options: tuple[str, ...]
 ) -> None:
     prefix = os.fsdecode(cached.key("app"))

@@ -254,7 +254,7 @@ def test_cp_find_and_rm(place: Path) -> None:
     assert os.listdir(place) == []
 
 
-def test_b8_a_listing_is_complete_and_has_each_name_once(place: Path) -> None:
+def test_b10_a_listing_is_complete_and_has_each_name_once(place: Path) -> None:
     names = [f"{n:04}-{'x' * 200}" for n in range(100)]  # several READDIRs
     for name in names:
         (place / name).touch()
@@ -275,7 +275,7 @@ def test_a_listing_while_its_files_are_removed(place: Path) -> None:
     assert os.listdir(place) == []
 
 
-def test_b67_statfs(place: Path) -> None:
+def test_b93_statfs(place: Path) -> None:
     space = os.statvfs(place)
     assert space.f_namemax == 255
     assert space.f_bsize >= 512
@@ -311,7 +311,7 @@ def test_b67_statfs(place: Path) -> None:
         b"'\"\\$`*?[]{}|&;<>()",
     ],
 )
-def test_b7_any_name_will_do(place: Path, name: bytes) -> None:
+def test_b9_any_name_will_do(place: Path, name: bytes) -> None:
     raw = os.fsencode(place)
     path = raw + b"/" + name
     with open(path, "wb") as opened:

@@ -35,7 +35,7 @@ def write_for_ever(fd: int) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b9_one_close_is_one_revision(lab: Lab) -> None:
+def test_b11_one_close_is_one_revision(lab: Lab) -> None:
     with revisions(lab, 1):
         sh(lab.path, "echo new > file")
     with revisions(lab, 1):
@@ -51,7 +51,7 @@ def test_b9_one_close_is_one_revision(lab: Lab) -> None:
     assert lab.version("file") == 5
 
 
-def test_b9_every_shell_does_it_in_one_revision(lab: Lab) -> None:
+def test_b11_every_shell_does_it_in_one_revision(lab: Lab) -> None:
     """They duplicate the descriptor, close one and write to the other."""
     for script in (
         "echo new > a",
@@ -72,7 +72,7 @@ def test_b9_every_shell_does_it_in_one_revision(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b11_a_file_elsewhere_with_the_same_inode_number_is_another(
+def test_b13_a_file_elsewhere_with_the_same_inode_number_is_another(
     pool: Pool, cached: Lab, mode: str
 ) -> None:
     """A shell's last close must report what could not be published, whatever else it has open."""
@@ -89,12 +89,12 @@ def test_b11_a_file_elsewhere_with_the_same_inode_number_is_another(
                 assert errno_of_close(fd) == errno.ENOSPC
 
 
-def test_b9_a_large_file_is_one_revision(lab: Lab) -> None:
+def test_b11_a_large_file_is_one_revision(lab: Lab) -> None:
     with revisions(lab, 1):
         (lab.path / "file").write_bytes(os.urandom(1_000_000))
 
 
-def test_b9_other_changes_are_one_revision_each(lab: Lab) -> None:
+def test_b11_other_changes_are_one_revision_each(lab: Lab) -> None:
     (lab.path / "file").write_bytes(b"value")
     for change in ("mkdir d", "mv file d/f", "mv d/f file", "rmdir d", "rm file"):
         with revisions(lab, 1):
@@ -104,7 +104,7 @@ def test_b9_other_changes_are_one_revision_each(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b10_readers_put_nothing(lab: Lab) -> None:
+def test_b12_readers_put_nothing(lab: Lab) -> None:
     (lab.path / "file").write_bytes(b"value\n")
     with revisions(lab, 0):
         sh(
@@ -116,7 +116,7 @@ def test_b10_readers_put_nothing(lab: Lab) -> None:
             os.fsync(opened.fileno())
 
 
-def test_b10_nothing_changed_nothing_put(lab: Lab) -> None:
+def test_b12_nothing_changed_nothing_put(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value\n")
     before = file.stat().st_mtime_ns
@@ -136,7 +136,7 @@ def test_b10_nothing_changed_nothing_put(lab: Lab) -> None:
     assert file.stat().st_mtime_ns >= before
 
 
-def test_b11_nobody_else_sees_anything_before_the_close(lab: Lab) -> None:
+def test_b13_nobody_else_sees_anything_before_the_close(lab: Lab) -> None:
     with (lab.path / "new").open("wb", buffering=0) as opened:
         opened.write(b"one")
         assert lab.value("new") is None
@@ -149,7 +149,7 @@ def test_b11_nobody_else_sees_anything_before_the_close(lab: Lab) -> None:
     assert lab.version("new") == 2
 
 
-def test_b11_a_duplicated_descriptor_publishes_at_each_close(lab: Lab) -> None:
+def test_b13_a_duplicated_descriptor_publishes_at_each_close(lab: Lab) -> None:
     fd = os.open(lab.path / "file", os.O_CREAT | os.O_WRONLY, 0o644)
     os.write(fd, b"one")
     os.close(os.dup(fd))
@@ -159,7 +159,7 @@ def test_b11_a_duplicated_descriptor_publishes_at_each_close(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b12_an_append_goes_to_the_newest_value(lab: Lab) -> None:
+def test_b14_an_append_goes_to_the_newest_value(lab: Lab) -> None:
     (lab.path / "log").write_bytes(b"one\n")
     with (lab.path / "log").open("ab", buffering=0) as opened:
         opened.write(b"three\n")
@@ -168,7 +168,7 @@ def test_b12_an_append_goes_to_the_newest_value(lab: Lab) -> None:
     assert (lab.path / "log").read_bytes() == b"one\ntwo\nthree\n"
 
 
-def test_b12_a_write_at_the_old_end_is_an_append(lab: Lab) -> None:
+def test_b14_a_write_at_the_old_end_is_an_append(lab: Lab) -> None:
     (lab.path / "log").write_bytes(b"one\n")
     with (lab.path / "log").open("r+b", buffering=0) as opened:
         opened.seek(0, os.SEEK_END)
@@ -178,7 +178,7 @@ def test_b12_a_write_at_the_old_end_is_an_append(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b13_a_partial_overwrite_that_lost_is_stale(lab: Lab) -> None:
+def test_b15_a_partial_overwrite_that_lost_is_stale(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"0123456789")
     fd = os.open(file, os.O_RDWR)
@@ -189,7 +189,7 @@ def test_b13_a_partial_overwrite_that_lost_is_stale(lab: Lab) -> None:
     assert file.read_bytes() == b"by another client"
 
 
-def test_b13_of_whole_replacements_the_last_wins(lab: Lab) -> None:
+def test_b15_of_whole_replacements_the_last_wins(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"old")
     with file.open("wb", buffering=0) as opened:
@@ -199,7 +199,7 @@ def test_b13_of_whole_replacements_the_last_wins(lab: Lab) -> None:
     assert file.read_bytes() == b"mine"
 
 
-def test_b13_a_new_file_takes_the_name_from_whoever_took_it_meanwhile(lab: Lab) -> None:
+def test_b15_a_new_file_takes_the_name_from_whoever_took_it_meanwhile(lab: Lab) -> None:
     with (lab.path / "file").open("wb", buffering=0) as opened:
         opened.write(b"mine")
         lab.put("file", b"by another client")
@@ -208,7 +208,7 @@ def test_b13_a_new_file_takes_the_name_from_whoever_took_it_meanwhile(lab: Lab) 
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b14_o_excl_claims_the_name_at_open(lab: Lab) -> None:
+def test_b16_o_excl_claims_the_name_at_open(lab: Lab) -> None:
     flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY
     fd = os.open(lab.path / "lock", flags, 0o644)
     assert lab.value("lock") == b""
@@ -220,7 +220,7 @@ def test_b14_o_excl_claims_the_name_at_open(lab: Lab) -> None:
         os.open(lab.path / "other", flags)
 
 
-def test_b14_a_name_taken_behind_the_mount_is_refused_by_etcd(lab: Lab) -> None:
+def test_b16_a_name_taken_behind_the_mount_is_refused_by_etcd(lab: Lab) -> None:
     """The mirror may not know yet: etcd decides."""
     for n in range(20):
         name = f"lock{n}"
@@ -230,7 +230,7 @@ def test_b14_a_name_taken_behind_the_mount_is_refused_by_etcd(lab: Lab) -> None:
         assert lab.value(name) == b"theirs"
 
 
-def test_b15_too_large_fails_at_the_write(lab: Lab) -> None:
+def test_b17_too_large_fails_at_the_write(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"old value")
     fd = os.open(file, os.O_WRONLY | os.O_TRUNC)
@@ -244,7 +244,7 @@ def test_b15_too_large_fails_at_the_write(lab: Lab) -> None:
     assert lab.version("file") == 1
 
 
-def test_b15_truncate_cannot_make_it_too_large(lab: Lab) -> None:
+def test_b17_truncate_cannot_make_it_too_large(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"old value")
     with pytest.raises(OSError, match="too large") as caught:
@@ -254,14 +254,14 @@ def test_b15_truncate_cannot_make_it_too_large(lab: Lab) -> None:
     assert lab.version("file") == 1
 
 
-def test_b15_a_large_value_fits(lab: Lab) -> None:
+def test_b17_a_large_value_fits(lab: Lab) -> None:
     value = os.urandom(1_500_000)
     (lab.path / "file").write_bytes(value)
     assert lab.value("file") == value
     assert (lab.path / "file").read_bytes() == value
 
 
-def test_b15_a_smaller_limit(pool: Pool, lab: Lab) -> None:
+def test_b17_a_smaller_limit(pool: Pool, lab: Lab) -> None:
     for mode in MODES:
         with pool.private(lab.etcd, mode, "--max-file-size", "64K") as mounted:
             path = mounted.path / lab.path.name
@@ -283,7 +283,7 @@ def test_b15_a_smaller_limit(pool: Pool, lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b16_an_unlinked_file_is_not_resurrected(lab: Lab) -> None:
+def test_b19_an_unlinked_file_is_not_resurrected(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
     with file.open("r+b", buffering=0) as opened:
@@ -295,7 +295,7 @@ def test_b16_an_unlinked_file_is_not_resurrected(lab: Lab) -> None:
     assert os.listdir(lab.path) == []
 
 
-def test_b16_a_file_deleted_by_another_client_is_not_resurrected(lab: Lab) -> None:
+def test_b19_a_file_deleted_by_another_client_is_not_resurrected(lab: Lab) -> None:
     file = lab.path / "file"
     for flags in (os.O_RDWR, os.O_RDWR | os.O_APPEND, os.O_RDWR | os.O_TRUNC):
         file.write_bytes(b"value")
@@ -309,7 +309,7 @@ def test_b16_a_file_deleted_by_another_client_is_not_resurrected(lab: Lab) -> No
         assert os.listdir(lab.path) == []
 
 
-def test_b16_a_file_replaced_by_another_file(lab: Lab) -> None:
+def test_b19_a_file_replaced_by_another_file(lab: Lab) -> None:
     (lab.path / "file").write_bytes(b"old")
     (lab.path / "next").write_bytes(b"next")
     with (lab.path / "file").open("r+b", buffering=0) as opened:
@@ -319,7 +319,7 @@ def test_b16_a_file_replaced_by_another_file(lab: Lab) -> None:
     assert lab.own_keys() == [b"file"]
 
 
-def test_b16_a_file_made_anew_by_another_client_is_not_overwritten(lab: Lab) -> None:
+def test_b19_a_file_made_anew_by_another_client_is_not_overwritten(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"old")
     with file.open("r+b", buffering=0) as opened:
@@ -330,7 +330,7 @@ def test_b16_a_file_made_anew_by_another_client_is_not_overwritten(lab: Lab) -> 
     assert file.read_bytes() == b"made anew"
 
 
-def test_b16_a_file_in_a_directory_that_another_client_made_a_file(lab: Lab) -> None:
+def test_b19_a_file_in_a_directory_that_another_client_made_a_file(lab: Lab) -> None:
     """Its key was once made from the path that was left of it."""
     lab.put("d/e/file", b"value")
     with (lab.path / "d" / "e" / "file").open("r+b", buffering=0) as opened:
@@ -342,7 +342,7 @@ def test_b16_a_file_in_a_directory_that_another_client_made_a_file(lab: Lab) -> 
     assert lab.client.get(b"/file") is None
 
 
-def test_b16_a_new_file_in_a_directory_that_another_client_removed(lab: Lab) -> None:
+def test_b19_a_new_file_in_a_directory_that_another_client_removed(lab: Lab) -> None:
     lab.put("d/file", b"value")
     with (lab.path / "d" / "new").open("wb", buffering=0) as opened:
         opened.write(b"value")
@@ -356,7 +356,7 @@ def test_b16_a_new_file_in_a_directory_that_another_client_removed(lab: Lab) -> 
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b17_a_rename_is_one_revision_of_both_keys(lab: Lab) -> None:
+def test_b21_a_rename_is_one_revision_of_both_keys(lab: Lab) -> None:
     (lab.path / "a").write_bytes(b"value")
     (lab.path / "b").write_bytes(b"replaced")
     with revisions(lab, 1):
@@ -365,7 +365,7 @@ def test_b17_a_rename_is_one_revision_of_both_keys(lab: Lab) -> None:
     assert lab.value("b") == b"value"
 
 
-def test_b17_a_rename_takes_the_newest_value_with_it(lab: Lab) -> None:
+def test_b21_a_rename_takes_the_newest_value_with_it(lab: Lab) -> None:
     for n in range(20):
         (lab.path / "a").write_bytes(b"old")
         lab.client.put(lab.key("a"), b"newest %d" % n)
@@ -374,7 +374,7 @@ def test_b17_a_rename_takes_the_newest_value_with_it(lab: Lab) -> None:
         assert (lab.path / "b").read_bytes() == b"newest %d" % n
 
 
-def test_b18_rmdir_is_refused_by_etcd_when_a_key_is_below(lab: Lab) -> None:
+def test_b22_rmdir_is_refused_by_etcd_when_a_key_is_below(lab: Lab) -> None:
     """The mirror may not know of the key yet."""
     for n in range(20):
         directory = lab.path / f"d{n}"
@@ -387,7 +387,7 @@ def test_b18_rmdir_is_refused_by_etcd_when_a_key_is_below(lab: Lab) -> None:
         assert os.listdir(directory) == ["new"]
 
 
-def test_b18_a_removal_of_what_another_client_removed_says_so(lab: Lab) -> None:
+def test_b22_a_removal_of_what_another_client_removed_says_so(lab: Lab) -> None:
     for n in range(20):
         (lab.path / f"f{n}").write_bytes(b"value")
         lab.client.delete(lab.key(f"f{n}"))
@@ -399,7 +399,7 @@ def test_b18_a_removal_of_what_another_client_removed_says_so(lab: Lab) -> None:
 
 @pytest.mark.oldest_and_newest_etcd
 @pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
-def test_b77_what_failed_goes_over_nothing_that_was_written_later(
+def test_b105_what_failed_goes_over_nothing_that_was_written_later(
     lab: Lab, old: bytes | None
 ) -> None:
     lab.mounted.expect_log("")

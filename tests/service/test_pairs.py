@@ -229,7 +229,7 @@ async def outcome_of(cache: bool, kind: Kind, calls: tuple[str, str], number: in
 
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no-cache"])
 @pytest.mark.parametrize("part", range(8))
-def test_b110_two_calls_at_once(cache: bool, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_b20_two_calls_at_once(cache: bool, part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
     for kind, *calls in PAIRS[part::8]:
         first, second = calls

@@ -64,7 +64,7 @@ def below(store: FakeStore, prefix: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("witness", [b"/d/", b"/d/a", b"/d/e/a"])
-async def test_b23_nothing_is_made_in_a_directory_that_has_gone(
+async def test_b27_nothing_is_made_in_a_directory_that_has_gone(
     autojump_clock: MockClock, store: FakeStore, cache: bool, make: Make, witness: bytes
 ) -> None:
     fill(store, witness)
@@ -79,7 +79,7 @@ async def test_b23_nothing_is_made_in_a_directory_that_has_gone(
 
 
 @pytest.mark.parametrize("witness", [b"/d/", b"/d/a", b"/d/e/a"])
-async def test_b23_another_key_shows_as_well_that_the_directory_is_there(
+async def test_b27_another_key_shows_as_well_that_the_directory_is_there(
     autojump_clock: MockClock, store: FakeStore, cache: bool, make: Make, witness: bytes
 ) -> None:
     fill(store, witness)
@@ -95,7 +95,7 @@ async def test_b23_another_key_shows_as_well_that_the_directory_is_there(
         assert sorted(await mount.kernel.listdir((b"d",))) == [b"other", b"x"]
 
 
-async def test_b23_a_name_that_is_taken_is_so_although_the_witness_has_gone(
+async def test_b27_a_name_that_is_taken_is_so_although_the_witness_has_gone(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
     fill(store, b"/d/a")
@@ -111,7 +111,7 @@ async def test_b23_a_name_that_is_taken_is_so_although_the_witness_has_gone(
             assert await during(store, mount, MAKINGS[name], take) == errno.EEXIST
 
 
-async def test_b23_a_directory_made_anew_around_a_new_one(
+async def test_b27_a_directory_made_anew_around_a_new_one(
     autojump_clock: MockClock, store: FakeStore, cache: bool, make: Make
 ) -> None:
     """What is made is there, so that the call must not say otherwise."""

@@ -342,7 +342,7 @@ async def test_emptied_while_it_is_published(
         assert held(store) == b""
 
 
-async def test_b110_a_truncation_by_path_does_not_wait_for_who_has_nothing_to_publish(
+async def test_b20_a_truncation_by_path_does_not_wait_for_who_has_nothing_to_publish(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
     """A writer that has closed is there until its release; no call tells how that ends."""
@@ -459,7 +459,7 @@ async def test_failed_publication_of_a_new_file_leaves_no_name(
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY | os.O_TRUNC, os.O_WRONLY, APPEND])
-async def test_b77_what_close_could_not_publish_is_not_published_behind_its_back(
+async def test_b105_what_close_could_not_publish_is_not_published_behind_its_back(
     autojump_clock: MockClock, store: FakeStore, cache: bool, flags: int
 ) -> None:
     """Who was told that close(2) failed may have done something else about it by then."""
@@ -475,7 +475,7 @@ async def test_b77_what_close_could_not_publish_is_not_published_behind_its_back
 
 @pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
 @pytest.mark.parametrize("later", ["here", "elsewhere"])
-async def test_b77_a_failed_close_is_not_made_up_for_over_a_later_write(
+async def test_b105_a_failed_close_is_not_made_up_for_over_a_later_write(
     autojump_clock: MockClock, store: FakeStore, cache: bool, old: bytes | None, later: str
 ) -> None:
     """A second close of what failed (dup, fork) knows nothing of what was written since."""
@@ -496,7 +496,7 @@ async def test_b77_a_failed_close_is_not_made_up_for_over_a_later_write(
 
 
 @pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
-async def test_b77_a_late_arrival_does_not_undo_a_later_write(
+async def test_b105_a_late_arrival_does_not_undo_a_later_write(
     autojump_clock: MockClock, store: FakeStore, cache: bool, old: bytes | None
 ) -> None:
     """A request whose answer nobody waits for any more may still be carried out."""
@@ -515,7 +515,7 @@ async def test_b77_a_late_arrival_does_not_undo_a_later_write(
         assert await shown(mount) == b"4"
 
 
-async def test_b77_the_end_of_the_mount_does_not_publish_what_failed(
+async def test_b105_the_end_of_the_mount_does_not_publish_what_failed(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
     store.put_now(KEY, b"old")
@@ -600,7 +600,7 @@ async def test_lost_answer_is_recognised(
 
 @pytest.mark.parametrize("is_new", [True, False])
 @pytest.mark.parametrize("arrived", [True, False])
-async def test_b111_a_lost_append_is_not_taken_for_anothers(
+async def test_b106_a_lost_append_is_not_taken_for_anothers(
     autojump_clock: MockClock, store: FakeStore, cache: bool, is_new: bool, arrived: bool
 ) -> None:
     """Two append the same bytes; whether both are there is not known from one of them."""
@@ -751,7 +751,7 @@ async def test_replaced_by_a_rename_while_open_is_gone(
 # --- room for what is not published ---------------------------------------------------------
 
 
-async def test_b114_too_much_unpublished_is_edquot_and_nothing_is_cut_off(
+async def test_b18_too_much_unpublished_is_edquot_and_nothing_is_cut_off(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
     async with open_mount(store, cache=cache, write_buffer=400, max_file_size=10_000) as mount:
@@ -776,7 +776,7 @@ async def test_b114_too_much_unpublished_is_edquot_and_nothing_is_cut_off(
         assert mount.files.buffers.statistics().files == 0
 
 
-async def test_b114_what_was_unlinked_takes_room_until_nobody_holds_it(
+async def test_b18_what_was_unlinked_takes_room_until_nobody_holds_it(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
     store.put_now(KEY, b"old")

@@ -74,14 +74,14 @@ def markers_of(key: bytes, prefix: bytes) -> Iterator[bytes]:
 @example(rels={b"/key": b"1", b"/.etcdfs/x": b"1", b"//": b"1"}, prefix=b"", by_rename=False)
 @example(rels={LONG + b"/z": b"1", LONG + b"\0y": b"1", LONG: b"2"}, prefix=b"/", by_rename=True)
 @example(rels={b"v": b"1", b"v/": b"2", b"v/w": b"3", b"": b"4"}, prefix=b"/app/", by_rename=True)
-def test_b170_every_keyspace_is_copied_back_to_the_same_keys(
+def test_b8_every_keyspace_is_copied_back_to_the_same_keys(
     cache: bool, rels: dict[bytes, bytes], prefix: bytes, by_rename: bool
 ) -> None:
     check_copied_back(rels, prefix, cache=cache, by_rename=by_rename)
 
 
 @pytest.mark.parametrize("by_rename", [True, False])
-def test_b170_what_is_too_deep_for_directories_is_copied_back(by_rename: bool) -> None:
+def test_b8_what_is_too_deep_for_directories_is_copied_back(by_rename: bool) -> None:
     # With the mirror, as without each step of each path asks etcd.
     above = b"a/" * 255
     rels = {above + b"b//c": b"1", above + LONG + b"/": b"2", above + b"plain": b"3"}

@@ -16,7 +16,7 @@ A read is wrong when, in this order of severity, it is
 * stale: replaced by a revision that the mount had shown to be applied before the read began,
   by `user.etcdfs.wait.REVISION` or by letting any reader see it or anything newer;
 * backwards: older than what the same reader saw of the same key;
-* inverted: replaced before another key's state that the same reader has seen (B21).
+* inverted: replaced before another key's state that the same reader has seen (B25).
 
 A write is wrong when it was acknowledged and is not among the events (lost), is among them more
 than once (doubled), was refused and is there all the same (resurrected), or counted on from

@@ -123,7 +123,7 @@ FORGED = "\x1b[2J\n2026-01-01 00:00:00,000 INFO etcdfs.mount: all is well\r\x9b\
 
 
 @pytest.mark.expect_log("%s")
-def test_b134_what_others_say_is_one_printable_line(root: logging.Logger, tmp_path: Path) -> None:
+def test_b87_what_others_say_is_one_printable_line(root: logging.Logger, tmp_path: Path) -> None:
     setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
     log.info("etcd says: %s", FORGED)
     log.error("%s", FORGED, exc_info=ValueError(FORGED))
@@ -134,7 +134,7 @@ def test_b134_what_others_say_is_one_printable_line(root: logging.Logger, tmp_pa
     assert any(line.startswith("    2026-01-01 00:00:00,000 INFO") for line in lines)
 
 
-def test_b134_last_words_are_printable(
+def test_b87_last_words_are_printable(
     root: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=True)
@@ -145,7 +145,7 @@ def test_b134_last_words_are_printable(
     assert all(line.isprintable() and line.startswith("    ") for line in lines)
 
 
-def test_b134_a_log_file_is_its_owners_alone(root: logging.Logger, tmp_path: Path) -> None:
+def test_b87_a_log_file_is_its_owners_alone(root: logging.Logger, tmp_path: Path) -> None:
     setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
     (tmp_path / "log").unlink()

@@ -58,7 +58,7 @@ def events(*changes: Event) -> WatchEvents:
 
 FIRST_PAGE = Read(START, END, rev(0), 2)
 A5 = kv(b"/a/a", 5)
-B7 = kv(b"/a/b", 7)
+B9 = kv(b"/a/b", 7)
 
 
 class Driven:
@@ -86,8 +86,8 @@ def driven() -> Driven:
 def watching() -> Driven:
     """A replica of two keys at revision 10, watching."""
     driven = Driven()
-    driven.tell(page(A5, B7, at=10), WatchOpened(rev(10)))
-    assert driven.tell(page(B7, at=10)) == (Restore(rev(10)),)
+    driven.tell(page(A5, B9, at=10), WatchOpened(rev(10)))
+    assert driven.tell(page(B9, at=10)) == (Restore(rev(10)),)
     assert driven.replica.state is State.WATCHING
     return driven
 
@@ -106,24 +106,24 @@ def relisting(steps: tuple[Step, ...]) -> BackOff:
 
 def test_pages_are_pinned_to_the_revision_of_the_first(driven: Driven) -> None:
     second = Read(b"/a/b\0", END, rev(10), 2)
-    assert driven.tell(page(A5, B7, at=10, more=True)) == (Stage((A5, B7), first=True), second)
+    assert driven.tell(page(A5, B9, at=10, more=True)) == (Stage((A5, B9), first=True), second)
     c9 = kv(b"/a/c", 9)
     assert driven.tell(page(c9, at=12)) == (Stage((c9,), first=False), OpenWatch(rev(11)))
 
 
 def test_nothing_is_restored_before_the_history_is_confirmed(driven: Driven) -> None:
     c9 = kv(b"/a/c", 9)
-    driven.tell(page(A5, B7, at=10, more=True), page(c9, at=10))
+    driven.tell(page(A5, B9, at=10, more=True), page(c9, at=10))
     # The newest of the first page, and the newest of the others.
     assert driven.tell(WatchOpened(rev(12))) == (Read(b"/a/b", None, rev(10), 1),)
     assert driven.replica.revision == 0
-    assert driven.tell(page(B7, at=12)) == (Read(b"/a/c", None, rev(10), 1),)
+    assert driven.tell(page(B9, at=12)) == (Read(b"/a/c", None, rev(10), 1),)
     assert driven.tell(page(c9, at=12)) == (Restore(rev(10)),)
     assert driven.replica.revision == 10
 
 
 def test_pages_of_two_histories_are_not_restored(driven: Driven) -> None:
-    driven.tell(page(A5, B7, at=10, more=True), page(kv(b"/a/c", 9), at=10), WatchOpened(rev(12)))
+    driven.tell(page(A5, B9, at=10, more=True), page(kv(b"/a/c", 9), at=10), WatchOpened(rev(12)))
     assert "another history" in relisting(driven.tell(page(at=12))).reason
     assert driven.replica.statistics().refuted == 1
 
@@ -135,14 +135,14 @@ def test_an_empty_range_is_its_own_witness(driven: Driven) -> None:
 
 
 def test_a_page_that_fails_is_read_again(driven: Driven) -> None:
-    (_, second) = driven.tell(page(A5, B7, at=10, more=True))
+    (_, second) = driven.tell(page(A5, B9, at=10, more=True))
     assert driven.tell(ReadFailed("away")) == (BackOff(0, "away", relist=False), second)
     assert driven.tell(ReadFailed("away")) == (BackOff(1, "away", relist=False), second)
 
 
 @pytest.mark.parametrize("message", [RevisionCompacted(11), RevisionAhead()])
 def test_a_listing_whose_revision_is_gone_begins_again(driven: Driven, message: Message) -> None:
-    driven.tell(page(A5, B7, at=10, more=True))
+    driven.tell(page(A5, B9, at=10, more=True))
     back_off, read = driven.tell(message)
     assert isinstance(back_off, BackOff)
     assert read == FIRST_PAGE
@@ -160,7 +160,7 @@ def test_a_listing_whose_revision_is_gone_begins_again(driven: Driven, message: 
     ids=["no progress", "revision goes back", "key goes back", "newer than the listing"],
 )
 def test_a_listing_that_cannot_be_begins_again(driven: Driven, answer: PageArrived) -> None:
-    driven.tell(page(A5, B7, at=10, more=True))
+    driven.tell(page(A5, B9, at=10, more=True))
     back_off, read = driven.tell(answer)
     assert isinstance(back_off, BackOff)
     assert read == FIRST_PAGE
@@ -219,7 +219,7 @@ def test_a_witness_read_that_fails_is_done_again(watching: Driven) -> None:
     watching.tell(WatchLost("gone"), WatchOpened(rev(10)))
     read = Read(b"/a/b", None, rev(10), 1)
     assert watching.tell(ReadFailed("slow")) == (BackOff(1, "slow", relist=False), read)
-    assert watching.tell(page(B7, at=10)) == ()
+    assert watching.tell(page(B9, at=10)) == ()
 
 
 def test_compaction_means_listing_again(watching: Driven) -> None:
@@ -301,7 +301,7 @@ def test_a_bookmark_moves_the_point_to_resume_from(watching: Driven) -> None:
 
 def test_a_bookmark_goes_back_only_on_a_member_that_is_behind(watching: Driven) -> None:
     watching.tell(WatchProgress(rev(20)), WatchLost("gone"), WatchOpened(rev(15)))
-    watching.tell(page(B7, at=20))
+    watching.tell(page(B9, at=20))
     assert watching.tell(WatchProgress(rev(17))) == ()
     assert watching.replica.revision == 20
     assert relisting(watching.tell(WatchProgress(rev(16)))).reason.startswith("bookmarkable")
@@ -339,7 +339,7 @@ def test_a_page_that_is_too_large_is_asked_for_with_fewer_keys(driven: Driven) -
 
 def test_pages_come_nearer_to_the_end_by_what_they_bring(driven: Driven) -> None:
     driven.tell(PageArrived(Page((A5,), rev(10), more=True, remaining=2)))
-    endless = PageArrived(Page((B7,), rev(10), more=True, remaining=2))
+    endless = PageArrived(Page((B9,), rev(10), more=True, remaining=2))
     back_off, read = driven.tell(endless)
     assert isinstance(back_off, BackOff)
     assert back_off.relist

@@ -31,8 +31,8 @@ DIFFERENCES: Final = {
     "fallocate": ("ENOTSUP", "pyfuse3 has no handler"),
     "O_TMPFILE": ("ENOTSUP", "pyfuse3 has no handler"),
     "SEEK_HOLE": (None, "holes take space: there is none before the end"),
-    "ESTALE": ("ESTALE", "another client changed what was partly overwritten (B13)"),
-    "unchanged": (None, "what is written as it was is no change, so that mtime may stay (B10)"),
+    "ESTALE": ("ESTALE", "another client changed what was partly overwritten (B15)"),
+    "unchanged": (None, "what is written as it was is no change, so that mtime may stay (B12)"),
 }
 """The errno in the mount, and the reason. Nothing else may differ."""
 

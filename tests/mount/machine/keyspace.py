@@ -1,6 +1,6 @@
 """What etcd must hold for a tree that is known: each key, each side key, and nothing else.
 
-What this room knows: the README's mapping of files to keys (B1, B3, B34 to B37), written down
+What this room knows: the README's mapping of files to keys (B1, B3, B47 to B50), written down
 once more. What it must not know: how the tree came to be.
 
 Concurrency: plain blocking calls.

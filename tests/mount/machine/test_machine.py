@@ -165,7 +165,7 @@ class Machine(LocalRules):
         size=st.sampled_from([1, 5, 5000]),
     )
     def conflict(self, where: Where, how: str, size: int) -> None:
-        """Another client puts a key that is being written here. `ESTALE` differs (B12, B13)."""
+        """Another client puts a key that is being written here. `ESTALE` differs (B14, B15)."""
         path = self.pick(where)
         if not self.is_real(path) or self.kind(path) != stat.S_IFREG or self.is_open(path):
             return

@@ -46,7 +46,7 @@ class Slot:
         inode: Its number on tmpfs.
         flags: What it was opened with.
         is_overtaken: Whether another client has put its key since, so that it is an old version:
-            only read, as what becomes of a write is no matter of POSIX (B13).
+            only read, as what becomes of a write is no matter of POSIX (B15).
     """
 
     fds: tuple[int, int]

@@ -50,7 +50,7 @@ TOOLS = {
 @pytest.mark.programs("cp", "rsync", "tar")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("prefix", ["/", ""], ids=["slash", "raw"])
-def test_b170_a_keyspace_is_copied_out_and_back(
+def test_b8_a_keyspace_is_copied_out_and_back(
     pool: Pool, own_etcd: EtcdProcess, mode: str, prefix: str
 ) -> None:
     keys = {b"/" + rel: b"" if rel == b"empty" else b"=" + rel for rel in RELS}
