@@ -46,9 +46,10 @@ def test_b92_what_is_gone_leaves_nothing_in_the_daemon(
         churn(mounted, client, rounds, first=WARM_UP)
         after = census.settled(INODES)
     assert (after["fds"], after["open_files"]) == (before["fds"], 0)
-    # Bounded by itself: the table of missing names, and the values in memory.
+    # Bounded by itself: the table of missing names, the values in memory, times of revisions.
     bounded = (
         "Tree._negatives",
+        "RevisionTimes._runs",
         "Times._kept",
         "Applier._past",
         "Contents.",
@@ -59,6 +60,7 @@ def test_b92_what_is_gone_leaves_nothing_in_the_daemon(
     assert {name: n for name, n in tables.items() if not name.startswith(bounded)} == {}
     types = after["types"] - before["types"]
     assert types.pop("etcdfs.cached.Entry", 0) <= tables["Tree._negatives"]
+    assert types.pop("etcdfs.revision_times.Run", 0) <= tables["RevisionTimes._runs"]
     # trio keeps up to a thousand deadlines that are past, each a scope in a tuple.
     for of_deadlines in ("trio.CancelScope", "builtins.tuple"):
         assert types.pop(of_deadlines, 0) < DEADLINES
