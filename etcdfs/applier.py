@@ -3,7 +3,7 @@
 What this room knows: in which order the tree and the kernel change, and how a backlog collapses.
 What it must not know: where events come from, pyfuse3.
 
-Each batch becomes visible by *switching* (DESIGN.md 4.2): the kernel lets go of what will be
+Each batch becomes visible by *switching*: the kernel lets go of what will be
 untrue while lookups still answer the old state with no lifetime; then the tree changes in one
 step. So nobody sees part of a revision, and nothing older after something newer.
 

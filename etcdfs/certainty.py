@@ -6,8 +6,8 @@ not know: what the transaction is for.
 A name that was to go and is gone, or that has moved with its value, is as the caller wanted it,
 whoever did it: that is success. A name that was claimed (its absence was a condition) and is
 there may have been claimed by somebody else, and etcd's keys bear no names of their writers: that
-stays unknown, so that of two who claim a name (or an attribute, XATTR_CREATE) never both succeed. What has left no trace may
-still be carried out, and stays unknown, too. Nothing is sent again.
+stays unknown, so that of two who claim a name (or an attribute, XATTR_CREATE) never both succeed.
+What has left no trace may still be carried out, and stays unknown, too. Nothing is sent again.
 
 The publisher resolves the puts of files by itself: it knows what it has sent before.
 

@@ -1,7 +1,7 @@
 """A file being written: its bytes before they are published, and what kind of change they are.
 
 What this room knows: how writes and truncations change a value, and which of the three kinds of
-change (DESIGN.md 4.1) they add up to. What it must not know: etcd, inodes, time.
+change they add up to. What it must not know: etcd, inodes, time.
 
 The kind decides what happens when another client wrote the key meanwhile:
 

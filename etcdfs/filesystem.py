@@ -160,7 +160,7 @@ class Filesystem:
         """Find the inode itself (`.`) or its parent (`..`): the kernel was given a file handle.
 
         Nothing of it may be cached for a while: no lock of a directory is held by this call, for
-        which an invalidation would wait (FACTS.md 8).
+        which an invalidation would wait.
 
         Raises:
             StaleError: There is no such inode, or no longer.

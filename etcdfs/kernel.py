@@ -4,9 +4,9 @@ What this room knows: pyfuse3's notifications, and that they block. What it must
 something is to be forgotten.
 
 `invalidate_entry` waits for the directory's lock, which any LOOKUP, CREATE or READDIR in flight
-holds; called on the trio thread it would wait for a handler that only the trio thread can finish
-(FACTS.md 1.1, 7). So a thread of our own makes the calls, in order. A file that is open is never
-invalidated in place: what another client writes has an inode of its own then.
+holds; called on the trio thread it would wait for a handler that only the trio thread can finish. So
+a thread of our own makes the calls, in order. A file that is open is never invalidated in place:
+what another client writes has an inode of its own then.
 
 When the kernel is slow, what waits does not grow with what happens: something that is waiting to be
 forgotten already is not queued again, so that at most everything the kernel knows waits once.
@@ -350,7 +350,7 @@ class KernelCache:
         lock = _pages_of(cached.inode) if cached.pages else 0
         within = cached.within
         # Not an inode yet: a LOOKUP answered with the old attributes may still be on its way into
-        # the caches. Its name waits for it (FACTS.md 8).
+        # the caches. Its name waits for it.
         if self._call(worker, cached, lock, invalidate) is not False or within is None:
             return
         if self._call(worker, cached, within.directory, partial(expire_entry, within)) is not None:

@@ -8,7 +8,7 @@ Run as `python -m etcdfs.mount MOUNTPOINT --options-fd N [--status-fd M]` by the
 Order at the start: etcd (embedded or not), the first listing, the kernel mount, the report that
 all is ready. At the end (unmounted from outside, SIGTERM, SIGINT or SIGHUP): what was written is
 published, the mount is taken away, then etcd. After a crash nothing is unmounted: an rsync that
-finds an empty directory deletes its mirror (FACTS.md 7, auto_unmount).
+finds an empty directory deletes its mirror. So libfuse's `auto_unmount` is not for us.
 
 Concurrency: one trio loop; the kernel door has a thread of its own.
 """

@@ -4,7 +4,7 @@ What this room knows: the life of a handle from open to release, and the draft t
 a file share. What it must not know: names and directories, how a draft reaches etcd.
 
 Concurrency: trio thread. `read` never awaits, so that no READ is in flight across an `await`
-while the kernel holds the page lock (FACTS.md 7).
+while the kernel holds the page lock.
 """
 
 import os
@@ -172,7 +172,7 @@ class OpenFiles:
         """Return what the kernel is to be given together with a handle; None: nothing.
 
         It is given a value once, and only with the one handle that there is of a version: nobody
-        can be reading it then, and the kernel need not wait for a page (FACTS.md 7).
+        can be reading it then, and the kernel need not wait for a page.
         """
         opened = self._opened(handle)
         file = opened.file

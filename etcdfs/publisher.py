@@ -3,10 +3,11 @@
 What this room knows: the transaction for each kind of change, what a lost race means for it, and
 how a put whose answer never came is resolved. What it must not know: handles, names, the kernel.
 
-Rules (DESIGN.md 4.1): one put per flush; nothing changed, nothing put; a key that was deleted or
+Rules: one put per flush; nothing changed, nothing put; a key that was deleted or
 made anew by another client is never resurrected; a put without an answer is not sent again by
-itself, it is recognised by reading back, unless it appends. Each put is for one version of the key, so that one which
-etcd carries out late undoes nothing; and what failed goes over nothing that may be newer.
+itself, it is recognised by reading back, unless it appends. Each put is for one version of the
+key, so that one which etcd carries out late undoes nothing; and what failed goes over nothing that
+may be newer.
 
 Concurrency: trio thread. One publication of a file at a time, under the file's lock, which
 writers take too: a draft does not change while it is on its way.

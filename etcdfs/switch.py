@@ -6,7 +6,7 @@ makes untrue. What it must not know: how the kernel is told, where events come f
 `plan` works out, without touching the tree, what every name becomes once the batch is applied.
 The plan is exact: a name whose node stays the same is not in it, so the kernel is told of nothing
 that did not change. `publish` carries a plan out. Between the two the caller tells the kernel
-(DESIGN.md 4.2, *switching*); since anything may happen to the tree meanwhile, it plans again
+(*switching*, see `etcdfs.applier`); since anything may happen to the tree meanwhile, it plans again
 right before it publishes, with no `await` in between.
 
 Changes that this mount made itself are recognised by their *intent*: a key, the value put there

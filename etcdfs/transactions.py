@@ -5,7 +5,7 @@ the cluster, and how a directory that loses its last entry stays. What it must n
 inodes, who asks.
 
 A directory is there while its marker or any key below it is. Removing its last entry through the
-mount must leave it (DESIGN.md section 3), so each removal carries an inner transaction: *if
+mount must leave it, so each removal carries an inner transaction: *if
 nothing else is below the parent, put the parent's marker*. Inner conditions are judged on the
 state before the removal, so "nothing else" is spelled as two empty ranges beside the key.
 

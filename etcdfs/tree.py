@@ -200,7 +200,7 @@ class Tree:
     def may_follow(self, file: File) -> bool:
         """Return whether a file may become the version that another client has written.
 
-        Not what somebody has open: a reader would see the old size with new bytes (FACTS.md 2).
+        Not what somebody has open: a reader would see the old size with new bytes.
         """
         return not (file.handles or file.removed or file.facts is None)
 

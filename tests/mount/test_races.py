@@ -168,7 +168,7 @@ def test_b21_of_many_that_move_a_file_one_wins(cached: Lab, other: Lab) -> None:
 
 
 def test_a_busy_directory_does_not_hang(cached: Lab, other: Lab) -> None:
-    """Calls that hold a directory's lock against notices that want it (FACTS.md 7)."""
+    """Calls that hold a directory's lock against notices that want it."""
 
     def work(lab: Lab, who: str) -> None:
         for n in range(25):

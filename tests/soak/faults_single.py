@@ -22,7 +22,7 @@ from tests.soak.proxy import Mode
 from tests.soak.table import fault
 
 KEEPALIVE_S: Final = 13.0
-"""After so long gRPC's keepalive takes a silent peer for dead (FACTS.md 8, measured 12 s)."""
+"""After so long gRPC's keepalive takes a silent peer for dead (measured: 12 s)."""
 
 BACKOFF_S: Final = 5.0
 """The longest the mirror waits between two tries."""
