@@ -44,11 +44,6 @@ def put_event(committed: Committed, index: int, key: bytes, value: bytes) -> Key
     )
 
 
-def tombstone(committed: Committed, key: bytes) -> Tombstone:
-    """Return the event of a deletion."""
-    return Tombstone(key, committed.revision)
-
-
 def parent_event(committed: Committed, key: bytes, root: bytes) -> tuple[Event, ...]:
     """Return the event of the marker that an inner transaction put, if it did."""
     inner = committed.results[-1]

@@ -364,11 +364,6 @@ def is_of_connection(failure: Message) -> bool:
     return failure.code() is grpc.StatusCode.UNAVAILABLE and not is_from_etcd(failure)
 
 
-def is_no_quorum(failure: Message) -> bool:
-    """Tell whether etcd says that it has no leader, or that the leader has no majority."""
-    return "no leader" in (failure.details() or "")
-
-
 def wants_login(failure: Message) -> bool:
     """Tell whether etcd refused for want of a (still valid) token; then it did nothing."""
     details = failure.details() or ""

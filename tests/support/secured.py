@@ -114,10 +114,3 @@ def switch_users_on(etcd: EtcdProcess) -> None:
     etcd.secured = replace(
         etcd.secured, client=(*etcd.secured.client, f"--user=root:{ROOT_PASSWORD}")
     )
-
-
-def switch_users_off(etcd: EtcdProcess) -> None:
-    """Have etcd let everybody in again."""
-    etcd.etcdctl("auth", "disable")
-    client = tuple(c for c in etcd.secured.client if not c.startswith("--user="))
-    etcd.secured = replace(etcd.secured, client=client)
