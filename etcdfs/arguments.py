@@ -37,7 +37,7 @@ def original_form(arguments: list[str]) -> list[str]:
 
 
 def _source_options(source: str) -> list[str]:
-    """Return what the first field of fstab says: `HOST:PORT,...[/PREFIX]`, else just a label.
+    """Return what the first field of fstab says: endpoints, perhaps a prefix, or just a label.
 
     mount(8) must find it in the list of mounts again, or `mount -a` would mount it twice.
     """

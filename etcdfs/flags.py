@@ -73,7 +73,7 @@ Endpoints = Annotated[
         envvar=["ETCDFS_ENDPOINTS", "ETCDCTL_ENDPOINTS"],
         rich_help_panel=_ETCD,
         show_default=DEFAULT_ENDPOINTS,
-        help="etcd's client addresses, [http[s]://]HOST:PORT.",
+        help="etcd's client addresses, [http[s]://]HOST:PORT or unix:///PATH.",
     ),
 ]
 Timeout = Annotated[
@@ -178,7 +178,7 @@ Embedded = Annotated[
         "--embedded",
         envvar="ETCDFS_EMBEDDED",
         rich_help_panel=_ETCD,
-        help="Start a private etcd on loopback, stop it after unmount, and print its URL.",
+        help="Start a private etcd, for you alone, stop it after unmount, and print its URL.",
     ),
 ]
 DataDir = Annotated[
