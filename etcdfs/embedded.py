@@ -352,9 +352,8 @@ class _Member:
             EmbeddedFailedError: It does not.
         """
         with socket.socket(socket.AF_UNIX) as sock:
-            sock.setblocking(
-                False
-            )  # there is room in a new listener's queue, or something is wrong
+            # There is room in a new listener's queue, or something is wrong.
+            sock.setblocking(False)
             try:
                 sock.connect(str(path))
                 who = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)

@@ -285,11 +285,11 @@ class OpenFiles:
             EtcdfsError: As `Publisher.publish`.
         """
         opened = self._opened(handle)
-        if not opened.publishes or opened.file.draft is None:
-            return  # a reader's close publishes nobody else's writes
-        if isinstance(opened.file.draft, Draft) and not len(opened.file.draft) and is_held():
-            return
         draft = opened.file.draft
+        if not opened.publishes or draft is None:
+            return  # a reader's close publishes nobody else's writes
+        if isinstance(draft, Draft) and not len(draft) and is_held():
+            return
         try:
             await self._publisher.publish(opened.file)
         except EtcdfsError:
