@@ -26,17 +26,9 @@ from etcdfs.pages import Pages, check_nearer
 from etcdfs.paging import Paging
 from etcdfs.questions import Found, Question, answers_to, is_below, questions_about
 from etcdfs.rights import RECHECK_S
-from etcdfs.sidekeys import (
-    side_key,
-    side_range,
-)
+from etcdfs.sidekeys import side_key, side_range
 from etcdfs.sides import facts_of_node, holds, put_on, side_of, type_of
-from etcdfs.store import (
-    Event,
-    KeyValue,
-    Store,
-    range_end,
-)
+from etcdfs.store import Event, KeyValue, Store, range_end
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree, facts_of, is_local
 from etcdfs.values import read_together, value_of

@@ -22,9 +22,6 @@ from etcdfs.audited import HeldKeys
 from etcdfs.barrier import Barrier
 from etcdfs.contents import Contents, entry_size
 from etcdfs.errors import (
-    AnswerTooLargeError,
-    CompactedError,
-    FutureRevisionError,
     StoreError,
     StorePermissionError,
     StoreProtocolError,
@@ -47,13 +44,9 @@ from etcdfs.steps import (
     Doubted,
     Message,
     OpenWatch,
-    PageArrived,
-    PageTooLarge,
     Read,
     ReadFailed,
     Restore,
-    RevisionAhead,
-    RevisionCompacted,
     Stage,
     Step,
     WatchLost,
@@ -64,7 +57,7 @@ from etcdfs.sweeper import Sweeper
 from etcdfs.switch import Switch
 from etcdfs.tree import Cached, Directory, Entry, File, Node, Tree
 from etcdfs.values import value_of
-from etcdfs.watching import Watching, back_off
+from etcdfs.watching import Watching, back_off, read_page
 
 log = logging.getLogger(__name__)
 
@@ -380,22 +373,13 @@ class Mirror:
 
     async def _read(self, read: Read) -> Message:
         try:
-            page = await self._store.range(
-                read.start, read.end, limit=read.limit, revision=read.revision
-            )
-        except CompactedError as exc:
-            return RevisionCompacted(exc.compact_revision)
-        except FutureRevisionError:
-            return RevisionAhead()
-        except AnswerTooLargeError:
-            return PageTooLarge()
+            return await read_page(self._store, read)
         except StoreError as exc:
             if not self._is_restored:
                 raise
             if isinstance(exc, StorePermissionError):
                 self.link.deny(exc)
             return ReadFailed(str(exc))
-        return PageArrived(page)
 
     async def _stage_and_read_on(
         self, stage: Stage, read: Read, progress: Callable[[int, int], None]

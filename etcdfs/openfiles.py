@@ -15,12 +15,7 @@ from typing import Final, NewType, final
 from etcdfs.buffers import WriteBuffers
 from etcdfs.contents import Contents
 from etcdfs.drafts import Draft
-from etcdfs.errors import (
-    BadHandleError,
-    CallerError,
-    EtcdfsError,
-    ReadOnlyError,
-)
+from etcdfs.errors import BadHandleError, CallerError, EtcdfsError, ReadOnlyError
 from etcdfs.publisher import Publisher
 from etcdfs.tree import NOT_IN_ETCD, Cached, File
 from etcdfs.view import View

@@ -31,9 +31,6 @@ from etcdfs.audit import Auditor
 from etcdfs.audited import HeldSides
 from etcdfs.contents import Contents
 from etcdfs.errors import (
-    AnswerTooLargeError,
-    CompactedError,
-    FutureRevisionError,
     StoreError,
     StorePermissionError,
 )
@@ -49,18 +46,16 @@ from etcdfs.steps import (
     Message,
     OpenWatch,
     PageArrived,
-    PageTooLarge,
     Read,
     ReadFailed,
     Restore,
-    RevisionAhead,
     RevisionCompacted,
     Stage,
     Step,
 )
 from etcdfs.store import Event, Get, KeyValue, Store, Tombstone, Transaction
 from etcdfs.tree import Tree
-from etcdfs.watching import Watching, pause
+from etcdfs.watching import Watching, pause, read_page
 
 log = logging.getLogger(__name__)
 
@@ -253,20 +248,12 @@ class SideMirror:
             if not is_asking:
                 await self._store.range(read.start, read.end, limit=1, keys_only=True)
                 self._is_asking = True  # first this, then a listing that begins after it
-            page = await self._store.range(
-                read.start, read.end, limit=read.limit, revision=read.revision
-            )
-        except CompactedError as exc:
-            return RevisionCompacted(exc.compact_revision)
-        except FutureRevisionError:
-            return RevisionAhead()
-        except AnswerTooLargeError:
-            return PageTooLarge()
+            answer = await read_page(self._store, read)
         except StoreError as exc:
             return self._failed(exc)
-        if read.revision and not is_asking:
+        if isinstance(answer, PageArrived) and read.revision and not is_asking:
             return RevisionCompacted(read.revision)  # what was missed since is not in it
-        return PageArrived(page)
+        return answer
 
     def _failed(self, error: StoreError) -> Message:
         if isinstance(error, StorePermissionError) and error.is_of_role:

@@ -1,8 +1,9 @@
 """The one watch that stands, and how a silent etcd is told from one that has nothing to say.
 
 What this room knows: how a watch of the store is opened, listened to and left, when its silence
-is too long (`--watch-timeout`), and how long to wait after a loss. What it must not know: what messages mean for the copy
-(the replica's), the tree.
+is too long (`--watch-timeout`), how long to wait after a loss, and how a page is read for whoever
+lists before it watches. What it must not know: what messages mean for the copy (the replica's), the
+tree.
 
 After a silence etcd is asked for a progress notice. The notice is a sign of life and no more:
 releases before 3.4.25 and 3.5.8 name revisions in it that they have not delivered (etcd issue
@@ -20,10 +21,26 @@ from typing import Final, final
 
 import trio
 
-from etcdfs.errors import CompactedError, StoreError, StorePermissionError, WatchLostError
+from etcdfs.errors import (
+    AnswerTooLargeError,
+    CompactedError,
+    FutureRevisionError,
+    StoreError,
+    StorePermissionError,
+    WatchLostError,
+)
 from etcdfs.keys import Keyspace
 from etcdfs.link import UNLIMITED, Link
-from etcdfs.steps import BackOff, Message, RevisionCompacted, WatchLost
+from etcdfs.steps import (
+    BackOff,
+    Message,
+    PageArrived,
+    PageTooLarge,
+    Read,
+    RevisionAhead,
+    RevisionCompacted,
+    WatchLost,
+)
 from etcdfs.store import (
     Page,
     Store,
@@ -180,6 +197,24 @@ class Watching:
     async def _first_key(self) -> Page:
         start, end = self._keyspace.start, self._keyspace.end
         return await self._store.range(start, end, limit=1, keys_only=True)
+
+
+async def read_page(store: Store, read: Read) -> Message:
+    """Carry out a read, and return what came of it.
+
+    Raises:
+        StoreError: etcd could not be asked, or refused.
+    """
+    try:
+        return PageArrived(
+            await store.range(read.start, read.end, limit=read.limit, revision=read.revision)
+        )
+    except CompactedError as exc:
+        return RevisionCompacted(exc.compact_revision)
+    except FutureRevisionError:
+        return RevisionAhead()
+    except AnswerTooLargeError:
+        return PageTooLarge()
 
 
 async def back_off(step: BackOff) -> None:
