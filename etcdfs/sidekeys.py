@@ -290,9 +290,9 @@ class _Fields:
         )
 
     def _read(self, name: str, read_as: Callable[[object], T | None]) -> T | None:
-        value = self._found.get(name)
-        if value is None:
+        if name not in self._found:
             return None
+        value = self._found[name]  # null is a value, and none of ours
         found = read_as(value)
         if found is None:
             self._unknown[name] = _text(value)

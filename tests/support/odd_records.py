@@ -58,7 +58,7 @@ ACCESS: Final = (
     Odd(name="mode as text of a listing", value=b'{"mode": "rw-rw-rw-"}'),
     Odd(name="mode with a line end", value=b'{"mode": "0666\\n"}'),
     Odd(name="mode as a list", value=b'{"mode": ["0666"]}'),
-    Odd(name="mode null", value=b'{"mode": null}', mode=_OPEN),
+    Odd(name="mode null", value=b'{"mode": null}'),
     Odd(name="mode twice", value=b'{"mode":"0600","mode":"0644"}', mode=_OPEN),
     Odd(name="negative uid", value=b'{"mode":"4666","uid": -1}'),
     Odd(name="uid of nobody at all", value=b'{"mode":"0666","uid": 4294967295}'),

@@ -148,6 +148,13 @@ class TestRecords:
         assert sorted(record.xattrs) == sorted(odd.xattrs)
         assert read(entry(side_key(b"f"), encode(record), 1, REVISION)) == record
 
+    @pytest.mark.parametrize("name", ["mode", "uid", "gid", "type"])
+    def test_b53_nothing_said_of_who_may_have_it_is_no_default(self, name: str) -> None:
+        text = b'{"%s":null}' % name.encode()
+        record = decode(text, REVISION)
+        assert record.is_doubtful
+        assert encode(record) == text
+
     @given(st.binary(max_size=40) | spliced())
     def test_whatever_is_there_is_read_and_stays(self, value: bytes) -> None:
         """No error but one, and what this version writes back says the same."""
