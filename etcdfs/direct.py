@@ -111,7 +111,9 @@ class Direct:
             self._refuse_sides(exc)
             return found
         if sides:
-            tree.rights.allow_reading()
+            self._allow_sides()
+        elif tree.attributes and tree.rights.readable:
+            return await self._ask_for(names, witness)  # else it would be shown without a doubt
         return found
 
     async def _answers(self, questions: list[Question], *, sides: bool) -> Found:
@@ -121,6 +123,14 @@ class Direct:
     def _may_ask_for_sides(self) -> bool:
         """Say whether to ask for side keys: always, but not again just after a refusal."""
         return self.switch.tree.attributes and trio.current_time() >= self._sides_refused_until
+
+    def _allow_sides(self) -> None:
+        """Note that side keys could be read; unless others, asked for meanwhile, were refused.
+
+        Until these are asked for again, nothing is known of what they keep from whom.
+        """
+        if self._may_ask_for_sides():
+            self.switch.tree.rights.allow_reading()
 
     def _refuse_sides(self, refusal: StorePermissionError) -> None:
         self.switch.tree.rights.refuse_reading(refusal)
@@ -307,7 +317,7 @@ class Direct:
             self._refuse_sides(exc)
         else:
             scan.has_sides = True
-            tree.rights.allow_reading()
+            self._allow_sides()
 
     def _pages(self, start: bytes, end: bytes, revision: int) -> Pages:
         return Pages(self._store, start, end, Paging(VALUES_LIMIT), revision=revision)

@@ -18,6 +18,7 @@ from etcdfs.errors import (
     StoreUnavailableError,
 )
 from etcdfs.leases import NUMBER_BITS, OURS
+from etcdfs.rights import RECHECK_S
 from etcdfs.sidekeys import is_side_key, side_key
 from etcdfs.store import Delete, Operation, Put, Transaction
 from tests.support.fake_kernel import FakeMount, open_mount
@@ -413,6 +414,39 @@ async def test_b64_what_was_missed_is_known_before_anything_opens(
         assert {(await stat_of(mount, b"%d" % n)).mode & 0o7777 for n in range(next(names))} == {
             0o600
         }
+
+
+@pytest.mark.expect_log(CLOSED)
+async def test_b64_what_can_be_read_says_nothing_of_what_is_refused(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """A role reaches some records; that of one arrives just after another was refused."""
+    commit, refused = store.commit, trio.Event()
+
+    async def guarded_commit(transaction: Transaction) -> Any:
+        found = side_keys_of((transaction,))
+        if side_key(b"/secret") in found:
+            refused.set()
+            raise StorePermissionError("etcdserver: permission denied")
+        committed = await commit(transaction)
+        if side_key(b"/open") in found:
+            await refused.wait()
+            await trio.sleep(0.1)
+        return committed
+
+    store.commit = guarded_commit  # type: ignore[method-assign]
+    store.put_now(b"/open", b"value")
+    store.put_now(b"/secret", b"value")
+    store.put_now(side_key(b"/secret"), b'{"mode":"0600"}')
+    async with open_mount(store, cache=False) as mount, trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(stat_of, mount, b"open")
+            await trio.testing.wait_all_tasks_blocked()
+            for _ in range(10):
+                assert (await stat_of(mount, b"secret")).mode & 0o7777 == 0o600
+                await trio.sleep(RECHECK_S / 5)
+            assert not mount.tree.rights.readable
+            refused = trio.Event()
 
 
 async def test_changes_that_other_rights_forbid_say_so(
