@@ -151,9 +151,11 @@ class Draft:
 
     def published(self, value: bytes) -> None:
         """Note that `value`, the draft as it was when it was sent, has been published."""
-        self.base = value
         if len(value) == len(self._buffer) and value == self._buffer:
             self.kind = Kind.NONE
+        elif self.is_added:
+            self.kind = Kind.APPEND  # to what is there by now
+        self.base = value
         self.tries.clear()
         self.is_added = self.is_refused = False
         self._overwritten = 0

@@ -37,6 +37,7 @@ from etcdfs.store import (
     KeyValue,
     Operation,
     Put,
+    Revision,
     Store,
     Transaction,
     absent,
@@ -163,7 +164,7 @@ class Publisher:
             if done.merged:
                 # What this file's readers have is not what the key holds now.
                 intent.file = None
-                _live_on(file, draft)
+                _live_on(file, draft, done.facts)
             else:
                 draft.published(draft.value)
                 file.value = done.value
@@ -305,7 +306,7 @@ class Publisher:
                 self._resolved += 1
                 return _Done(facts_of(found), found.value, merged=found.value != arrived)
             if arrived is not None:
-                draft.published(arrived)
+                _go_on_from(file, draft, arrived, found)
             if found.value != arrived:
                 _check_may_go_over(draft, found)
             facts = facts_of(found)
@@ -339,9 +340,7 @@ class Publisher:
         self._resolved += 1
         if arrived == draft.value:
             return _Done(facts_of(found), found.value, merged=found.value != arrived)
-        draft.published(arrived)
-        if found.value == arrived:
-            file.facts = facts_of(found)
+        _go_on_from(file, draft, arrived, found)
         return None
 
     def _recognise(self, draft: Draft, found: KeyValue) -> bytes | None:
@@ -438,12 +437,35 @@ def _event(key: bytes, done: _Done) -> KeyValue:
     )
 
 
-def _live_on(file: File, draft: Draft) -> None:
-    """Let a file whose content is not what its key holds be read as it was written."""
+def _live_on(file: File, draft: Draft, merged: Facts | None = None) -> None:
+    """Let a file whose content is not what its key holds be read as it was written.
+
+    One that was made here and `merged` into what another client had made is a version of that from
+    then on: what is yet to be appended to it is added there, and does not take its place.
+    """
     draft.published(draft.value)
     file.value = draft.base
+    if file.facts is None and merged is not None:
+        file.facts = _before(merged)
     if file.facts is not None:
         file.facts = file.facts._replace(size=len(draft))
+
+
+def _go_on_from(file: File, draft: Draft, arrived: bytes, found: KeyValue) -> None:
+    """Leave of a draft what was written after a try that arrived, whatever was put over that."""
+    draft.published(arrived)
+    if found.value == arrived:
+        file.facts = facts_of(found)
+    elif file.facts is None:
+        file.facts = _before(facts_of(found))
+
+
+def _before(facts: Facts) -> Facts:
+    """Return the facts of a version older than any that another client has made of a key.
+
+    So it is a version of that key, and never taken for what the key holds.
+    """
+    return facts._replace(mod_revision=Revision(facts.create_revision - 1))
 
 
 def _keep_newer(file: File, facts: Facts) -> None:

@@ -189,6 +189,28 @@ async def test_append_goes_on_after_it_was_merged(
         assert held(store) == b"old\nforeign\n1\n2\n"
 
 
+@pytest.mark.parametrize("first", [b"one ", b""], ids=["appended", "nothing"])
+async def test_append_to_a_file_that_another_client_made_meanwhile_replaces_nothing(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, first: bytes
+) -> None:
+    """The second writer's bytes, too, are added: what the first one found stays."""
+    async with open_mount(store, cache=cache) as mount:
+        one = await mount.kernel.open(PATH, APPEND | os.O_CREAT)
+        two = await mount.kernel.open(PATH, os.O_RDWR | os.O_APPEND)
+        await mount.kernel.write(one, 0, first)
+        store.put_now(KEY, b"theirs ")
+        await mount.kernel.close(one)
+        assert held(store) == b"theirs " + first
+        await mount.kernel.write(two, len(first), b"two ")
+        assert await mount.kernel.read(two) == first + b"two "
+        await mount.kernel.flush(two)
+        assert held(store) == b"theirs " + first + b"two "
+        await mount.kernel.write(two, len(first) + 4, b"three ")
+        await mount.kernel.close(two)
+        assert held(store) == b"theirs " + first + b"two three "
+        assert await shown(mount) == b"theirs " + first + b"two three "
+
+
 async def test_size_of_a_merged_append_is_that_of_its_own_content(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
@@ -686,6 +708,24 @@ async def test_whole_value_after_a_lost_answer_is_published(
         assert await errno_of(mount.kernel.close(handle)) == 0
         assert held(store) == b"12"
         assert await shown(mount) == b"12"
+
+
+async def test_append_to_a_new_file_after_a_lost_answer_replaces_nothing(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """What had arrived was appended to; so what came later is an append, too."""
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, APPEND | os.O_CREAT)
+        await mount.kernel.write(handle, 0, b"1")
+        store.fail_next("commit", OutcomeUnknownError("lost"), applied=True)
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ETIMEDOUT
+        await mount.kernel.write(handle, 1, b"2")
+        store.put_now(KEY, b"1 theirs ")
+        store.fail_next("commit", StoreUnavailableError("away"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.EIO
+        assert await errno_of(mount.kernel.close(handle)) == 0
+        assert held(store) == b"1 theirs 2"
+        assert await shown(mount) == b"1 theirs 2"
 
 
 async def test_append_with_a_lost_answer_and_a_foreign_append_after_it(

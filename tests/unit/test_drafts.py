@@ -116,3 +116,14 @@ def test_published_as_it_was_leaves_the_rest() -> None:
     assert draft.kind is Kind.APPEND
     assert draft.tail == b"c"
     draft.check_invariants()
+
+
+def test_what_is_added_to_a_new_file_goes_on_being_added() -> None:
+    draft = Draft(b"", whole=True)
+    draft.is_added = True
+    draft.write(0, b"a", append=True, now_ns=1)
+    draft.write(0, b"b", append=True, now_ns=1)
+    assert (draft.kind, draft.adds) == (Kind.WHOLE, True)
+    draft.published(b"a")
+    assert (draft.kind, draft.adds, draft.tail) == (Kind.APPEND, True, b"b")
+    draft.check_invariants()
