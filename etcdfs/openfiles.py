@@ -211,7 +211,11 @@ class OpenFiles:
         file = opened.file
         async with self.locks.held(file):
             draft = self._draft(file)
-            is_mapped = opened.append and _may_be_of_map(offset, len(data), len(draft))
+            is_mapped = (
+                opened.append
+                and self._may_be_mapped(opened)
+                and _may_be_of_map(offset, len(data), len(draft))
+            )
             append = opened.append and not is_mapped
             end = draft.end_of_write(offset, len(data), append=append)
             try:
@@ -439,6 +443,15 @@ class OpenFiles:
     def _has_publisher(self, file: File) -> bool:
         return any(o.file is file and o.publishes for o in self._open.values())
 
+    def _may_be_mapped(self, opened: OpenFile) -> bool:
+        """Tell whether a write through a handle may be of a map that changes what it has open.
+
+        That needs a descriptor that reads and writes (mmap(2), EACCES), whose handle stays for as
+        long as the map does.
+        """
+        others = (o for o in self._open.values() if o.inode == opened.inode and not o.is_direct)
+        return not opened.is_direct and any(o.readable and o.writable for o in others)
+
     def _now(self, file: File) -> int:
         return max(self._view.switch.tree.clock(), file.mtime_ns + 1)
 
@@ -485,7 +498,8 @@ def _may_be_of_map(offset: int, size: int, length: int) -> bool:
     """Tell whether a write through an O_APPEND handle is of pages that a memory map has changed.
 
     The kernel writes them back through any handle that can write. pyfuse3 does not tell us that it
-    does; but these are whole pages, or end where the file does, and an append is behind that.
+    does; but these are whole pages, or end where the file does, and an append is behind that,
+    unless the kernel does not know yet what others have appended.
     """
     end = offset + size
     return offset % PAGE == 0 and end <= length and (end % PAGE == 0 or end == length)

@@ -211,6 +211,36 @@ async def test_append_to_a_file_that_another_client_made_meanwhile_replaces_noth
         assert await shown(mount) == b"theirs " + first + b"two three "
 
 
+@pytest.mark.parametrize("flags", [APPEND, os.O_RDWR | os.O_APPEND], ids=["WRONLY", "RDWR"])
+async def test_append_through_an_inode_that_was_superseded_overwrites_nothing(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, flags: int
+) -> None:
+    """The kernel knows the old size: what it asks to be written there is not of a map's page."""
+    store.put_now(KEY, b"")
+    async with open_mount(store, cache=cache) as mount:
+        old = await mount.kernel.open(PATH, os.O_RDWR)
+        store.put_now(KEY, b"theirs\n")
+        await trio.testing.wait_all_tasks_blocked()
+        new = await mount.kernel.reopen(old.inode, flags)
+        assert await mount.files.write(new.handle, 0, b"mine..\n") == 7
+        await mount.kernel.close(new)
+        assert held(store) == b"theirs\nmine..\n"
+        await mount.kernel.close(old)
+        assert held(store) == b"theirs\nmine..\n"
+
+
+async def test_append_where_the_kernel_takes_the_file_to_end_overwrites_nothing(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """Another client appended between the kernel's look at the size and the open."""
+    store.put_now(KEY, b"theirs\n")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, APPEND)
+        assert await mount.files.write(handle.handle, 0, b"mine..\n") == 7
+        await mount.kernel.close(handle)
+        assert held(store) == b"theirs\nmine..\n"
+
+
 async def test_size_of_a_merged_append_is_that_of_its_own_content(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
