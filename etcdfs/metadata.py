@@ -24,7 +24,6 @@ from etcdfs.attributes import Change, Defaults
 from etcdfs.drafts import Draft
 from etcdfs.errors import (
     AttributesFullError,
-    CallerError,
     ExistsError,
     NoAttributeError,
     NotFoundError,
@@ -290,13 +289,9 @@ class Metadata:
         """Return the key whose attributes are those of a node, None if it has none."""
         if not self._tree.attributes or not self._tree.is_attached(node):
             return None
-        try:
-            if isinstance(node, Directory):
-                return self._tree.prefix_of(node) or None
-            key = self._tree.key_of(node)
-        except CallerError:  # part of an escaped long name
+        if isinstance(node, File) and (node.facts is None or node.name == MARKER_NAME):
             return None
-        return None if node.facts is None or node.name == MARKER_NAME else key
+        return self._tree.own_key(node) or None  # the root of the whole keyspace has an empty one
 
 
 def _clamped(change: Change) -> Change:

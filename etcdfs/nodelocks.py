@@ -24,8 +24,7 @@ from typing import final
 import trio
 
 from etcdfs.admission import about_to_wait
-from etcdfs.errors import CallerError
-from etcdfs.tree import Directory, Node, Tree
+from etcdfs.tree import Node, Tree
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +90,7 @@ class NodeLocks:
         self._changing.append(names)
         try:
             for node, lock in list(self._locks.items()):
-                key = self._key_of(node)
+                key = self._tree.own_key(node)
                 if lock.locked() and key is not None and names.holds(key):
                     async with self.held(node):
                         pass
@@ -105,18 +104,9 @@ class NodeLocks:
         """Say whether a node's key is being changed by a call of this mount."""
         if not self._changing:
             return False
-        key = self._key_of(node)
+        key = self._tree.own_key(node)
         return key is not None and any(names.holds(key) for names in self._changing)
 
     def is_held(self, node: Node) -> bool:
         """Say whether somebody holds a node's lock."""
         return node in self._locks
-
-    def _key_of(self, node: Node) -> bytes | None:
-        """Return the key, or the prefix of a directory; None for what has none (any more)."""
-        try:
-            if isinstance(node, Directory):
-                return self._tree.prefix_of(node)
-            return self._tree.key_of(node)
-        except CallerError:  # part of an escaped long name
-            return None

@@ -35,7 +35,7 @@ from etcdfs.cached import Entry as Entry  # noqa: PLC0414
 from etcdfs.cached import Expiry as Expiry  # noqa: PLC0414
 from etcdfs.cached import Inode as Inode  # noqa: PLC0414
 from etcdfs.cached import Listing as Listing  # noqa: PLC0414
-from etcdfs.errors import NotADirectoryFileError, StaleError
+from etcdfs.errors import CallerError, NotADirectoryFileError, StaleError
 from etcdfs.facts import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes' facts come with them
 from etcdfs.facts import Facts as Facts  # noqa: PLC0414
 from etcdfs.facts import Side as Side  # noqa: PLC0414
@@ -249,6 +249,13 @@ class Tree:
             NameReservedError: It is part of an escaped long name and has none.
         """
         return self.keyspace.directory_prefix(self.names(directory))
+
+    def own_key(self, node: Node) -> bytes | None:
+        """Return a file's key or a directory's marker key; None for what has none (any more)."""
+        try:
+            return self.prefix_of(node) if isinstance(node, Directory) else self.key_of(node)
+        except CallerError:  # part of an escaped long name
+            return None
 
     # --- what the kernel knows --------------------------------------------------------------
 

@@ -173,12 +173,8 @@ class Xattrs:
             if ttl_s is None:
                 raise no_attribute(name)
             return b"%d" % ttl_s
-        if isinstance(node, Directory):
-            key: bytes | None = self._tree.prefix_of(node)
-        else:
-            key = self._tree.key_of(node)
         known = {
-            b"key": key,
+            b"key": self._tree.own_key(node),
             b"create_revision": b"%d" % facts.create_revision,
             b"mod_revision": b"%d" % facts.mod_revision,
             b"version": b"%d" % facts.version,
