@@ -238,9 +238,7 @@ class Publisher:
         if committed.succeeded:
             return _done(put, committed, value)
         (found,) = page_of(committed.results[0]).entries
-        if (
-            file.name == MARKER_NAME
-        ):  # a marker: it is there with its directory, and means no file then
+        if file.name == MARKER_NAME:  # it is there with its directory, and means no file then
             draft.is_bare = draft.is_added = False
         if draft.is_bare:
             return _Done(facts_of(found), found.value, merged=True)
