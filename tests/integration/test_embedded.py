@@ -240,6 +240,29 @@ async def test_a_directory_of_others_is_refused(
             pass
 
 
+async def test_b100_a_link_is_followed_once(tmp_path: Path) -> None:
+    """It may be in /tmp, somebody else's, and lead elsewhere once etcd runs."""
+    (tmp_path / "data").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("data")
+    async with open_embedded(tmp_path / "link") as endpoint:
+        assert Path(endpoint.host).parent == tmp_path / "data"
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o1777])
+async def test_b100_where_others_can_replace_the_directory_is_refused(
+    tmp_path: Path, mode: int
+) -> None:
+    above = tmp_path / "above"
+    above.mkdir()
+    above.chmod(mode)
+    with contextlib.ExitStack() as stack:
+        if not mode & stat.S_ISVTX:
+            refused = pytest.raises(EmbeddedFailedError, match=f"other users can change {above}")
+            stack.enter_context(refused)
+        async with open_embedded(above / "data"):
+            pass
+
+
 async def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(EmbeddedFailedError, match="cannot be used: File exists"):
