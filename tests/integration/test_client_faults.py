@@ -117,10 +117,11 @@ def test_the_fault_is_closed_by_a_test(number: int) -> None:
 
 async def test_the_channels_are_told_what_matters() -> None:
     """Sizes, pings and retries are explicit (faults 9, 10); measured values are in the door."""
-    from etcdfs.etcd_connection import _CHANNEL_OPTIONS  # noqa: PLC0415
+    from etcdfs.etcd_connection import _CHANNEL_OPTIONS, ANSWER_MAX, ANY_SIZE  # noqa: PLC0415
 
     options = dict(_CHANNEL_OPTIONS)
-    assert options["grpc.max_receive_message_length"] == -1
+    assert ANSWER_MAX >= 32 << 20  # gRPC's own limit, 4 MiB, is less than etcd may answer
+    assert ANY_SIZE == -1  # for a watch that catches up
     assert options["grpc.http2.ping_timeout_ms"] == options["grpc.keepalive_timeout_ms"] == 3_000
     assert options["grpc.keepalive_time_ms"] >= 10_000  # etcd closes who asks more than each 5 s
     assert options["grpc.keepalive_permit_without_calls"] == 0
