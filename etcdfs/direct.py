@@ -80,7 +80,7 @@ class Direct:
         value = found.value
         if name == MARKER_NAME and value is not None and not value.value:
             value = None
-        self._observe(directory, name, value, is_directory=found.below)
+        self._observe(directory, name, value, found.revision, is_directory=found.below)
         self._witness(directory, name, found.witness)
         if name != MARKER_NAME:  # the marker's attributes are its directory's
             side = found.directory_side if found.below else found.file_side
@@ -160,11 +160,11 @@ class Direct:
     def _take(self, scan: Level, directory: Directory, name: bytes) -> None:
         """Make the tree say what a scan says of one name."""
         if name not in scan.found:
-            self._observe(directory, name, None, is_directory=False)
+            self._observe(directory, name, None, scan.revision, is_directory=False)
             return
         value = scan.found[name]
         if value is None or name not in scan.kept:
-            self._observe(directory, name, value, is_directory=value is None)
+            self._observe(directory, name, value, scan.revision, is_directory=value is None)
         self._witness(directory, name, scan.witnesses.get(name))
         if name != MARKER_NAME:
             side = scan.sides.get((name, value is None))
@@ -333,9 +333,15 @@ class Direct:
     # --- applying ---------------------------------------------------------------------------
 
     def _observe(
-        self, directory: Directory, name: bytes, value: KeyValue | None, *, is_directory: bool
+        self,
+        directory: Directory,
+        name: bytes,
+        value: KeyValue | None,
+        revision: int,
+        *,
+        is_directory: bool,
     ) -> None:
-        """Make the tree say what etcd said of one name."""
+        """Make the tree say what etcd said of one name at a revision."""
         child = directory.children.get(name)
         if child is not None and self.switch.is_moving(child):
             return  # this mount is moving it just now, and will say where it is
@@ -346,6 +352,8 @@ class Direct:
                 if child is not None and is_local(child):
                     self.switch.tree.attach(made, VALUE_NAME, child)
         elif value is None:
+            if isinstance(child, File) and child.handles and child.version > revision:
+                return  # it was made after that: who writes to it must not take it for deleted
             if child is not None:
                 self._observe_missing(directory, name, child)
             else:

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import trio
+import trio.testing
 from trio.testing import MockClock
 
 from etcdfs.direct import MAX_LISTINGS
@@ -317,3 +318,34 @@ async def test_a_directory_that_has_moved_is_not_shown_by_a_key_it_had(
         store.delete_now(b"/moved/a")
         with pytest.raises(FileNotFoundError):
             await mount.kernel.stat((b"moved",))
+
+
+async def test_an_answer_from_before_a_file_was_made_does_not_take_it_away(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Who has it open goes on appending; it was taken for deleted, and nobody was told."""
+    store.put_now(b"/e", b"1")
+
+    async def hold_the_second() -> None:
+        if len(store.range_calls) == 2:
+            store.hold("range")
+
+    async with open_mount(store, cache=False) as mount, trio.open_nursery() as nursery:
+        append = os.O_WRONLY | os.O_APPEND
+        one = await mount.kernel.open((b"f",), append | os.O_CREAT)
+        two = await mount.kernel.open((b"f",), append)
+        await mount.kernel.write(one, 0, b"one ")
+        store.pace = hold_the_second
+        nursery.start_soon(mount.kernel.listdir, ())
+        await trio.testing.wait_all_tasks_blocked()  # names are listed, values yet to be read
+        await mount.kernel.close(one)
+        store.pace = None
+        store.release("range")
+        await trio.testing.wait_all_tasks_blocked()
+        await mount.kernel.write(two, 4, b"two ")
+        await mount.kernel.close(two)
+        found = store.current(b"/f")
+        assert found is not None
+        assert found.value == b"one two "
+        store.delete_now(b"/f")
+        assert await mount.kernel.listdir(()) == [b"e"]
