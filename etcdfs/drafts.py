@@ -45,6 +45,7 @@ class Draft:
             bytes are added to what another client has made meanwhile.
         is_refused: Whether the last attempt to publish what is here failed, and whoever flushed
             was told: a release, which can tell nobody, does not try again.
+        untold: Handles that have written what is not published, and were not told so.
         is_torn: Whether a write did not fit: what is here is half of what was meant, and must
             not be published. A truncation says that the writer has taken note.
     """
@@ -62,6 +63,7 @@ class Draft:
         "mtime_ns",
         "times",
         "tries",
+        "untold",
     )
 
     def __init__(self, base: bytes, *, whole: bool = False) -> None:
@@ -75,6 +77,7 @@ class Draft:
         self.is_bare = False
         self.is_refused = False
         self.is_torn = False
+        self.untold: set[int] = set()
         self._buffer = bytearray() if whole else bytearray(base)
         # INVARIANT: all old bytes before this offset have been replaced, blindly
         self._overwritten = 0
@@ -153,6 +156,7 @@ class Draft:
         """Note that `value`, the draft as it was when it was sent, has been published."""
         if len(value) == len(self._buffer) and value == self._buffer:
             self.kind = Kind.NONE
+            self.untold.clear()
         elif self.is_added:
             self.kind = Kind.APPEND  # to what is there by now
         self.base = value

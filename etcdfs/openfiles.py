@@ -232,6 +232,7 @@ class OpenFiles:
                 now_ns=self._now(file),
                 blind=not opened.readable and not is_mapped,
             )
+            draft.untold.add(handle)
         self._view.let_go(self._unseen(opened))
         return len(data)
 
@@ -294,6 +295,7 @@ class OpenFiles:
         except EtcdfsError:
             if isinstance(draft, Draft):
                 draft.is_refused = True
+                draft.untold.discard(handle)
             raise
         self._drop_clean_draft(opened.file)
         await self._view.let_go_first(self._unseen(opened))
@@ -491,7 +493,9 @@ def may_change(flags: int) -> bool:
 
 
 def _is_refused(file: File) -> bool:
-    return isinstance(file.draft, Draft) and file.draft.is_refused
+    """Say whether a draft could not be published, and all who wrote to it were told."""
+    draft = file.draft
+    return isinstance(draft, Draft) and draft.is_refused and not draft.untold
 
 
 def _may_be_of_map(offset: int, size: int, length: int) -> bool:

@@ -236,6 +236,28 @@ async def test_empty_draft_waits_while_its_opener_holds_another_descriptor(
         await mount.files.release(handle)
 
 
+async def test_flush_all_is_for_who_was_not_told(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Of two writers one closes while etcd is away; the other one's bytes are still to come."""
+    async with open_mount(store) as mount:
+        told, other = [
+            await mount.files.open(file_of(mount), os.O_WRONLY | os.O_APPEND) for _ in range(2)
+        ]
+        await mount.files.write(other, 0, b"2")
+        await mount.files.write(told, 0, b"1")
+        store.fail_next("commit", StoreUnavailableError("away"), times=2)
+        with pytest.raises(StoreUnavailableError):
+            await mount.files.flush(told)
+        await mount.files.release(told)
+        ((_, error),) = await mount.files.flush_all()
+        assert isinstance(error, StoreUnavailableError)
+        assert len(mount.files.unpublished()) == 1
+        assert await mount.files.flush_all() == []
+        assert mount.files.unpublished() == []
+        await mount.files.release(other)
+
+
 async def test_flush_all(autojump_clock: MockClock, store: FakeStore) -> None:
     """At unmount every draft is published, and what fails is returned."""
     async with open_mount(store) as mount:
