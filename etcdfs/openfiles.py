@@ -295,7 +295,8 @@ class OpenFiles:
         except EtcdfsError:
             if isinstance(draft, Draft):
                 draft.is_refused = True
-                draft.untold.discard(handle)
+                if not is_held():  # else it may be a child's close, who wrote nothing
+                    draft.untold.discard(handle)
             raise
         self._drop_clean_draft(opened.file)
         await self._view.let_go_first(self._unseen(opened))

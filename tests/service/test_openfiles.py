@@ -258,6 +258,22 @@ async def test_flush_all_is_for_who_was_not_told(
         await mount.files.release(other)
 
 
+async def test_flush_all_is_for_who_has_children(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """What a program starts closes its descriptors, and looks at no error."""
+    async with open_mount(store) as mount:
+        handle = await mount.files.open(file_of(mount), os.O_WRONLY)
+        await mount.files.write(handle, 0, b"1")
+        store.fail_next("commit", StoreUnavailableError("away"))
+        with pytest.raises(StoreUnavailableError):
+            await mount.files.flush(handle, lambda: True)
+        assert len(mount.files.unpublished()) == 1
+        assert await mount.files.flush_all() == []
+        assert mount.files.unpublished() == []
+        await mount.files.release(handle)
+
+
 async def test_flush_all(autojump_clock: MockClock, store: FakeStore) -> None:
     """At unmount every draft is published, and what fails is returned."""
     async with open_mount(store) as mount:
