@@ -104,11 +104,13 @@ def daemon_environment() -> dict[str, str]:
     """Return the daemon's environment.
 
     gRPC's core writes to stderr, in its own form and for every broken connection; what matters
-    of that reaches our log as an error of a call. It reads this when it is loaded.
+    of that reaches our log as an error of a call. It reads this when it is loaded. Its handlers
+    of fork(2) have to be off: they start its threads anew in the child, which end it before it
+    has become another program, as when libfuse forks to run fusermount3.
 
     There is no password in it: what the daemon is to know is handed over.
     """
-    environment = {"GRPC_VERBOSITY": "NONE"} | os.environ
+    environment = {"GRPC_VERBOSITY": "NONE", "GRPC_ENABLE_FORK_SUPPORT": "0"} | os.environ
     for name in _SECRETS:
         environment.pop(name, None)
     return environment

@@ -1,5 +1,7 @@
 """The etcd door on real etcd: the contract, and what only a real connection can do."""
 
+import ctypes
+import os
 import socket
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -144,6 +146,23 @@ async def test_two_stores_in_one_run(etcd: EtcdProcess) -> None:
             await second.commit(PUT)
     async with open_store([etcd.endpoint], timeout_s=TIMEOUT_S) as third:
         await third.commit(PUT)
+
+
+def forked_true() -> int:
+    """Return the status of a child that becomes true(1), forked as a library in C would."""
+    child: int = ctypes.PyDLL(None).fork()  # with the interpreter's lock held
+    if not child:
+        os.closerange(3, 256)
+        os.execv("/bin/true", ["true"])
+    return os.waitpid(child, 0)[1]
+
+
+async def test_a_child_beside_an_open_store_becomes_what_it_should(etcd: EtcdProcess) -> None:
+    """One in twenty died before exec(2), in the handlers of fork(2) that gRPC has."""
+    async with open_store([etcd.endpoint], timeout_s=TIMEOUT_S) as store:
+        for _ in range(100):
+            await store.range(b"a")
+            assert forked_true() == 0
 
 
 async def test_stores_of_two_runs_at_once(etcd: EtcdProcess) -> None:

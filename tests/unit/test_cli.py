@@ -346,6 +346,10 @@ def test_the_daemons_environment_has_no_password(monkeypatch: pytest.MonkeyPatch
     assert "u:secret" not in daemon_environment().values()
 
 
+def test_grpc_leaves_children_of_the_daemon_alone() -> None:
+    assert daemon_environment()["GRPC_ENABLE_FORK_SUPPORT"] == "0"
+
+
 # --- mistakes -------------------------------------------------------------------------------
 
 
