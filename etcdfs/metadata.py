@@ -265,7 +265,7 @@ class Metadata:
             not own or own[0].create_revision != known.create_revision
         )
         if isinstance(node, File) and node.handles and is_made_anew:
-            self._lose_name(node)
+            await self._lose_name(node)
             return
         if not own and isinstance(node, File):
             msg = f"{key!r} was deleted by another client"
@@ -279,11 +279,13 @@ class Metadata:
         side = side_of(sides[0]) if sides else None
         node.side = side if holds(side, facts_of_node(node)) else None
 
-    def _lose_name(self, file: File) -> None:
+    async def _lose_name(self, file: File) -> None:
         """Let an open file go on without its name, which another client has taken."""
         if file.directory is not None:
+            entry = Entry(file.directory.inode, file.name)
             stale = self._view.switch.withdraw(file.directory, file.name, gone=True)
-            self._view.let_go(stale)
+            # The watch will find nothing left to tell the kernel of.
+            await self._view.let_go_first({entry, *stale})
 
     def _key_of(self, node: Node) -> bytes | None:
         """Return the key whose attributes are those of a node, None if it has none."""

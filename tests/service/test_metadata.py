@@ -143,6 +143,25 @@ async def test_a_foreign_change_arrives(
         assert (await stat_of(mount, b"d")).mode & 0o7777 == 0o755
 
 
+async def test_a_name_that_an_attribute_of_an_open_file_shows_to_be_gone_is_gone(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
+) -> None:
+    """The watch, when it comes, finds nothing left to tell the kernel of."""
+    store.put_now(prefix + b"f", b"value")
+    async with open_mount(store, cache=cache, prefix=prefix) as mount:
+        opened = await mount.kernel.open((b"f",), os.O_RDONLY)
+        store.hold_watches()
+        store.delete_now(prefix + b"f")
+        await mount.filesystem.setattr(opened.inode.number, Change(mtime_ns=LONG_AGO))
+        with pytest.raises(FileNotFoundError):
+            await stat_of(mount, b"f")
+        store.release_watches()
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(FileNotFoundError):
+            await stat_of(mount, b"f")
+        await mount.kernel.close(opened)
+
+
 async def test_the_listing_has_attributes(
     autojump_clock: MockClock, store: FakeStore, cache: bool, prefix: bytes
 ) -> None:
