@@ -116,7 +116,8 @@ class RevisionTimes:
 def _merged(runs: Iterable[Run]) -> list[Run]:
     """Leave out what says less than others do: no newer revision, and no earlier time."""
     kept: list[Run] = []
-    for run in sorted(runs, key=lambda run: (-run.last, run.time_ns)):
+    # Of the newest revision the earliest time; else the order in which they come would matter.
+    for run in sorted(runs, key=lambda run: (-run.last, run.time_of(run.last), run.first)):
         if not kept:
             kept.append(run)
             continue

@@ -204,7 +204,10 @@ from etcdfs import mount
 from etcdfs.mount import main
 
 async def crash(mirror):
-    await mirror.advanced()
+    found = None
+    while found is None:
+        await mirror.advanced()
+        found = mirror.switch.tree.find(CRASH_KEY)
     raise ZeroDivisionError("planted")
 
 mount.watch_over = crash
@@ -212,7 +215,8 @@ mount.watch_over = crash
 
 
 def test_b79_a_daemon_that_crashes_unmounts_nothing(cached: Lab) -> None:
-    with daemon(cached.etcd, cache=True, program=_CRASHING) as running:
+    program = f"CRASH_KEY = {cached.key('file')!r}\n{_CRASHING}"
+    with daemon(cached.etcd, cache=True, program=program) as running:
         assert cached.path.name in os.listdir(running.path)
         cached.put("file", b"value")
         assert running.process.wait(_PATIENCE_S) == 1

@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from etcdfs.revision_times import NEAR_NS, RUNS_MAX, STEP_NS, RevisionTimes
@@ -63,6 +63,7 @@ def test_whoever_reads_the_record_has_the_same_times(found: list[tuple[int, int]
 
 
 @given(lessons, lessons, st.integers(-(10**9), 10**9))
+@example([(2, 0)], [(1, 0), (2, 0)], 0)
 def test_merging_is_in_order_and_loses_no_revision(
     found: list[tuple[int, int]], others: list[tuple[int, int]], skew_ns: int
 ) -> None:
