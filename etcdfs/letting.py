@@ -83,6 +83,10 @@ class Letting:
             with trio.move_on_after(timeout_s):
                 await done.wait()
 
+    def holds(self, directory: Inode | None) -> bool:
+        """Say whether a call of this mount holds a directory's lock."""
+        return directory is not None and self._held[directory] > 0
+
     def is_held(self) -> bool:
         """Say whether a call that waits for us holds a lock that the kernel waits for.
 

@@ -125,7 +125,7 @@ class Mirror:
         self._applier = Applier(self.switch, contents, kernel, self._on_failure)
         self._letting = self._applier.letting
         self.link = Link(max_stale_s=max_stale_s)
-        kernel.listen(StuckDirectories(tree, self.link).note)
+        kernel.listen(StuckDirectories(tree, self.link, self._letting).note)
         self.auditor = Auditor(
             store,
             contents,

@@ -18,6 +18,7 @@ from typing import Final, final
 import trio
 
 from etcdfs.errors import StaleError
+from etcdfs.letting import Letting
 from etcdfs.link import Link
 from etcdfs.tree import Inode, Tree
 
@@ -31,10 +32,11 @@ WARN_EVERY_S: Final = 60.0
 class StuckDirectories:
     """Hears of stuck directories. Owned by the mirror."""
 
-    def __init__(self, tree: Tree, link: Link) -> None:
+    def __init__(self, tree: Tree, link: Link, letting: Letting) -> None:
         # --- dependencies
         self._tree = tree
         self._link = link
+        self._letting = letting
         # --- mutable state
         self._quiet_until = float("-inf")
 
@@ -47,7 +49,9 @@ class StuckDirectories:
             return
         self._tree.stuck.add(directory)
         now = trio.current_time()
-        level = logging.INFO if now < self._quiet_until else logging.WARNING
+        # A call of ours that holds the lock waits for etcd, for as long as --timeout allows it.
+        is_expected = self._letting.holds(directory) or now < self._quiet_until
+        level = logging.INFO if is_expected else logging.WARNING
         if level == logging.WARNING:
             self._quiet_until = now + WARN_EVERY_S
         log.log(

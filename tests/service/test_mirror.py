@@ -163,6 +163,20 @@ async def test_both_keys_of_a_revision_flip_together(
             assert await content(mount, path) == b"2"
 
 
+async def test_a_directory_that_a_call_of_ours_holds_is_no_alarm(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """No warning is expected: the call waits for etcd, and that is said elsewhere."""
+    store.put_now(b"/d/a", b"1")
+    async with open_mount(store) as mount:
+        assert await content(mount, (b"d", b"a")) == b"1"
+        directory = mount.tree.root.children[b"d"].inode
+        with mount.view.holding((Entry(directory, b"b"),)):
+            mount.kernel.stick(directory, trio.current_time() - 1)
+            assert mount.mirror.link.statistics().stale_s == 1
+            mount.kernel.stick(directory, None)
+
+
 @pytest.mark.expect_log(STUCK)
 async def test_what_is_in_a_stuck_directory_is_not_kept(
     autojump_clock: MockClock, store: FakeStore
