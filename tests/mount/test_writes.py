@@ -332,14 +332,14 @@ def test_b19_a_file_made_anew_by_another_client_is_not_overwritten(lab: Lab) -> 
 
 def test_b19_a_file_in_a_directory_that_another_client_made_a_file(lab: Lab) -> None:
     """Its key was once made from the path that was left of it."""
-    lab.put("d/e/file", b"value")
-    with (lab.path / "d" / "e" / "file").open("r+b", buffering=0) as opened:
+    lab.put("d/e/cut-off", b"value")
+    with (lab.path / "d" / "e" / "cut-off").open("r+b", buffering=0) as opened:
         opened.write(b"later")
-        lab.shown(lab.client.change_all([(lab.key("d"), b"a file")], [lab.key("d/e/file")]))
+        lab.shown(lab.client.change_all([(lab.key("d"), b"a file")], [lab.key("d/e/cut-off")]))
         assert os.listdir(lab.path) == ["d"]
         assert (lab.path / "d").read_bytes() == b"a file"
     assert lab.own_keys() == [b"d"]
-    assert lab.client.get(b"/file") is None
+    assert lab.client.get(b"/cut-off") is None
 
 
 def test_b19_a_new_file_in_a_directory_that_another_client_removed(lab: Lab) -> None:
