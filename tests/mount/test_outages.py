@@ -628,7 +628,8 @@ def test_b67_an_open_for_writing_tells_of_an_outage(
     timeout_s = 0.3
     with pool.private(own_etcd, mode, "--timeout", str(timeout_s)) as mounted:
         mounted.put("/old", "old")
-        fd = os.open(mounted.path / "held", os.O_WRONLY | os.O_CREAT)
+        # With the default mode: what comes late, or not, is one key.
+        fd = os.open(mounted.path / "held", os.O_WRONLY | os.O_CREAT, 0o644)
         os.write(fd, b"x")
         mounted.expect_log("")
         getattr(own_etcd, how)()
