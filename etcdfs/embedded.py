@@ -45,6 +45,7 @@ import trio
 
 from etcdfs.errors import EmbeddedFailedError, EmbeddedMissingError
 from etcdfs.options import Endpoint
+from etcdfs.printable import printable
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def describe(version: str) -> str:
     """Return what to tell of the etcd that runs, given its version ("3.5.1")."""
     if version in _UNSOUND:
         return f"embedded etcd {version}, which may lose data: install a current one"
-    return f"embedded etcd {version}"
+    return f"embedded etcd {printable(version)}"
 
 
 def _candidates() -> Iterator[Path]:

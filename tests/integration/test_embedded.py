@@ -394,6 +394,7 @@ def test_a_release_that_may_lose_data_is_the_last_resort(
     assert find_etcd() == unsound / "etcd"
     assert "may lose data" in describe("3.5.1")
     assert describe("3.4.23") == "embedded etcd 3.4.23"
+    assert "\x1b" not in describe("\x1b[2J")
 
 
 async def test_no_etcd_at_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
