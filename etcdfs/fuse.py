@@ -418,6 +418,7 @@ class FuseMount:
         Raises:
             FuseRefusedError: The kernel or fusermount3 said no.
         """
+        logging.getLogger(pyfuse3.__name__).addFilter(quieten)
         said: list[str] = []
         try:
             with _listening_to_stderr(said):
@@ -456,6 +457,18 @@ class FuseMount:
         pyfuse3.terminate()
 
 
+def quieten(record: logging.LogRecord) -> bool:
+    """Make an answer that nobody waited for any more a debug message, when pyfuse3 logs it.
+
+    The kernel forgets the requests that are under way when the mount is taken away (its
+    `fuse_abort_conn`), and has no such request then: ENOENT. What it says of any other answer
+    stays an error.
+    """
+    if str(record.msg).endswith(_NOT_ANSWERED) and record.args == (os.strerror(errno.ENOENT),):
+        record.levelno, record.levelname = logging.DEBUG, logging.getLevelName(logging.DEBUG)
+    return logging.getLogger(record.name).isEnabledFor(record.levelno)
+
+
 @contextmanager
 def _listening_to_stderr(said: list[str]) -> Iterator[None]:
     """Collect the lines that are written to stderr: libfuse and fusermount3 say why only there."""
@@ -470,6 +483,8 @@ def _listening_to_stderr(said: list[str]) -> Iterator[None]:
             heard.seek(0)
             said += filter(None, heard.read().decode(errors="replace").split("\n"))
 
+
+_NOT_ANSWERED: Final = "fuse_reply_* failed with %s"
 
 _FILE: Final = "file"
 _DIRECTORY: Final = "directory"

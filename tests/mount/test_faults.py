@@ -418,3 +418,28 @@ def test_b68_changes_made_while_disconnected_are_seen(
         after = (mounted.path / "d" / "19").stat()
         assert (after.st_ino, after.st_mtime_ns) == (unchanged.st_ino, unchanged.st_mtime_ns)
         assert mounted.statistics()["mirror"]["listed_keys"] == (20 if compacted else 0)
+
+
+_UNMOUNTED_MEANWHILE = """
+import logging, subprocess
+from functools import partial
+import trio
+from etcdfs.fuse import Operations
+from etcdfs.mount import main
+quick = Operations.release
+async def release(self, fh):
+    await trio.to_thread.run_sync(partial(subprocess.run, ["fusermount3", "-u", sys.argv[1]]))
+    await quick(self, fh)
+Operations.release = release
+logging.getLogger("pyfuse3").setLevel(logging.DEBUG)
+"""
+
+
+def test_an_answer_that_nobody_waits_for_any_more_is_no_error(own_etcd: EtcdProcess) -> None:
+    """Nobody waits for a RELEASE: the mount may be gone before its answer."""
+    with daemon(own_etcd, cache=True, program=_UNMOUNTED_MEANWHILE) as running:
+        (running.path / "f").write_bytes(b"x")
+        assert running.process.wait(_PATIENCE_S) == 0
+        log = running.log_file.read_text()
+    assert " DEBUG pyfuse3: fuse_release(): fuse_reply_* failed with No such file" in log
+    assert " ERROR " not in log

@@ -19,13 +19,14 @@ from etcdfs.admission import Admission, about_to_wait
 from etcdfs.attributes import Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError, NotFoundError, StoreFullError
 from etcdfs.filesystem import Filesystem, Listed, SpaceStatistics
-from etcdfs.fuse import Operations
+from etcdfs.fuse import Operations, quieten
 from etcdfs.metadata import no_attribute
 from etcdfs.openfiles import OpenFiles
 from etcdfs.tree import Inode
 from etcdfs.xattrs import Xattrs
 
 RELEASE_BUG = "release failed; this is a bug of etcdfs"
+UNTAKEN = "fuse_release(): fuse_reply_* failed with %s"
 BUG = "%s failed; this is a bug of etcdfs"
 
 
@@ -488,3 +489,24 @@ async def test_a_call_with_a_handle_waits_for_who_opened_it() -> None:
     admission.take(CONTEXT.uid)
     assert await refused(calls.flush(handle))
     assert not await refused(calls.release(handle)), "or nobody would ever release it"
+
+
+@pytest.mark.expect_log(UNTAKEN)
+@pytest.mark.parametrize(
+    ("error", "level"), [(errno.ENOENT, logging.DEBUG), (errno.EINVAL, logging.ERROR)]
+)
+def test_an_answer_that_nobody_waits_for_is_no_error(
+    error: int, level: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mount went away. Any other answer that the kernel does not take is an error still."""
+    theirs = logging.getLogger("pyfuse3")
+    theirs.addFilter(quieten)
+    try:
+        for threshold in (logging.DEBUG, logging.INFO):
+            theirs.setLevel(threshold)
+            theirs.error(UNTAKEN, os.strerror(error))
+    finally:
+        theirs.removeFilter(quieten)
+        theirs.setLevel(logging.NOTSET)
+    logged = [record.levelno for record in caplog.records]
+    assert logged == ([level] if level < logging.INFO else [level, level])
