@@ -13,8 +13,8 @@ Concurrency: none.
 import os
 import sys
 
-from etcdfs.arguments import likely_mountpoint
-from etcdfs.spawn import fill_standard_descriptors, spawn
+from etcdfs.cli.argv import likely_mountpoint
+from etcdfs.process.spawn import fill_standard_descriptors, spawn
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         early = None if mountpoint is None else spawn(mountpoint)
     except OSError:  # the command line will find out, and say, what is wrong here
         early = None
-    from etcdfs.cli import run  # noqa: PLC0415 -- takes a tenth of a second
+    from etcdfs.cli.main import run  # noqa: PLC0415 -- takes a tenth of a second
 
     status = run(sys.argv[1:], early)
     for stream in (sys.stdout, sys.stderr):

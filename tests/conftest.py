@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
     Processes that tests start run this tree too, whatever is installed and wherever they are.
     """
     os.environ["PYTHONPATH"] = str(config.rootpath)
-    # As the daemon has it (`etcdfs.spawn`): a test that forks has gRPC's threads beside it.
+    # As the daemon has it (`etcdfs.process.spawn`): a test that forks has gRPC's threads beside it.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     faulthandler.register(signal.SIGUSR2, all_threads=True)
 

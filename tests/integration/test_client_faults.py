@@ -117,7 +117,7 @@ def test_the_fault_is_closed_by_a_test(number: int) -> None:
 
 async def test_the_channels_are_told_what_matters() -> None:
     """Sizes, pings and retries are explicit (faults 9, 10); measured values are in the door."""
-    from etcdfs.etcd_connection import _CHANNEL_OPTIONS, ANSWER_MAX, ANY_SIZE  # noqa: PLC0415
+    from etcdfs.etcd.connection import _CHANNEL_OPTIONS, ANSWER_MAX, ANY_SIZE  # noqa: PLC0415
 
     options = dict(_CHANNEL_OPTIONS)
     assert ANSWER_MAX >= 32 << 20  # gRPC's own limit, 4 MiB, is less than etcd may answer

@@ -17,10 +17,10 @@ import pytest
 import trio
 import trio.testing
 
-import etcdfs.embedded
-from etcdfs.embedded import default_data_dir, describe, find_etcd, open_embedded
+import etcdfs.daemon.embedded_etcd
+from etcdfs.daemon.embedded_etcd import default_data_dir, describe, find_etcd, open_embedded
 from etcdfs.errors import EmbeddedFailedError, EmbeddedMissingError
-from etcdfs.etcd import open_store
+from etcdfs.etcd.client import open_store
 from etcdfs.options import Endpoint
 from tests.support.nobody import needs_root, public_directory, run_as_nobody
 
@@ -32,7 +32,7 @@ _COMMAND_TIMEOUT_S = 30
 @pytest.fixture(autouse=True)
 def chosen(etcd_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the release under test be the one that is found."""
-    monkeypatch.setattr(etcdfs.embedded, "find_etcd", lambda: etcd_binary)
+    monkeypatch.setattr(etcdfs.daemon.embedded_etcd, "find_etcd", lambda: etcd_binary)
 
 
 async def etcdctl(endpoint: Endpoint, *arguments: str) -> str:
@@ -177,11 +177,11 @@ def _etcd_below(parent: int) -> int:
 @pytest.mark.every_etcd
 def test_it_does_not_outlive_a_killed_daemon(tmp_path: Path, etcd_binary: Path) -> None:
     code = (
-        "import sys, trio, etcdfs.embedded\n"
+        "import sys, trio, etcdfs.daemon.embedded_etcd\n"
         "from pathlib import Path\n"
-        "etcdfs.embedded.find_etcd = lambda: Path(sys.argv[2])\n"
+        "etcdfs.daemon.embedded_etcd.find_etcd = lambda: Path(sys.argv[2])\n"
         "async def run():\n"
-        "    async with etcdfs.embedded.open_embedded(Path(sys.argv[1])) as endpoint:\n"
+        "    async with etcdfs.daemon.embedded_etcd.open_embedded(Path(sys.argv[1])) as endpoint:\n"
         "        print(endpoint.host, flush=True)\n"
         "        await trio.sleep_forever()\n"
         "trio.run(run)\n"
@@ -277,7 +277,7 @@ def _fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     binary = tmp_path / "etcd"
     binary.write_text(f"#!/bin/sh\n{script}\n")
     binary.chmod(0o755)
-    monkeypatch.setattr(etcdfs.embedded, "find_etcd", lambda: binary)
+    monkeypatch.setattr(etcdfs.daemon.embedded_etcd, "find_etcd", lambda: binary)
 
 
 async def test_an_etcd_that_ends_is_reported_with_its_last_words(
@@ -303,7 +303,7 @@ async def test_an_etcd_that_says_nothing_is_given_up(
 async def test_an_etcd_that_does_not_stop_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(etcdfs.embedded, "_STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(etcdfs.daemon.embedded_etcd, "_STOP_TIMEOUT_S", 0.1)
     code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{_STAND_IN}"
     _fake(tmp_path, monkeypatch, f"exec {sys.executable} -c '{code}'")
     async with open_embedded(tmp_path / "data"):
@@ -398,7 +398,7 @@ def test_a_release_that_may_lose_data_is_the_last_resort(
 
 
 async def test_no_etcd_at_all_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(etcdfs.embedded, "find_etcd", lambda: None)
+    monkeypatch.setattr(etcdfs.daemon.embedded_etcd, "find_etcd", lambda: None)
     with pytest.raises(EmbeddedMissingError, match=r"etcdfs\[embedded\]"):
         async with open_embedded(tmp_path / "data"):
             pass

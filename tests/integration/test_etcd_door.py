@@ -31,10 +31,9 @@ from etcdfs.errors import (
     TransactionAbortedError,
     WatchLostError,
 )
-from etcdfs.etcd import EtcdStore, open_store
-from etcdfs.etcd_watch import EtcdWatch
-from etcdfs.options import Endpoint
-from etcdfs.store import (
+from etcdfs.etcd.client import EtcdStore, open_store
+from etcdfs.etcd.watch import EtcdWatch
+from etcdfs.keyspace.store import (
     END_OF_KEYS,
     Get,
     KeyValue,
@@ -46,6 +45,7 @@ from etcdfs.store import (
     WatchOpened,
     WatchProgress,
 )
+from etcdfs.options import Endpoint
 
 BOUND_S = 20.0
 TIMEOUT_S = 10.0

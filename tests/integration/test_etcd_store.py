@@ -20,9 +20,8 @@ from etcdfs.errors import (
     StoreUnavailableError,
     WatchLostError,
 )
-from etcdfs.etcd import EtcdStore, open_store
-from etcdfs.options import Endpoint
-from etcdfs.store import (
+from etcdfs.etcd.client import EtcdStore, open_store
+from etcdfs.keyspace.store import (
     END_OF_KEYS,
     Delete,
     Put,
@@ -30,6 +29,7 @@ from etcdfs.store import (
     WatchEvents,
     WatchOpened,
 )
+from etcdfs.options import Endpoint
 from tests.support.etcd_process import EtcdProcess
 from tests.support.store_contract import BOUND_S, Lab, StoreContract
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import trio
 
-from etcdfs import etcd_connection
 from etcdfs.errors import (
     OutcomeUnknownError,
     StoreError,
@@ -20,9 +19,10 @@ from etcdfs.errors import (
     StoreUnavailableError,
     WatchLostError,
 )
-from etcdfs.etcd import EtcdStore, open_store
+from etcdfs.etcd import connection as etcd_connection
+from etcdfs.etcd.client import EtcdStore, open_store
+from etcdfs.keyspace.store import END_OF_KEYS, Put, Transaction, WatchEvents, WatchOpened, unchanged
 from etcdfs.options import Endpoint
-from etcdfs.store import END_OF_KEYS, Put, Transaction, WatchEvents, WatchOpened, unchanged
 from tests.support.cluster import Cluster
 from tests.support.etcd_process import EtcdProcess, EtcdProcessError
 from tests.support.proxy import Proxy
@@ -280,9 +280,9 @@ _MOVE_WITH_THE_NAME = """
 import sys
 from pathlib import Path
 import trio
-from etcdfs.etcd import open_store
+from etcdfs.etcd.client import open_store
 from etcdfs.options import Endpoint
-from etcdfs.store import END_OF_KEYS, Put, Transaction
+from etcdfs.keyspace.store import END_OF_KEYS, Put, Transaction
 
 async def main(hosts, port):
     put = Transaction(then=(Put(b"a", b"1"),))

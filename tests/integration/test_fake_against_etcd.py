@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from etcdfs.errors import StoreError
-from etcdfs.etcd import open_store
-from etcdfs.store import (
+from etcdfs.etcd.client import open_store
+from etcdfs.keyspace.store import (
     END_OF_KEYS,
     Committed,
     Compare,

@@ -8,9 +8,9 @@ import pytest
 import trio
 
 from etcdfs.errors import OutcomeUnknownError, StoreError, StoreProtocolError, StoreUnavailableError
-from etcdfs.etcd import EtcdStore, open_store
+from etcdfs.etcd.client import EtcdStore, open_store
+from etcdfs.keyspace.store import Delete, Get, Put, Transaction
 from etcdfs.options import Security
-from etcdfs.store import Delete, Get, Put, Transaction
 from tests.service.mirrors import AGAIN
 from tests.support.bent_etcd import OTHERS, RANGES, TOKENS, TXNS, WATCHES, Bend, BentEtcd
 from tests.support.etcd_process import EtcdProcess, find_etcds

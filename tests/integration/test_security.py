@@ -17,9 +17,17 @@ from etcdfs.errors import (
     StoreUnavailableError,
     StoreUserError,
 )
-from etcdfs.etcd import EtcdStore, open_store
+from etcdfs.etcd.client import EtcdStore, open_store
+from etcdfs.keyspace.store import (
+    END_OF_KEYS,
+    Delete,
+    Put,
+    Transaction,
+    WatchEvents,
+    WatchOpened,
+    range_end,
+)
 from etcdfs.options import OPEN, Security
-from etcdfs.store import END_OF_KEYS, Delete, Put, Transaction, WatchEvents, WatchOpened, range_end
 from tests.support.etcd_process import EtcdProcess, find_etcds
 from tests.support.secured import (
     EXPIRED,

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
+from etcdfs.keyspace.store import range_end
 from etcdfs.options import Endpoint
-from etcdfs.store import range_end
 
 _TIMEOUT_S = 30.0
 

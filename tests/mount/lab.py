@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, final
 
-from etcdfs.processes import find_daemon
+from etcdfs.process.processes import find_daemon
 from tests.mount.client import Client, Found
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from etcdfs.sidekeys import side_key
+from etcdfs.keyspace.attribute_records import side_key
 from tests.mount.lab import MODES, PATIENCE_S, Lab, Pool, sh
 from tests.mount.posix.calls import errno_of
 

@@ -19,10 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.arguments import likely_mountpoint
-from etcdfs.logs import LINES_MAX
-from etcdfs.mountpoint import claimed, find_mounted
-from etcdfs.processes import find_daemon, find_server
+from etcdfs.cli.argv import likely_mountpoint
+from etcdfs.process.logs import LINES_MAX
+from etcdfs.process.mountpoint import claimed, find_mounted
+from etcdfs.process.processes import find_daemon, find_server
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import COMMAND, run_etcdfs
 from tests.support.nobody import needs_root, public_directory, running_as_nobody
@@ -191,7 +191,7 @@ def test_the_daemon_holds_on_to_nothing_of_its_parent(
 
 @pytest.mark.parametrize("wrong", [("--timeout", "soon"), ("--frobnicate",), ("-o", "frobnicate")])
 def test_a_daemon_that_is_not_wanted_is_gone(mnt: Path, wrong: tuple[str, ...]) -> None:
-    """The daemon is started before the command line is read, see `etcdfs.spawn`."""
+    """The daemon is started before the command line is read, see `etcdfs.process.spawn`."""
     done = run_etcdfs("mount", str(mnt), *wrong)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1
@@ -479,7 +479,7 @@ def test_b84_another_user_can_neither_hold_a_mount_up_nor_keep_it_away(
         mount(mnt, "--endpoints", shared_etcd.client_url)
         mounted = find_mounted(str(mnt))
         assert mounted is not None
-        like_it = (f"etcdfs {mounted.device}", "-m", "etcdfs.mount", str(mnt))
+        like_it = (f"etcdfs {mounted.device}", "-m", "etcdfs.daemon.main", str(mnt))
         kill(mnt)
         run("fusermount3", "-uz", str(mnt))
         with running_as_nobody(_IMPOSTOR, *like_it):

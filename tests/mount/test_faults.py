@@ -17,9 +17,15 @@ from typing import Any
 import pytest
 
 from etcdfs.errors import UnpublishedError
-from etcdfs.handshake import Handover, LogSettings, Ready, read_reports, send_handover
-from etcdfs.openfiles import STORE_MAX
+from etcdfs.files.handles import STORE_MAX
 from etcdfs.options import MountOptions
+from etcdfs.process.startup_protocol import (
+    Handover,
+    LogSettings,
+    Ready,
+    read_reports,
+    send_handover,
+)
 from tests.mount.client import Client
 from tests.mount.lab import MODES, Lab, Pool, sh
 from tests.support.etcd_process import EtcdProcess
@@ -28,7 +34,7 @@ from tests.support.mounted import run_etcdfs
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 _PATIENCE_S = 30.0
-_MAIN = "from etcdfs.mount import main"
+_MAIN = "from etcdfs.daemon.main import main"
 
 
 @contextlib.contextmanager
@@ -183,7 +189,9 @@ def test_b78_an_end_that_loses_something_says_so(own_etcd: EtcdProcess, mode: st
         own_etcd.resume()
         assert not os.path.ismount(running.path)
         log = running.log_file.read_text()
-        assert " ERROR etcdfs.mount: what was written to /b and not yet closed is lost\n" in log
+        assert (
+            " ERROR etcdfs.daemon.main: what was written to /b and not yet closed is lost\n" in log
+        )
         assert "written to /a" not in log
         with contextlib.suppress(OSError):
             os.close(fds[1])
@@ -200,8 +208,8 @@ def test_b77_plain_unmounting_ends_the_daemon(pool: Pool, lab: Lab, command: str
 
 
 _CRASHING = """
-from etcdfs import mount
-from etcdfs.mount import main
+from etcdfs.daemon import main as mount
+from etcdfs.daemon.main import main
 
 async def crash(mirror):
     found = None
@@ -234,9 +242,9 @@ def test_b81_a_daemon_that_dies_in_a_library_leaves_a_word(cached: Lab) -> None:
 # --- etcdfs' own mistakes -------------------------------------------------------------------
 
 _PLANTED = """
-from etcdfs.filesystem import Filesystem
-from etcdfs.mount import main
-from etcdfs.openfiles import OpenFiles
+from etcdfs.vfs.filesystem import Filesystem
+from etcdfs.daemon.main import main
+from etcdfs.files.handles import OpenFiles
 
 async def planted(*_arguments, **_options):
     raise ZeroDivisionError("planted")
@@ -394,7 +402,7 @@ def test_b68_changes_made_while_disconnected_are_seen(
             assert (mounted.path / "d" / f"{n}").read_bytes() == b"old"
         assert not (mounted.path / "new").exists()
         unchanged = (mounted.path / "d" / "19").stat()
-        mounted.expect_log("etcdfs.watching")
+        mounted.expect_log("etcdfs.mirror.watch_session")
         daemon_pid = mounted.daemon
         os.kill(daemon_pid, signal.SIGSTOP)
         try:
@@ -424,8 +432,8 @@ _UNMOUNTED_MEANWHILE = """
 import logging, subprocess
 from functools import partial
 import trio
-from etcdfs.fuse import Operations
-from etcdfs.mount import main
+from etcdfs.fuse.operations import Operations
+from etcdfs.daemon.main import main
 quick = Operations.release
 async def release(self, fh):
     await trio.to_thread.run_sync(partial(subprocess.run, ["fusermount3", "-u", sys.argv[1]]))

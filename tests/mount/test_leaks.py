@@ -61,8 +61,8 @@ def test_b92_what_is_gone_leaves_nothing_in_the_daemon(
     tables = after["tables"] - before["tables"]
     assert {name: n for name, n in tables.items() if not name.startswith(bounded)} == {}
     types = after["types"] - before["types"]
-    assert types.pop("etcdfs.cached.Entry", 0) <= tables["Tree._negatives"]
-    assert types.pop("etcdfs.revision_times.Run", 0) <= tables["RevisionTimes._runs"]
+    assert types.pop("etcdfs.tree.inodes.Entry", 0) <= tables["Tree._negatives"]
+    assert types.pop("etcdfs.keyspace.revision_times.Run", 0) <= tables["RevisionTimes._runs"]
     # trio keeps up to a thousand deadlines that are past, each a scope in a tuple.
     for of_deadlines in ("trio.CancelScope", "builtins.tuple"):
         assert types.pop(of_deadlines, 0) < DEADLINES

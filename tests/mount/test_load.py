@@ -51,7 +51,7 @@ def test_b45_a_storm_of_readers(etcd: EtcdProcess, mounted: Mounted) -> None:
 _SLOW_KERNEL = """
 import time
 import pyfuse3
-from etcdfs.mount import main
+from etcdfs.daemon.main import main
 for name in ("invalidate_entry", "invalidate_inode"):
     def slowly(*arguments, quick=getattr(pyfuse3, name), **named):
         time.sleep(0.02)

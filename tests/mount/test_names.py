@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from etcdfs.keys import MAX_DEPTH, Keyspace
+from etcdfs.keyspace.keys import MAX_DEPTH, Keyspace
 from tests.mount.client import Client
 from tests.mount.lab import MODES, Lab, Pool, sh
 from tests.support.etcd_process import EtcdProcess

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.sidekeys import side_key
+from etcdfs.keyspace.attribute_records import side_key
 from tests.mount.client import Client
 from tests.mount.lab import MODES, Lab, Pool
 from tests.mount.test_faults import daemon
@@ -225,8 +225,8 @@ def test_b75_what_may_no_longer_be_read_is_not_shown(pool: Pool, own_etcd: EtcdP
 # --- audits ---------------------------------------------------------------------------------
 
 _LOSE_EVENTS = """
-from etcdfs.mount import main
-from etcdfs.replica import Replica
+from etcdfs.daemon.main import main
+from etcdfs.mirror.state_machine import Replica
 whole = Replica._on_events
 def lossy(self, events):
     return whole(self, tuple(event for event in events if b"lost" not in event.key))
@@ -318,9 +318,9 @@ def test_b72_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
 
 _LATE_WATCHES = """
 import trio
-from etcdfs.mirror import Mirror
-from etcdfs.mount import main
-from etcdfs.sidemirror import SideMirror
+from etcdfs.mirror.mirror import Mirror
+from etcdfs.daemon.main import main
+from etcdfs.mirror.attribute_mirror import SideMirror
 for owner, name in ((Mirror, "_take"), (SideMirror, "_apply")):
     async def late(*arguments, on_time=getattr(owner, name), **named):
         await trio.sleep(0.1)
@@ -413,8 +413,8 @@ def test_b74_an_etcd_that_does_not_come_ends_the_wait(own_etcd: EtcdProcess, mnt
 _LOSE_A_PAGE = """
 from etcdfs import mount, replica
 from etcdfs.errors import StoreUnavailableError
-from etcdfs.etcd import EtcdStore
-from etcdfs.mount import main
+from etcdfs.etcd.client import EtcdStore
+from etcdfs.daemon.main import main
 replica.Replica.__init__.__kwdefaults__["page_size"] = 3
 whole, calls = EtcdStore.range, 0
 async def lossy(self, *args, **kwargs):

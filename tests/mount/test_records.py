@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.sidekeys import TIME_MAX, side_key
+from etcdfs.keyspace.attribute_records import TIME_MAX, side_key
 from tests.mount.lab import Lab, Pool, sh
 from tests.support.odd_records import ODD
 

@@ -24,7 +24,7 @@ from benchmarks.harness.startup import (
     turns,
     undisturbed,
 )
-from etcdfs.openfiles import STORE_MAX
+from etcdfs.files.handles import STORE_MAX
 from tests.mount.lab import Lab
 from tests.support.etcd_process import EtcdProcess
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from etcdfs.mountpoint import find_mounted
-from etcdfs.processes import find_daemon
+from etcdfs.process.mountpoint import find_mounted
+from etcdfs.process.processes import find_daemon
 from tests.mount.lab import MODES, Pool
 from tests.support.churn import until
 from tests.support.etcd_process import EtcdProcess

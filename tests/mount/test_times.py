@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.times_record import TIMES_KEY
+from etcdfs.consistency.times_record import TIMES_KEY
 from tests.mount.lab import MODES, Lab, Pool, sh
 from tests.support.mounted import Mounted
 

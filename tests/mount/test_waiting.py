@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.openfiles import STORE_MAX
+from etcdfs.files.handles import STORE_MAX
 from tests.mount.client import Client
 from tests.mount.lab import Pool
 from tests.support.churn import until

@@ -6,8 +6,8 @@ it takes.
 
 from trio.testing import MockClock
 
-from etcdfs.keys import Keyspace
-from etcdfs.store import Delete, Put, Transaction, range_end
+from etcdfs.keyspace.keys import Keyspace
+from etcdfs.keyspace.store import Delete, Put, Transaction, range_end
 from tests.service.mirrors import content, quiet
 from tests.support.fake_kernel import open_mount
 from tests.support.fake_store import FakeStore

@@ -15,8 +15,8 @@ import pytest
 import trio
 import trio.testing
 
-from etcdfs.attributes import Change
-from etcdfs.mirror import Mirror
+from etcdfs.mirror.mirror import Mirror
+from etcdfs.vfs.attributes import Change
 from tests.support.fake_kernel import (
     RENAME_EXCHANGE,
     FakeMount,

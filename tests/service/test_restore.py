@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from etcdfs.sidekeys import is_side_key
+from etcdfs.keyspace.attribute_records import is_side_key
 from tests.support.awkward_keys import components
 from tests.support.fake_kernel import FakeKernel, Path, open_mount
 from tests.support.fake_store import FakeStore

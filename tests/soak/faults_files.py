@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from etcdfs.keys import Keyspace
+from etcdfs.keyspace.keys import Keyspace
 from tests.soak import layout
 from tests.soak.arena import Arena, FaultError
 from tests.soak.control import nap

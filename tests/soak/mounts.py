@@ -16,11 +16,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Final, final
 
-from etcdfs.processes import find_daemon
+from etcdfs.process.processes import find_daemon
 from tests.soak.control import until
 from tests.soak.etcds import run
 
-_COMMAND: Final = (sys.executable, "-P", "-c", "from etcdfs.cli import main; main()")
+_COMMAND: Final = (sys.executable, "-P", "-c", "from etcdfs.cli.main import main; main()")
 _TIMEOUT_S: Final = 60.0
 ROOT: Final = Path(__file__).parent.parent.parent
 DEFECTS: Final = Path(__file__).parent / "defects"

@@ -14,13 +14,13 @@ from google.protobuf.message import DecodeError
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from etcdfs import etcd_wire as wire
-from etcdfs.checks import fault_in_page
 from etcdfs.errors import StoreError
-from etcdfs.etcd_responses import Responses
-from etcdfs.keys import Keyspace
-from etcdfs.replica import Replica, State
-from etcdfs.steps import (
+from etcdfs.etcd import codec as wire
+from etcdfs.etcd.watch import Responses
+from etcdfs.keyspace.keys import Keyspace
+from etcdfs.keyspace.store import Get, KeyValue, Page, Revision, WatchEvents, WatchOpened, range_end
+from etcdfs.keyspace.transaction_results import fault_in_page
+from etcdfs.mirror.messages import (
     Apply,
     Message,
     OpenWatch,
@@ -30,9 +30,9 @@ from etcdfs.steps import (
     Step,
     WatchLost,
 )
-from etcdfs.store import Get, KeyValue, Page, Revision, WatchEvents, WatchOpened, range_end
-from etcdfs.switch import Switch
-from etcdfs.tree import Tree
+from etcdfs.mirror.state_machine import Replica, State
+from etcdfs.tree.tree import Tree
+from etcdfs.tree.update import Switch
 
 CORPUS = Path(__file__).parent / "corpus"
 ROOT = Keyspace(b"/t/")

@@ -16,10 +16,10 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etcdfs.attributes import Attributes, Caller, Change
 from etcdfs.errors import EtcdfsError
-from etcdfs.sidekeys import side_key
-from etcdfs.store import Delete, KeyValue, Operation, Put, Transaction
+from etcdfs.keyspace.attribute_records import side_key
+from etcdfs.keyspace.store import Delete, KeyValue, Operation, Put, Transaction
+from etcdfs.vfs.attributes import Attributes, Caller, Change
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore
 

@@ -33,7 +33,7 @@ import trio.testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from etcdfs.store import Delete, Put, Transaction
+from etcdfs.keyspace.store import Delete, Put, Transaction
 from tests.service.mirrors import AGAIN, content
 from tests.soak.controls import soaks_defects
 from tests.support.fake_kernel import FakeKernel, FakeMount, open_mount
@@ -351,10 +351,10 @@ def never_audit(audit: Any, replace: Replace) -> None:
 
 
 OWN_DEFECTS: dict[str, tuple[str, Callable[[Any, Replace], None]]] = {
-    "relist-always": ("etcdfs.replica", relist_always),
-    "boast": ("etcdfs.applier", boast),
-    "forget-the-rest": ("etcdfs.replica", forget_the_rest),
-    "never-audit": ("etcdfs.audit", never_audit),
+    "relist-always": ("etcdfs.mirror.state_machine", relist_always),
+    "boast": ("etcdfs.mirror.applier", boast),
+    "forget-the-rest": ("etcdfs.mirror.state_machine", forget_the_rest),
+    "never-audit": ("etcdfs.consistency.audit", never_audit),
 }
 
 
@@ -432,7 +432,7 @@ def test_a_planted_defect_breaks_its_guarantee(name: str, monkeypatch: pytest.Mo
     else:
         module, patch = soak.DEFECTS[name]
         # The kernel here is a fake one, and so is the door to it.
-        is_door = module == "etcdfs.kernel"
+        is_door = module == "etcdfs.fuse.notify"
         patch(SimpleNamespace(KernelCache=FakeKernel) if is_door else import_module(module))
     control, seen = CONTROLS[name], Counter[str | None]()
     for life in lives_of(control):

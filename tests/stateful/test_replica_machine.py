@@ -15,8 +15,17 @@ from typing import assert_never
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from etcdfs.replica import Replica, State
-from etcdfs.steps import (
+from etcdfs.keyspace.store import (
+    Event,
+    KeyValue,
+    Page,
+    Revision,
+    Tombstone,
+    WatchEvents,
+    WatchOpened,
+    WatchProgress,
+)
+from etcdfs.mirror.messages import (
     Apply,
     BackOff,
     CloseWatch,
@@ -33,16 +42,7 @@ from etcdfs.steps import (
     Step,
     WatchLost,
 )
-from etcdfs.store import (
-    Event,
-    KeyValue,
-    Page,
-    Revision,
-    Tombstone,
-    WatchEvents,
-    WatchOpened,
-    WatchProgress,
-)
+from etcdfs.mirror.state_machine import Replica, State
 
 START, END = b"/a/", b"/a0"
 KEYS = (b"/a/a", b"/a/b", b"/a/b\0", b"/a/c", b"/a/d")

@@ -2,7 +2,7 @@
 
 from hypothesis import strategies as st
 
-from etcdfs.keys import escape
+from etcdfs.keyspace.keys import escape
 
 _TOKENS = (b"%", b"=", b"+", b"%=", b"%+", b"%25", b"%00", b"%2", b"\0", b".", b"..")
 _WORDS = (b"value", b"marker", b"%value", b"%marker", b".etcdfs", b"a", b"foo", b"\xff", b"\n")

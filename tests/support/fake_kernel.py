@@ -20,20 +20,30 @@ from typing import Any, TypeVar, final
 
 import trio
 
-from etcdfs.attributes import Attributes, Caller, Change, Defaults
-from etcdfs.buffers import WriteBuffers
-from etcdfs.contents import Contents
-from etcdfs.direct import Direct
+from etcdfs.consistency.staleness import Liveness
 from etcdfs.errors import EtcdfsError, NotFoundError
-from etcdfs.filesystem import Filesystem
-from etcdfs.guard import watch_over
-from etcdfs.keys import Keyspace
-from etcdfs.liveness import Liveness
-from etcdfs.mirror import Mirror
-from etcdfs.openfiles import OpenFiles
-from etcdfs.publisher import Publisher
-from etcdfs.store import Clock
-from etcdfs.tree import ROOT_INODE, Cached, Directory, Entry, Expiry, File, Inode, Listing, Tree
+from etcdfs.files.handles import OpenFiles
+from etcdfs.files.write_buffer import WriteBuffers
+from etcdfs.files.writeback import Publisher
+from etcdfs.keyspace.keys import Keyspace
+from etcdfs.keyspace.store import Clock
+from etcdfs.mirror.guard import watch_over
+from etcdfs.mirror.mirror import Mirror
+from etcdfs.tree.tree import (
+    ROOT_INODE,
+    Cached,
+    Directory,
+    Entry,
+    Expiry,
+    File,
+    Inode,
+    Listing,
+    Tree,
+)
+from etcdfs.tree.value_cache import Contents
+from etcdfs.uncached.uncached import Direct
+from etcdfs.vfs.attributes import Attributes, Caller, Change, Defaults
+from etcdfs.vfs.filesystem import Filesystem
 from tests.support.fake_store import FakeStore
 
 T = TypeVar("T")
@@ -155,7 +165,7 @@ class FakeKernel:
     # --- notifications ----------------------------------------------------------------------
 
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
-        """Queue a job; see `etcdfs.kernel.KernelCache.submit`."""
+        """Queue a job; see `etcdfs.fuse.notify.KernelCache.submit`."""
         if not cached:
             if done is not None:
                 done()
@@ -165,7 +175,7 @@ class FakeKernel:
         self._wake.set()
 
     def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
-        """See `etcdfs.kernel.KernelCache.listen`; a test plays the kernel that is stuck."""
+        """See `etcdfs.fuse.notify.KernelCache.listen`; a test plays the kernel that is stuck."""
         self.stick = listener
 
     def hold_notifications(self) -> None:
@@ -783,7 +793,7 @@ def make_mount(
     read_only: bool = False,
     **care: Any,
 ) -> FakeMount:
-    """Put the rooms together as `etcdfs.mount` does; from within trio.
+    """Put the rooms together as `etcdfs.daemon.main` does; from within trio.
 
     `care` is what a mirror is told besides: its timeouts, audits and limits.
     """

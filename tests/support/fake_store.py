@@ -23,7 +23,7 @@ from etcdfs.errors import (
     StoreError,
     WatchLostError,
 )
-from etcdfs.store import (
+from etcdfs.keyspace.store import (
     END_OF_KEYS,
     Committed,
     Delete,

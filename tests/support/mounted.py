@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, final
 
-from etcdfs.processes import find_daemon
+from etcdfs.process.processes import find_daemon
 from tests.support.etcd_process import EtcdProcess
 
 COMMAND = (sys.executable, "-P", "-m", "etcdfs")

@@ -21,7 +21,7 @@ from etcdfs.errors import (
     TooManyOperationsError,
     TransactionAbortedError,
 )
-from etcdfs.store import (
+from etcdfs.keyspace.store import (
     END_OF_KEYS,
     Abort,
     Committed,

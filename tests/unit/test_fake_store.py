@@ -5,7 +5,7 @@ import trio
 import trio.testing
 
 from etcdfs.errors import CompactedError, OutcomeUnknownError, StoreTimeoutError, WatchLostError
-from etcdfs.store import (
+from etcdfs.keyspace.store import (
     END_OF_KEYS,
     Put,
     Transaction,

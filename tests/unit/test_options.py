@@ -6,14 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etcdfs.errors import (
-    CommandError,
-    EndpointError,
-    PrefixError,
-    TlsError,
-    UsageError,
-)
-from etcdfs.option_text import (
+from etcdfs.cli.option_parsing import (
     NAMES,
     PREFIX_MAX,
     VALUED,
@@ -26,6 +19,14 @@ from etcdfs.option_text import (
     parse_size,
     read_options,
 )
+from etcdfs.cli.tls_options import parse_flag
+from etcdfs.errors import (
+    CommandError,
+    EndpointError,
+    PrefixError,
+    TlsError,
+    UsageError,
+)
 from etcdfs.options import (
     Endpoint,
     MountOptions,
@@ -33,7 +34,6 @@ from etcdfs.options import (
     decode_options,
     encode_options,
 )
-from etcdfs.security_text import parse_flag
 
 # --- endpoints ------------------------------------------------------------------------------
 

@@ -49,7 +49,7 @@ def sometimes(every: int) -> Callable[[], bool]:
 # --- the kernel's caches --------------------------------------------------------------------
 
 
-@defect("drop-notification", "etcdfs.kernel")
+@defect("drop-notification", "etcdfs.fuse.notify")
 def drop_notification(module: Any) -> None:
     """Some invalidations are forgotten."""
     original, now = module.KernelCache.submit, sometimes(10)
@@ -60,7 +60,7 @@ def drop_notification(module: Any) -> None:
     replace(module.KernelCache, "submit", submit)
 
 
-@defect("early-publish", "etcdfs.kernel")
+@defect("early-publish", "etcdfs.fuse.notify")
 def early_publish(module: Any) -> None:
     """The new state is published before the kernel has let go of the old."""
     original = module.KernelCache.submit
@@ -73,7 +73,7 @@ def early_publish(module: Any) -> None:
     replace(module.KernelCache, "submit", submit)
 
 
-@defect("negative-entries", "etcdfs.switch")
+@defect("negative-entries", "etcdfs.tree.update")
 def negative_entries(module: Any) -> None:
     """A name that was missing is not invalidated when it appears."""
     original = module.Switch.invalidations
@@ -89,7 +89,7 @@ def negative_entries(module: Any) -> None:
     replace(module.Switch, "invalidations", invalidations)
 
 
-@defect("keep-cache-always", "etcdfs.switch")
+@defect("keep-cache-always", "etcdfs.tree.update")
 def keep_cache_always(module: Any) -> None:
     """A version that another client wrote keeps what the kernel has of the old, pages and all."""
     original = module.Tree.renew
@@ -106,10 +106,10 @@ def keep_cache_always(module: Any) -> None:
 # --- the replica ----------------------------------------------------------------------------
 
 
-@defect("no-deduplication", "etcdfs.planner")
+@defect("no-deduplication", "etcdfs.tree.changes")
 def no_deduplication(module: Any) -> None:
     """Events that were applied before are applied again."""
-    replica: Any = importlib.import_module("etcdfs.replica")
+    replica: Any = importlib.import_module("etcdfs.mirror.state_machine")
     original = replica.Replica._on_events
 
     def on_events(self: Any, events: Any) -> Any:
@@ -122,7 +122,7 @@ def no_deduplication(module: Any) -> None:
     replace(module.Planner, "_is_behind", lambda _self, _event, _known: False)
 
 
-@defect("out-of-order", "etcdfs.replica")
+@defect("out-of-order", "etcdfs.mirror.state_machine")
 def out_of_order(module: Any) -> None:
     """Some batches are applied after newer ones."""
     original, now = module.Replica.receive, sometimes(10)
@@ -148,7 +148,7 @@ def out_of_order(module: Any) -> None:
     replace(module.Replica, "receive", receive)
 
 
-@defect("split-revision", "etcdfs.replica")
+@defect("split-revision", "etcdfs.mirror.state_machine")
 def split_revision(module: Any) -> None:
     """The keys of one transaction become visible one after the other."""
     original = module.Replica.receive
@@ -162,13 +162,13 @@ def split_revision(module: Any) -> None:
     replace(module.Replica, "receive", receive)
 
 
-@defect("no-witness", "etcdfs.witnesses")
+@defect("no-witness", "etcdfs.mirror.messages")
 def no_witness(module: Any) -> None:
     """After a break, any history is believed to be the one that was known."""
     replace(module.Check, "holds", lambda _self, _page: True)
 
 
-@defect("resume-too-late", "etcdfs.replica")
+@defect("resume-too-late", "etcdfs.mirror.state_machine")
 def resume_too_late(module: Any) -> None:
     """A watch that is resumed leaves out what happened meanwhile."""
     original = module.Replica._open
@@ -184,7 +184,7 @@ def resume_too_late(module: Any) -> None:
 # --- the mirror -----------------------------------------------------------------------------
 
 
-@defect("no-diff", "etcdfs.mirror")
+@defect("no-diff", "etcdfs.mirror.mirror")
 def no_diff(module: Any) -> None:
     """What a new listing shows to be different is not applied."""
 
@@ -194,7 +194,7 @@ def no_diff(module: Any) -> None:
     replace(module.Staging, "differences", differences)
 
 
-@defect("lying-wait", "etcdfs.mirror")
+@defect("lying-wait", "etcdfs.mirror.mirror")
 def lying_wait(module: Any) -> None:
     """A revision is said to be shown when it is not."""
 
@@ -207,7 +207,7 @@ def lying_wait(module: Any) -> None:
 # --- the door to etcd -----------------------------------------------------------------------
 
 
-@defect("retry-write", "etcdfs.etcd")
+@defect("retry-write", "etcdfs.etcd.client")
 def retry_write(module: Any) -> None:
     """A write whose answer was lost is sent again."""
     original = module.EtcdStore.commit
@@ -221,7 +221,7 @@ def retry_write(module: Any) -> None:
     replace(module.EtcdStore, "commit", commit)
 
 
-@defect("wrong-range-end", "etcdfs.etcd")
+@defect("wrong-range-end", "etcdfs.etcd.client")
 def wrong_range_end(module: Any) -> None:
     """The watch ends before the prefix does."""
     original = module.EtcdStore.watch
@@ -232,7 +232,7 @@ def wrong_range_end(module: Any) -> None:
     replace(module.EtcdStore, "watch", watch)
 
 
-@defect("no-hasleader", "etcdfs.etcd_connection")
+@defect("no-hasleader", "etcdfs.etcd.connection")
 def no_hasleader(module: Any) -> None:
     """A member that has lost its leader is not asked to say so."""
     replace(module, "_HAS_LEADER", ("says-nothing", "true"))
@@ -241,7 +241,7 @@ def no_hasleader(module: Any) -> None:
 # --- the publisher --------------------------------------------------------------------------
 
 
-@defect("lost-acknowledgement", "etcdfs.publisher")
+@defect("lost-acknowledgement", "etcdfs.files.writeback")
 def lost_acknowledgement(module: Any) -> None:
     """Some writes are reported as done and never sent."""
     original, now = module.Publisher.publish, sometimes(10)
@@ -256,7 +256,7 @@ def lost_acknowledgement(module: Any) -> None:
     replace(module.Publisher, "publish", publish)
 
 
-@defect("blind-overwrite", "etcdfs.publisher")
+@defect("blind-overwrite", "etcdfs.files.writeback")
 def blind_overwrite(module: Any) -> None:
     """An append or a partial overwrite does not look whether the key has changed."""
     original = module.unchanged

@@ -1,0 +1,325 @@
+"""The command line: what a person types, and the one line they read when it goes wrong.
+
+What this room knows: commands, flags and environment variables, and who wins when they differ.
+What it must not know: what an option's text means (`option_text`), and the daemon, which it
+starts as another process so that `etcdfs --help` loads neither grpc nor pyfuse3.
+
+Concurrency: none.
+"""
+
+import contextlib
+import logging
+import os
+import stat
+import sys
+from collections.abc import Mapping, Sequence
+from getpass import getpass
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from etcdfs import __version__
+from etcdfs.cli.argv import has_empty_operand, original_form
+from etcdfs.cli.flags import (
+    DEFAULT_ENDPOINTS,
+    AllowOther,
+    AuditInterval,
+    CaCert,
+    Cache,
+    CacheSize,
+    Cert,
+    Consistency,
+    DataDir,
+    DirMode,
+    Embedded,
+    Endpoints,
+    FileMode,
+    Foreground,
+    Gid,
+    InsecureSkipTlsVerify,
+    InsecureTransport,
+    KernelTimeout,
+    Key,
+    LogFile,
+    LogLevel,
+    MaxFileSize,
+    MaxStale,
+    MountedAt,
+    Mountpoint,
+    NoAttrs,
+    OptionLists,
+    PasswordFile,
+    Prefix,
+    ReadOnly,
+    ServerName,
+    SettleTimeout,
+    Timeout,
+    Uid,
+    Umask,
+    UnmountTimeout,
+    User,
+    WaitForEtcd,
+    WatchTimeout,
+    WriteBuffer,
+)
+from etcdfs.cli.option_parsing import (
+    LOGGING,
+    NAMES,
+    OptionList,
+    parse_option_list,
+    parse_seconds,
+    read_options,
+)
+from etcdfs.cli.tls_options import FILES, OFF, ON, SECURITY
+from etcdfs.errors import CommandError, UsageError
+from etcdfs.process.launcher import dismiss, run_in_foreground, start_in_background
+from etcdfs.process.logs import LEVELS, Formatter, open_log
+from etcdfs.process.mountpoint import prepare, resolve, unmount
+from etcdfs.process.printable import printable
+from etcdfs.process.spawn import Spawned
+from etcdfs.process.startup_protocol import Failed, Handover, LogSettings, Ready
+
+app = typer.Typer(
+    name="etcdfs",
+    pretty_exceptions_enable=False,  # our own mistakes show a plain traceback
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"etcdfs {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version."),
+]
+
+
+# --- commands -------------------------------------------------------------------------------
+
+
+@app.callback(
+    epilog="[bold]etcdfs MOUNTPOINT ENDPOINT[/bold] is short for "
+    "[bold]etcdfs mount MOUNTPOINT --endpoints ENDPOINT[/bold]."
+)
+def etcdfs(version: Version = False) -> None:
+    """Mount etcd v3 as a directory tree: every file is a key."""
+
+
+@app.command()
+def mount(
+    ctx: typer.Context,
+    mountpoint: Mountpoint,
+    prefix: Prefix = "",
+    read_only: ReadOnly = False,
+    foreground: Foreground = False,
+    option_lists: OptionLists = [],  # noqa: B006 -- typer never hands it out
+    endpoints: Endpoints = [],  # noqa: B006 -- the same
+    cacert: CaCert = "",
+    cert: Cert = "",
+    key: Key = "",
+    insecure_skip_tls_verify: InsecureSkipTlsVerify = False,
+    insecure_transport: InsecureTransport = True,
+    server_name: ServerName = "",
+    user: User = "",
+    password_file: PasswordFile = "",
+    timeout: Timeout = "",
+    wait_for_etcd: WaitForEtcd = "",
+    embedded: Embedded = False,
+    data_dir: DataDir = "",
+    cache: Cache = False,
+    cache_size: CacheSize = "",
+    consistency: Consistency = "",
+    max_stale: MaxStale = "",
+    audit_interval: AuditInterval = "",
+    uid: Uid = "",
+    gid: Gid = "",
+    file_mode: FileMode = "",
+    dir_mode: DirMode = "",
+    umask: Umask = "",
+    allow_other: AllowOther = False,
+    no_attrs: NoAttrs = False,
+    log_level: LogLevel = "info",
+    log_file: LogFile = "",
+    max_file_size: MaxFileSize = "",
+    write_buffer: WriteBuffer = "",
+    kernel_timeout: KernelTimeout = "",
+    settle_timeout: SettleTimeout = "",
+    watch_timeout: WatchTimeout = "",
+) -> None:
+    """Mount etcd. Returns once the mount is usable; the daemon goes on in the background."""
+    listed = parse_option_list(",".join(option_lists))
+    handover = _handover(mountpoint, _texts(ctx, listed), listed.fuse_options)
+    early: Spawned | None = ctx.obj
+    prepare(handover.options.mountpoint)
+    if foreground:
+        run_in_foreground(handover)
+    match start_in_background(handover, early):
+        case Ready(client_url=str(url), etcd=etcd):
+            typer.echo(f"etcdfs: {etcd}", err=True)
+            typer.echo(url)
+        case Failed(message=message, exit_code=exit_code):
+            raise typer.Exit(_say(message, exit_code))
+        case Ready():
+            return
+
+
+@app.command()
+def umount(mountpoint: MountedAt, timeout: UnmountTimeout = "30") -> None:
+    """Take a mount away. Returns once its daemon has ended."""
+    unmount(resolve(str(mountpoint)), parse_seconds(timeout))
+
+
+# --- putting texts together -----------------------------------------------------------------
+
+
+def _texts(ctx: typer.Context, listed: OptionList) -> dict[str, str]:
+    """Return what was said: a flag wins over -o, and -o over the environment."""
+    flags: dict[str, str] = {}
+    environment: dict[str, str] = {}
+    for name in NAMES | LOGGING:
+        parameter = name.replace("-", "_")
+        source = ctx.get_parameter_source(parameter)
+        if source is not None and source.name in {"COMMANDLINE", "ENVIRONMENT"}:
+            said = flags if source.name == "COMMANDLINE" else environment
+            said[name] = _as_text(ctx.params[parameter])
+    return _settle_etcd(environment, {**listed.texts, **flags})
+
+
+def _as_text(value: bool | str | list[str]) -> str:
+    match value:
+        case bool():
+            return ON if value else OFF
+        case str():
+            return value
+        case list():
+            return ",".join(value)
+
+
+def _settle_etcd(environment: dict[str, str], said: dict[str, str]) -> dict[str, str]:
+    """Return all texts, with an etcd to talk to.
+
+    With --embedded whatever the shell has for etcdctl is about another etcd.
+
+    Raises:
+        UsageError: The environment asks for what this version cannot do.
+    """
+    if {**environment, **said}.get("embedded", OFF) == ON:
+        for name in SECURITY | {"endpoints"}:
+            environment.pop(name, None)
+        return {**environment, **said}
+    if os.environ.get("ETCDCTL_DISCOVERY_SRV"):
+        raise UsageError(
+            "ETCDCTL_DISCOVERY_SRV is set, and etcdfs does not discover members by DNS;"
+            " unset it, and name them by --endpoints"
+        )
+    password = os.environ.get("ETCDFS_PASSWORD", os.environ.get("ETCDCTL_PASSWORD"))
+    if password is not None and not _has_password(said):
+        environment["password"] = password
+    return _ask_for_password({"endpoints": DEFAULT_ENDPOINTS, **environment, **said})
+
+
+def _has_password(texts: Mapping[str, str]) -> bool:
+    return ":" in texts.get("user", "") or not {"password", "password-file"}.isdisjoint(texts)
+
+
+def _ask_for_password(texts: dict[str, str]) -> dict[str, str]:
+    """Return the texts with a password for their user, asked for on the terminal if need be."""
+    if texts.get("user") and not _has_password(texts) and sys.stdin.isatty():
+        texts["password"] = getpass(f"Password of etcd's user {texts['user']}: ")
+    return texts
+
+
+def _handover(mountpoint: Path, texts: dict[str, str], fuse_options: tuple[str, ...]) -> Handover:
+    """Return what the daemon is told, with every path absolute: its directory is `/`."""
+    place = resolve(str(mountpoint))
+    for name in ("data-dir", "log-file", *FILES):
+        if name in texts:
+            texts[name] = _outside(place, name, texts[name])
+    owner = {"uid": str(os.getuid()), "gid": str(os.getgid())}
+    options = read_options(place, {**owner, **texts}, fuse_options)
+    level = texts.get("log-level", "info")
+    if level not in LEVELS:
+        raise UsageError(f"--log-level: {level!r} is none of {', '.join(LEVELS)}")
+    return Handover(options=options, log=LogSettings(level=level, file=_log_file(texts)))
+
+
+def _outside(mountpoint: str, name: str, text: str) -> str:
+    """Return an absolute path that is not below the mountpoint.
+
+    Raises:
+        UsageError: It is: the daemon would wait for itself.
+    """
+    if not text:
+        raise UsageError(f"--{name} is empty")
+    try:
+        path = Path(text).absolute()
+    except OSError as exc:
+        raise UsageError(f"--{name} {text}: no current directory: {exc.strerror}") from None
+    if path.is_relative_to(mountpoint) or Path(os.path.realpath(path)).is_relative_to(mountpoint):
+        raise UsageError(f"--{name} {text} is inside the mountpoint")
+    return str(path)
+
+
+def _log_file(texts: Mapping[str, str]) -> str | None:
+    file = texts.get("log-file")
+    if file is None:
+        return None
+    try:
+        fd = open_log(file)
+    except OSError as exc:
+        raise UsageError(f"--log-file {file} cannot be written: {exc.strerror}") from None
+    with os.fdopen(fd, "wb"):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise UsageError(f"--log-file {file} is a FIFO: the mount would wait for its reader")
+    return file
+
+
+# --- the way in and out ---------------------------------------------------------------------
+
+
+def run(arguments: Sequence[str], early: Spawned | None = None) -> int:
+    """Run a command line and return a documented status.
+
+    Args:
+        arguments: What follows the program's name.
+        early: A daemon that was started because one seemed to be wanted; ended if it is not.
+    """
+    to_stderr = logging.StreamHandler()
+    to_stderr.setFormatter(Formatter("etcdfs: %(message)s"))
+    logging.basicConfig(handlers=[to_stderr], level=logging.WARNING)
+    spelt_out = original_form(list(arguments)) or ["--help"]
+    try:
+        if has_empty_operand(spelt_out):
+            raise UsageError("an argument is empty; the mountpoint, most likely")
+        return app(spelt_out, prog_name="etcdfs", standalone_mode=False, obj=early) or 0
+    except CommandError as exc:
+        return _say(str(exc), exc.exit_code)
+    except typer.TyperException as exc:
+        return _say(exc.format_message(), exc.exit_code)
+    except OSError as exc:  # what is printed cannot be written
+        return _say(str(exc), 1)
+    finally:
+        if early is not None:
+            dismiss(early)
+
+
+def main() -> NoReturn:
+    """Run the command line of this process, and exit with a documented status."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def _say(message: str, exit_code: int) -> int:
+    """Say what went wrong in one line, whatever the message was made of; return the status."""
+    with contextlib.suppress(OSError):  # nobody can read it; the status still tells
+        sys.stderr.write(f"etcdfs: {printable(' '.join(message.split()))}\n")
+    return exit_code
+
+
+if __name__ == "__main__":
+    main()

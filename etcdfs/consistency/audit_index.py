@@ -1,0 +1,276 @@
+"""What a mirror holds, as an audit goes through it.
+
+What this room knows: how all keys that are held are gone through while they change, and when what
+is held under a key is what etcd has there. What it must not know: etcd, when an audit is due.
+
+There are two of these: the keys of the mount's prefix, and the side keys of that prefix where
+they are not among them (`sidemirror`).
+
+Concurrency: trio thread. Between two slices anything may change.
+
+A new listing beside the tree it is to replace, without the values that both have.
+
+What this room knows: which of what is listed differs from what a tree holds. What it must not
+know: how a tree is changed.
+
+Most of what is listed again is as it was: of that only the facts are kept, and of what differs the
+values, up to a bound. What differs beyond it had better be a tree of its own, which needs no values.
+
+Concurrency: trio thread. `differences` lets others have their turn, and the tree may change
+meanwhile; what it then has is newer than the listing, or of no account.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from struct import Struct
+from typing import Final, Protocol, final
+
+import trio
+
+from etcdfs.keyspace.attribute_records import encode, is_side_key, owner_of, side_key
+from etcdfs.keyspace.keys import MARKER_NAME, Keyspace
+from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
+from etcdfs.tree.node_attributes import find_facts, is_foreign, side_facts, side_of
+from etcdfs.tree.tree import NOT_IN_ETCD, Directory, Facts, File, Tree, facts_of
+from etcdfs.tree.value_cache import Contents, entry_size
+
+SLICE: Final = 100
+"""Keys looked at at a time; well below a millisecond."""
+
+Holder = Directory | File | bytes
+"""Who stands for a key: its node, for a marker the directory, for a side key itself."""
+
+
+class Audited(Protocol):
+    """What is audited."""
+
+    @property
+    def keyspace(self) -> Keyspace:
+        """The keys that are compared."""
+        ...
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it is still to be audited."""
+        ...
+
+    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+        """Iterate over all that is held, a slice at a time."""
+        ...
+
+    def key_of(self, holder: Holder) -> bytes | None:
+        """Return the key that somebody stands for now; None if he is gone."""
+        ...
+
+    def directories(self) -> Iterator[Sequence[Directory]]:
+        """Iterate over all directories, a slice at a time."""
+        ...
+
+
+@final
+class HeldKeys:
+    """The keys of a tree, side keys among them if they come with the others."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self.keyspace = tree.keyspace
+        self.is_kept = True
+
+    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+        """See `Audited`."""
+        for directory in self._tree.directories():
+            found: list[tuple[Holder, Facts]] = []
+            if directory.marker is not None and directory.marker is not NOT_IN_ETCD:
+                found.append((directory, directory.marker))
+            # A list, as the directory may change between two slices.
+            children = list(directory.children.values())
+            for first in range(0, len(children) or 1, SLICE):
+                found += [
+                    (child, child.facts)
+                    for child in children[first : first + SLICE]
+                    if isinstance(child, File) and child.facts is not None
+                ]
+                yield found
+                found = []
+        yield from _sliced(list(side_facts(self._tree)))
+
+    def key_of(self, holder: Holder) -> bytes | None:
+        """See `Audited`."""
+        if isinstance(holder, bytes):
+            return holder
+        if not self._tree.is_attached(holder):
+            return None
+        if isinstance(holder, Directory):
+            return None if holder.marker is None else self._tree.prefix_of(holder)
+        # A marker's value: its directory counts.
+        return None if holder.name == MARKER_NAME else self._tree.key_of(holder)
+
+    def directories(self) -> Iterator[Sequence[Directory]]:
+        """See `Audited`."""
+        found = self._tree.directories()
+        while some := list(islice(found, SLICE)):
+            yield some
+
+
+@final
+class HeldSides:
+    """The side keys of a prefix, where they come by a watch of their own."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self.keyspace = Keyspace(side_key(tree.keyspace.prefix))
+
+    @property
+    def is_kept(self) -> bool:
+        """See `Audited`."""
+        return self._tree.attributes
+
+    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+        """See `Audited`."""
+        yield from _sliced([(side_key(key), side.facts) for key, side in self._tree.sides.items()])
+
+    def key_of(self, holder: Holder) -> bytes | None:
+        """See `Audited`."""
+        return holder if isinstance(holder, bytes) else None
+
+    def directories(self) -> Iterator[Sequence[Directory]]:
+        """See `Audited`: there are none."""
+        yield from ()
+
+
+def _sliced(
+    found: Sequence[tuple[Holder, Facts]],
+) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+    for first in range(0, len(found), SLICE):
+        yield found[first : first + SLICE]
+
+
+# --- comparing ------------------------------------------------------------------------------
+
+
+def holder_of(tree: Tree, key: bytes) -> Holder | None:
+    """Return who stands for a key; None if nobody does."""
+    if is_side_key(key):
+        return key if find_facts(tree, key) is not None else None
+    found = tree.find(key)
+    return None if found is None else found[0]
+
+
+def is_hollow(tree: Tree, directory: Directory) -> bool:
+    """Tell whether nothing keeps a directory: no key of its own, and none below it."""
+    return (
+        directory is not tree.root
+        and directory.marker is None
+        and not directory.children
+        and tree.is_attached(directory)
+    )
+
+
+def is_as(tree: Tree, contents: Contents, entry: KeyValue) -> bool:
+    """Tell whether what is held under a key is what etcd has there, as far as values are held."""
+    found = find_facts(tree, entry.key)
+    if found is None or found[1] != facts_of(entry):
+        return False
+    if is_side_key(entry.key):
+        return tree.sides[owner_of(entry.key)] == side_of(entry)
+    return contents.peek(entry.key, entry.mod_revision) in {None, entry.value}
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What etcd has under a key: None if nothing; `digest` is its value's."""
+
+    facts: Facts | None
+    digest: int = 0
+
+
+NOTHING: Final = Expected(None)
+
+
+def expected_of(entry: KeyValue) -> Expected:
+    """Return what is to be held for an entry of etcd's; its value is not kept."""
+    if is_side_key(entry.key):
+        return Expected(facts_of(entry), hash(encode(side_of(entry).record)))
+    return Expected(facts_of(entry), hash(entry.value))
+
+
+def agrees(tree: Tree, contents: Contents, key: bytes, expected: Expected) -> bool:
+    """Tell whether what is held under a key is what is expected, as far as values are held."""
+    found = find_facts(tree, key)
+    if found is None or expected.facts is None:
+        return found is None and expected.facts is None
+    if found[1] != expected.facts:
+        return False
+    if is_side_key(key):
+        return hash(encode(tree.sides[owner_of(key)].record)) == expected.digest
+    held = contents.peek(key, expected.facts.mod_revision)
+    return held is None or hash(held) == expected.digest
+
+
+STAGING_SLICE: Final = 500
+"""Keys looked at at a time; a few milliseconds."""
+
+
+_packed: Final = Struct("5q").pack
+"""Puts the numbers of `Facts` together; etcd's have 64 bits."""
+
+
+class TooDifferentError(Exception):
+    """More differs than is to be held in memory, or changed while it was looked at."""
+
+
+@final
+class Staging:
+    """What has been listed so far."""
+
+    def __init__(self, tree: Tree, contents: Contents, *, most_bytes: int) -> None:
+        """Compare with a tree, and keep values of at most so many bytes."""
+        # --- dependencies
+        self._tree = tree
+        self._contents = contents
+        # --- mutable state
+        self._room = most_bytes
+        # Facts as bytes: a million tuples, and Python's collector would walk them for a second.
+        self._same: dict[bytes, bytes] = {}
+        self._different: dict[bytes, KeyValue] = {}
+
+    def add(self, entries: Iterable[KeyValue]) -> None:
+        """Take in part of a listing.
+
+        Raises:
+            TooDifferentError: Its values do not fit.
+        """
+        for entry in entries:
+            if is_foreign(self._tree, entry.key):
+                continue
+            if is_as(self._tree, self._contents, entry):
+                self._same[entry.key] = _packed(*facts_of(entry))
+                continue
+            self._different[entry.key] = entry
+            self._room -= entry_size(entry.value)
+        if self._room < 0:
+            raise TooDifferentError("more differs than is to be held in memory")
+
+    async def differences(self, revision: Revision) -> list[Event]:
+        """Return the events that make the tree what was listed at a revision.
+
+        Raises:
+            TooDifferentError: What was alike has changed since it was listed.
+        """
+        events: list[Event] = []
+        held = HeldKeys(self._tree)
+        for some in held.slices():
+            for holder, _ in some:
+                key = held.key_of(holder)
+                if key is not None and key not in self._same and key not in self._different:
+                    events.append(Tombstone(key, revision))
+            await trio.lowlevel.checkpoint()
+        while self._same:
+            for _ in range(min(STAGING_SLICE, len(self._same))):
+                key, facts = self._same.popitem()  # letting go of all at once takes long, too
+                found = find_facts(self._tree, key)
+                if found is None or _packed(*found[1]) != facts:
+                    raise TooDifferentError(f"{key!r} has changed since it was listed")
+            await trio.lowlevel.checkpoint()
+        return [*events, *self._different.values()]

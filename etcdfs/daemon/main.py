@@ -1,0 +1,583 @@
+"""The composition root: puts the rooms together, mounts, serves, and takes all down again.
+
+What this room knows: who depends on whom, and in which order things start and end. What it must
+not know: anything that one of the rooms knows.
+
+Run as `python -m etcdfs.daemon.main MOUNTPOINT --options-fd N [--status-fd M]` by the command line.
+
+Order at the start: etcd (embedded or not), the first listing, the kernel mount, the report that
+all is ready. At the end (unmounted from outside, SIGTERM, SIGINT or SIGHUP): what was written is
+published, the mount is taken away, then etcd. After a crash nothing is unmounted: an rsync that
+finds an empty directory deletes its mirror. So libfuse's `auto_unmount` is not for us.
+
+Concurrency: one trio loop; the kernel door has a thread of its own.
+"""
+
+import argparse
+import faulthandler
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar, final
+
+import trio
+
+from etcdfs.consistency.staleness import Liveness
+from etcdfs.consistency.times_record import TimesRecord
+from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
+from etcdfs.errors import (
+    CommandError,
+    EtcdRefusedError,
+    EtcdUnreachableError,
+    LoginError,
+    StoreError,
+    StoreLoginError,
+    StorePermissionError,
+    StoreTlsError,
+    TlsError,
+    UnpublishedError,
+)
+from etcdfs.etcd.client import open_store
+from etcdfs.files.handles import OpenFiles
+from etcdfs.files.write_buffer import WriteBuffers
+from etcdfs.files.writeback import Publisher
+from etcdfs.fuse.notify import KernelCache, is_in_kernel
+from etcdfs.fuse.operations import FuseMount, Operations
+from etcdfs.fuse.procfs import describe_shortage, is_shortage
+from etcdfs.keyspace.keys import Keyspace
+from etcdfs.keyspace.outcomes import Certain
+from etcdfs.keyspace.store import END_OF_KEYS, Store, range_end
+from etcdfs.mirror.guard import watch_over
+from etcdfs.mirror.mirror import Mirror
+from etcdfs.options import Endpoint, MountOptions
+from etcdfs.process.logs import keep_out_of, setup_logging
+from etcdfs.process.memory import keep_heap_small
+from etcdfs.process.mountpoint import (
+    SUBTYPE,
+    Claim,
+    Mounted,
+    can_forbid_links,
+    claimed,
+    find_mounted,
+    forbid_links,
+    is_there,
+    tear_down,
+)
+from etcdfs.process.processes import take_name
+from etcdfs.process.startup_protocol import (
+    Failed,
+    Progress,
+    Ready,
+    Reporter,
+    Waiting,
+    open_reporter,
+    read_options,
+)
+from etcdfs.tree.tree import Tree
+from etcdfs.tree.value_cache import Contents
+from etcdfs.tree.view import View
+from etcdfs.uncached.uncached import Direct
+from etcdfs.vfs.attributes import Defaults
+from etcdfs.vfs.filesystem import Filesystem
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_STDERR: Final = 2
+_NOSYMFOLLOW: Final = "nosymfollow"
+DEFAULT_PREFIX: Final = b"/"
+
+RETRY_S: Final = 1.0
+"""Pause between two attempts to reach an etcd that is waited for."""
+
+SOURCE_MAX: Final = 1000
+"""Characters of what mount(8) shows as the source; Linux takes a page at most."""
+
+LOST_SHOWN: Final = 5
+"""Names in the one line that says what was lost; the log has them all."""
+
+FLUSH_TIMEOUTS: Final = 2
+"""Times `--timeout` that drafts may take to be published when the mount is taken down."""
+
+
+@final
+class Rooms:
+    """Everything between etcd and the kernel, for one mount."""
+
+    def __init__(self, options: MountOptions, store: Store) -> None:
+        """Put the rooms together; nothing runs yet."""
+        self.options = options
+        self.store = store
+        self.tree = Tree(
+            Keyspace(options.prefix),
+            time.time_ns,
+            monotonic=time.monotonic_ns,
+            complete=options.cache,
+            attributes=not options.no_attrs,
+        )
+        self.contents = Contents(options.cache_size)
+        self.kernel = KernelCache()
+        self.mirror: Mirror | None = None
+        self.outside: bytes | None = None  # a key that no default mount shows
+        self.view: View
+        if options.cache:
+            self.view = self.mirror = Mirror(
+                store,
+                self.contents,
+                self.tree,
+                self.kernel,
+                settle_timeout_s=options.settle_timeout_s,
+                timeout_s=options.timeout_s,
+                watch_timeout_s=options.watch_timeout_s,
+                max_stale_s=options.max_stale_s,
+                audit_interval_s=options.audit_interval_s,
+                linearizable=options.linearizable,
+                tidies=not (options.read_only or options.no_attrs),
+            )
+        else:
+            self.view = Direct(store, self.contents, self.tree)
+        self.times = TimesRecord(
+            store,
+            self.tree.revisions,
+            time.time_ns,
+            writes=options.cache and not (options.read_only or options.no_attrs),
+        )
+        self.publisher = Publisher(
+            store, self.view, self.contents, max_file_size=options.max_file_size
+        )
+        self.buffers = WriteBuffers(options.write_buffer, max_file_size=options.max_file_size)
+        self.files = OpenFiles(
+            self.view, self.contents, self.publisher, self.buffers, read_only=options.read_only
+        )
+        self.filesystem = Filesystem(
+            Certain(store),
+            self.view,
+            self.files,
+            Defaults(
+                uid=options.uid,
+                gid=options.gid,
+                file_mode=options.file_mode,
+                dir_mode=options.dir_mode,
+                umask=options.umask,
+                rights=self.tree.rights,
+            ),
+            Liveness(store),
+            kernel_timeout_s=_kernel_timeout_s(options),
+            timeout_s=options.timeout_s,
+            read_only=options.read_only,
+            statistics=self.statistics,
+        )
+        self.operations = Operations(
+            self.filesystem,
+            self.files,
+            self.filesystem.xattrs,
+            store=self.kernel.store if options.cache else None,
+        )
+
+    def statistics(self) -> Mapping[str, Any]:
+        """Return all counters, by room; what `user.etcdfs.statistics` and SIGUSR1 show."""
+        counters: dict[str, Any] = {
+            "requests": dict(self.operations.requests),
+            "store": asdict(self.store.statistics()),
+            "tree": asdict(self.tree.statistics()),
+            "attributes": asdict(self.tree.rights.statistics()),
+            "contents": asdict(self.contents.statistics()),
+            "kernel": asdict(self.kernel.statistics()),
+            "publisher": asdict(self.publisher.statistics()),
+            "write_buffer": asdict(self.buffers.statistics()),
+            "open_files": len(self.files),
+            "admission": asdict(self.operations.admission.statistics()),
+            "key_outside": None if self.outside is None else repr(self.outside)[2:-1],
+        }
+        if self.mirror is not None:
+            counters["mirror"] = asdict(self.mirror.statistics())
+            counters["link"] = asdict(self.mirror.link.statistics())
+            counters["audit"] = asdict(self.mirror.auditor.statistics())
+            if self.mirror.sides is not None:
+                counters["side_audit"] = asdict(self.mirror.sides.auditor.statistics())
+            if self.mirror.replica is not None:
+                counters["replica"] = asdict(self.mirror.replica.statistics())
+        return counters
+
+    async def look_elsewhere(self) -> None:
+        """See whether there are keys that the default prefix leaves out, and say so once."""
+        if self.options.prefix != DEFAULT_PREFIX:
+            return
+        outside = ((b"\0", DEFAULT_PREFIX), (range_end(DEFAULT_PREFIX), END_OF_KEYS))
+        try:
+            pages = [
+                await self.store.range(start, end, limit=1, keys_only=True)
+                for start, end in outside
+            ]
+        except StoreError as exc:  # who may not see them need not know
+            log.debug("keys without a leading slash are not looked for: %s", exc)
+            return
+        self.outside = next((entry.key for page in pages for entry in page.entries), None)
+        if self.outside is not None:
+            log.info(
+                "there are keys that do not begin with a slash, such as %r: --prefix '' shows them",
+                self.outside,
+            )
+
+    async def flush(self) -> None:
+        """Publish what is still unpublished, as far as that can be done in time."""
+        with trio.move_on_after(FLUSH_TIMEOUTS * self.options.timeout_s):
+            for file, error in await self.files.flush_all():
+                log.info("inode %d could not be published: %s", file.inode, error)
+
+    def check_published(self) -> None:
+        """Make sure, when nothing can be written any more, that all of it is in etcd.
+
+        Raises:
+            UnpublishedError: Something is not, and lost; the log names it.
+        """
+        lost = [key.decode(errors="backslashreplace") for key in self.files.unpublished()]
+        for key in lost:
+            log.error("what was written to %s and not yet closed is lost", key)
+        if lost:
+            shown = ", ".join(lost[:LOST_SHOWN]) + (", ..." if len(lost) > LOST_SHOWN else "")
+            raise UnpublishedError(f"etcd did not take what was written to {shown}: it is lost")
+
+
+async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None:
+    """Mount, serve until unmounted or told to end, and clean up.
+
+    Args:
+        options: What is to be mounted, and how.
+        reporter: Who is told how the start goes.
+        claim: To the mountpoint; released once it is mounted.
+
+    Raises:
+        CommandError: It could not be mounted; nothing was left behind.
+    """
+    async with trio.open_nursery() as nursery:
+        ending = _Ending(nursery.cancel_scope)
+        await nursery.start(ending.run)
+        async with AsyncExitStack() as stack:
+            waiting = _Waiting(options.wait_for_etcd_s, reporter)
+            rooms, client_url = await _open_rooms(stack, options, waiting)
+            tasks = await stack.enter_async_context(trio.open_nursery())
+            stack.callback(tasks.cancel_scope.cancel)
+            if not options.no_attrs:
+                await rooms.times.load()
+                stack.push_async_callback(rooms.times.save)
+            if rooms.mirror is not None:
+                await waiting.until_done(partial(_sync, tasks, rooms.mirror, reporter))
+                tasks.start_soon(watch_over, rooms.mirror)
+                await rooms.times.save()
+                tasks.start_soon(rooms.times.run)
+            await rooms.look_elsewhere()
+            claim.check()
+            mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
+            with mount:
+                mounted = _found_by_name(options.mountpoint)
+                rooms.operations.openers.device = None if mounted is None else mounted.device
+                claim.release()
+                if _forbids_links(options):
+                    forbid_links(options.mountpoint)
+                rooms.kernel.start(tasks)
+                tasks.start_soon(_announce, rooms, reporter, client_url)
+                ending.begin(rooms, mount)
+                await mount.run()
+                await rooms.flush()
+                await _leave_kernel(rooms.kernel, mount, mounted)
+                mount.unmounts = mounted is not None and is_there(mounted)
+            log.info("unmounted %s", options.mountpoint)
+            rooms.check_published()
+        nursery.cancel_scope.cancel()
+
+
+async def _leave_kernel(kernel: KernelCache, mount: FuseMount, mounted: Mounted | None) -> None:
+    """End what talks to the kernel, before the session is gone that it talks through.
+
+    A thread may be waiting for a lock which a request holds that nobody answers any more, or
+    which a user holds for as long as he likes (`etcdfs.fuse.notify`).
+    """
+    if await kernel.aclose() or mounted is None:
+        return
+    tear_down(mounted)  # all requests end, and let go of their locks
+    if not await kernel.aclose():
+        mount.abandon()
+        log.error(
+            "a thread waits in the kernel for a directory's lock that some process holds; what is "
+            "left of this one (%d) ends when that process does",
+            os.getpid(),
+        )
+
+
+def _found_by_name(mountpoint: str) -> Mounted | None:
+    """Return what was just mounted; whoever looks for who serves it finds this process now."""
+    mounted = find_mounted(mountpoint)
+    if mounted is not None:
+        take_name(mounted.device)
+        keep_out_of(os.makedev(*map(int, mounted.device.split(":"))))
+    return mounted
+
+
+async def _open_rooms(
+    stack: AsyncExitStack, options: MountOptions, waiting: "_Waiting"
+) -> tuple[Rooms, str | None]:
+    endpoints: tuple[Endpoint, ...] = options.endpoints
+    client_url = None
+    if options.embedded:
+        directory = default_data_dir() if options.data_dir is None else Path(options.data_dir)
+        embedded = await stack.enter_async_context(open_embedded(directory))
+        endpoints, client_url = (embedded,), str(embedded)
+
+    async def connect() -> Store:
+        with _store_errors():
+            opening = open_store(endpoints, timeout_s=options.timeout_s, security=options.security)
+            store = await stack.enter_async_context(opening)
+            if not options.cache:  # a listing comes next, else
+                await _check_readable(store, Keyspace(options.prefix))
+            return store
+
+    return Rooms(options, await waiting.until_done(connect)), client_url
+
+
+async def _check_readable(store: Store, keyspace: Keyspace) -> None:
+    """Ask for what the mount is about: who may read nothing of it should hear so at once.
+
+    Raises:
+        StoreError: It may not be read, or etcd does not answer.
+    """
+    await store.range(keyspace.start, keyspace.end, limit=1, keys_only=True)
+
+
+@final
+class _Waiting:
+    """Tries again what etcd does not answer, for `--wait-for-etcd` from now on."""
+
+    def __init__(self, patience_s: float, reporter: Reporter) -> None:
+        self._deadline = trio.current_time() + patience_s
+        self._reporter = reporter
+
+    async def until_done(self, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Return what the attempt returns; what etcd refuses is not tried again.
+
+        Raises:
+            EtcdUnreachableError: It did not answer in time.
+            EtcdRefusedError: It refused.
+        """
+        while True:
+            try:
+                return await attempt()
+            except EtcdUnreachableError as exc:
+                left_s = self._deadline - trio.current_time()
+                if left_s <= 0:
+                    raise
+                log.info("waiting for etcd, for another %.0f s: %s", left_s, exc)
+                self._reporter.report(Waiting(reason=str(exc), left_s=left_s))
+                await trio.sleep(min(RETRY_S, left_s))
+
+
+async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None:
+    def progress(keys: int, size: int) -> None:
+        reporter.report(Progress(keys=keys, bytes=size))
+
+    # The collector would walk a hundred thousand new objects again and again while they are
+    # made, and finds nothing: the tree has no garbage in it yet.
+    gc.disable()
+    try:
+        with _store_errors():
+            if not mirror.revision:  # else only what comes after it failed, and is tried again
+                await tasks.start(mirror.run, progress)
+            if mirror.sides is not None:
+                await tasks.start(mirror.sides.run)
+    finally:
+        gc.enable()
+        gc.freeze()
+
+
+async def _announce(rooms: Rooms, reporter: Reporter, client_url: str | None) -> None:
+    """Say that the mount is usable, once a call through the kernel has shown it."""
+    mountpoint = rooms.options.mountpoint
+    with trio.fail_after(rooms.options.timeout_s):
+        await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
+    log.info("mounted %s", mountpoint)
+    mirror = rooms.mirror
+    etcd = ""
+    if client_url is not None:
+        etcd = describe((await rooms.store.status()).version)
+        log.info("%s", etcd)
+    reporter.report(
+        Ready(
+            revision=0 if mirror is None else mirror.revision,
+            keys=0 if mirror is None else mirror.statistics().listed_keys,
+            client_url=client_url,
+            etcd=etcd,
+        )
+    )
+    if mirror is not None:
+        await mirror.keep_loaded()
+
+
+@final
+class _Ending:
+    """Hears signals: SIGUSR1 logs the counters, the others end the mount in order.
+
+    SIGHUP is what a terminal sends that goes away; one that is ignored (nohup) stays so.
+    """
+
+    def __init__(self, starting: trio.CancelScope) -> None:
+        self._starting = starting
+        self._serving: tuple[Rooms, FuseMount] | None = None
+
+    def begin(self, rooms: Rooms, mount: FuseMount) -> None:
+        """From now on there is a mount to be taken down."""
+        self._serving = (rooms, mount)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Wait for signals, for ever."""
+        wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            wanted.append(signal.SIGHUP)
+        with trio.open_signal_receiver(*wanted) as signals:
+            task_status.started()
+            async for number in signals:
+                if number == signal.SIGUSR1:
+                    if self._serving is not None:
+                        log.info("statistics: %s", json.dumps(self._serving[0].statistics()))
+                elif self._serving is None:
+                    self._starting.cancel()
+                else:
+                    log.info("%s: taking down the mount", signal.Signals(number).name)
+                    rooms, mount = self._serving
+                    await rooms.flush()
+                    await rooms.kernel.aclose()  # while requests are answered: they hold locks
+                    mount.stop()
+
+
+def _kernel_timeout_s(options: MountOptions) -> float:
+    """Return how long the kernel may go without asking; not at all if each answer must be new."""
+    return options.kernel_timeout_s if options.cache and not options.linearizable else 0.0
+
+
+def _kernel_options(options: MountOptions) -> set[str]:
+    """Return what the kernel mount is asked for."""
+    wanted = {"default_permissions", f"subtype={SUBTYPE}"}
+    if not any(option.startswith("fsname=") for option in options.fuse_options):
+        wanted.add(f"fsname={_source(options)}")
+    if options.read_only:
+        wanted.add("ro")
+    if options.allow_other:
+        wanted.add("allow_other")
+    ours = {_NOSYMFOLLOW} if _forbids_links(options) else set()
+    return wanted | set(options.fuse_options) - ours
+
+
+def _forbids_links(options: MountOptions) -> bool:
+    """Return whether we see to it ourselves that links are not followed, not libfuse."""
+    return _NOSYMFOLLOW in options.fuse_options and can_forbid_links()
+
+
+def _source(options: MountOptions) -> str:
+    """Return what mount(8) shows as the source: all members and the prefix, as fstab has them.
+
+    `mount -a` looks for it there, so that it does not mount twice. What does not fit is left out.
+    """
+    members = ",".join(map(str, options.endpoints)) or "embedded"
+    prefix = options.prefix.decode("ascii", "replace")
+    source = f"{members}{prefix.removesuffix('/') or prefix}"
+    plain = source.isascii() and source.isprintable() and not set(source) & set(" \\")
+    fitting = [text for text in (source if plain else members, members) if len(text) < SOURCE_MAX]
+    shown = fitting[0] if fitting else str(options.endpoints[0])
+    return shown.replace(",", r"\,")  # libfuse's own way to tell it from the next option
+
+
+@contextmanager
+def _store_errors() -> Iterator[None]:
+    """Turn what etcd says at the start into what a person is told."""
+    try:
+        yield
+    except StoreLoginError as exc:
+        raise LoginError(str(exc)) from exc
+    except StoreTlsError as exc:
+        raise TlsError(str(exc)) from exc
+    except StorePermissionError as exc:
+        raise EtcdRefusedError(str(exc)) from exc
+    except StoreError as exc:
+        raise EtcdUnreachableError(str(exc)) from exc
+
+
+def main() -> int:
+    """Run the daemon; return its exit code."""
+    parser = argparse.ArgumentParser(prog="etcdfs.daemon.main", description=__doc__)
+    parser.add_argument("mountpoint", help="for the list of processes; see --options-fd")
+    parser.add_argument("--options-fd", type=int, required=True)
+    parser.add_argument("--status-fd", type=int)
+    arguments = parser.parse_args()
+    handover = read_options(arguments.options_fd)
+    if handover is None:
+        return 0
+    reporter = open_reporter(arguments.status_fd)
+    if arguments.status_fd is not None:
+        os.chdir("/")  # a daemon must not keep anybody's disk busy
+    try:
+        setup_logging(handover.log, foreground=arguments.status_fd is None)
+        keep_heap_small()
+        faulthandler.enable(_STDERR)  # what dies in a library in C leaves a word, too
+        with claimed(handover.options.mountpoint) as claim:
+            trio.run(serve, handover.options, reporter, claim)
+    except BaseExceptionGroup as group:
+        failure = _command_error(group)
+        if failure is None:
+            _say_why_it_dies(group)
+            raise
+        return _fail(reporter, failure)
+    except CommandError as exc:
+        return _fail(reporter, exc)
+    except Exception as exc:
+        _say_why_it_dies(exc)
+        raise
+    return 0
+
+
+def _say_why_it_dies(error: BaseException) -> None:
+    why = describe_shortage() if is_shortage(error) else "this is a bug of etcdfs"
+    log.critical("the daemon dies: %s", why, exc_info=error)
+
+
+def _command_error(group: BaseExceptionGroup[BaseException]) -> CommandError | None:
+    """Return the one error meant for a person, if the group holds nothing else."""
+    wanted, others = group.split(CommandError)
+    if wanted is None or others is not None:
+        return None
+    found: BaseException = wanted
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    assert isinstance(found, CommandError)
+    return found
+
+
+def _fail(reporter: Reporter, error: CommandError) -> int:
+    log.debug("not mounted", exc_info=error)
+    reporter.report(Failed(message=str(error), exit_code=error.exit_code))
+    return error.exit_code
+
+
+def _end(exit_code: int) -> NoReturn:
+    """End the process, as far as it can.
+
+    A thread that waits in the kernel keeps its files open, and with them connections, and pipes
+    that somebody reads to the end.
+    """
+    if is_in_kernel():
+        logging.shutdown()
+        os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+        os._exit(exit_code)
+    sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    _end(main())

@@ -1,0 +1,112 @@
+"""Which calls may change what belongs to a key, and when: one at a time, and not while it moves.
+
+What this room knows: who waits for whom. What it must not know: what is changed, and how.
+
+Two kinds of calls meet here. A call about *one node* (a publication, a write, chmod, a lease)
+holds the node's lock. A call that changes *names* (rename, exchange, unlink, the rename of a
+directory) holds still whatever belongs to the keys that it takes away, brings or replaces: what
+is under way there arrives first, what comes later waits and then finds the keys as they are
+afterwards. Versions that lost their key to another client count by the key that they had: they
+would go over what is put there otherwise.
+
+Nothing can deadlock: who waits for names holds no lock, who holds a lock waits for no names, and
+names wait for locks only.
+
+Concurrency: trio thread. `trio.Lock` queues without a checkpoint, so that between the check and
+the queue no name begins to move.
+"""
+
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import final
+
+import trio
+
+from etcdfs.admission import about_to_wait
+from etcdfs.tree.tree import Node, Tree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Names:
+    """Keys that a call changes, and prefixes of others."""
+
+    keys: frozenset[bytes]
+    prefixes: tuple[bytes, ...]
+
+    def holds(self, key: bytes) -> bool:
+        return key in self.keys or key.startswith(self.prefixes)
+
+
+@final
+class NodeLocks:
+    """The locks of all nodes of a tree, each there while somebody wants it."""
+
+    def __init__(self, tree: Tree) -> None:
+        # --- dependencies
+        self._tree = tree
+        # --- mutable state
+        self._locks: dict[Node, trio.Lock] = {}
+        self._changing: list[_Names] = []
+        self._changed = trio.Event()
+
+    @asynccontextmanager
+    async def held(self, node: Node) -> AsyncIterator[None]:
+        """Hold a node's lock for a change that needs no key: a write to its draft.
+
+        Raises:
+            BusyError: It would have to wait, and too many do.
+        """
+        lock = self._locks.setdefault(node, trio.Lock())
+        try:
+            if lock.locked():
+                about_to_wait()
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():
+                self._locks.pop(node, None)
+
+    @asynccontextmanager
+    async def settled(self, node: Node) -> AsyncIterator[None]:
+        """Hold a node's lock while its key is not changing; it stays what it is meanwhile."""
+        while self.is_changing(node):
+            await self._changed.wait()
+        async with self.held(node):
+            yield
+
+    @asynccontextmanager
+    async def still(
+        self, keys: Collection[bytes | None], prefixes: Collection[bytes | None] = ()
+    ) -> AsyncIterator[None]:
+        """Hold still what belongs to some keys, and to all that begin with a prefix.
+
+        None stands for a name that has no key.
+        """
+        names = _Names(
+            frozenset(key for key in keys if key is not None),
+            tuple(prefix for prefix in prefixes if prefix is not None),
+        )
+        self._changing.append(names)
+        try:
+            for node, lock in list(self._locks.items()):
+                key = self._tree.own_key(node)
+                if lock.locked() and key is not None and names.holds(key):
+                    async with self.held(node):
+                        pass
+            yield
+        finally:
+            self._changing.remove(names)
+            self._changed.set()
+            self._changed = trio.Event()
+
+    def is_changing(self, node: Node) -> bool:
+        """Say whether a node's key is being changed by a call of this mount."""
+        if not self._changing:
+            return False
+        key = self._tree.own_key(node)
+        return key is not None and any(names.holds(key) for names in self._changing)
+
+    def is_held(self, node: Node) -> bool:
+        """Say whether somebody holds a node's lock."""
+        return node in self._locks

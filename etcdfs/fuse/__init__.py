@@ -1,0 +1,4 @@
+"""The kernel's door: requests in, notifications out.
+
+Knows: pyfuse3, and what the kernel makes of answers. Does not know: etcd, keys.
+"""

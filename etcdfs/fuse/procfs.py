@@ -1,0 +1,120 @@
+"""Who opened a file for writing, and whether they have it open still.
+
+What this room knows: what /proc says of a process's descriptors and mounts (proc(5)). What it
+must not know: why anybody asks, pyfuse3.
+
+Nothing here touches what a descriptor leads to: it may be a file of our own mount, whose daemon
+would wait for itself.
+
+Concurrency: plain reads of /proc, on the trio thread.
+
+When memory runs out, and what is said then.
+
+What this room knows: how Python says that there is none, and where the limits are. What it must
+not know: who wanted it.
+
+Only a limit of the process itself is heard of like this (`ulimit -v`, RLIMIT_AS). What exceeds
+that of a container is killed by the kernel, without a word; whoever waits for the process, and
+the next mount, can tell that it was killed, and the kernel's log says why.
+
+Concurrency: none.
+"""
+
+import errno
+import os
+import resource
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Final, final
+
+MAX_FDS: Final = 256
+"""Descriptors of a process that are looked at when it closes a file it has not written to."""
+
+
+@final
+class Openers:
+    """Who opened what, by handle.
+
+    Attributes:
+        device: The mount's own device, `MAJOR:MINOR` as mountinfo has it; None while it is not
+            known. An inode number is only one of a file system's, and every mount of it has
+            the same device, whatever name space it is in.
+    """
+
+    def __init__(self) -> None:
+        self.device: str | None = None
+        self._opened: dict[int, tuple[int, int]] = {}
+
+    def note(self, handle: int, flags: int, pid: int, inode: int) -> None:
+        """Note who opened what, if it was for writing."""
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            self._opened[handle] = (pid, inode)
+
+    def forget(self, handle: int) -> None:
+        """Note that a file is closed for good."""
+        self._opened.pop(handle, None)
+
+    def has_still(self, handle: int) -> bool:
+        """Say whether the opener has a descriptor for writing of the file; False if it is hidden.
+
+        The one that is being closed is no longer in its table.
+        """
+        opened = self._opened.get(handle)
+        return (
+            opened is not None and self.device is not None and has_open(*opened, device=self.device)
+        )
+
+
+def has_open(pid: int, inode: int, *, device: str) -> bool:
+    """Say whether a process has a descriptor for writing of an inode of a device."""
+    process = Path("/proc", str(pid))
+    try:
+        with os.scandir(process / "fdinfo") as entries:
+            mounts = [_written_through(inode, entry.path) for entry in islice(entries, MAX_FDS)]
+        wanted = {mount for mount in mounts if mount is not None}
+        return bool(wanted) and not wanted.isdisjoint(_mounts_of(process, device))
+    except OSError:  # it has ended, or is another user's, or in another name space of processes
+        return False
+
+
+def _written_through(inode: int, fdinfo: str) -> bytes | None:
+    """Return the number of the mount through which an inode of that number is written to."""
+    with suppress(OSError), Path(fdinfo).open("rb") as file:
+        fields = dict(line.split(b":", 1) for line in file if b":" in line)
+        writes = int(fields[b"flags"], 8) & os.O_ACCMODE != os.O_RDONLY
+        if writes and int(fields.get(b"ino", b"0")) == inode:
+            return fields[b"mnt_id"].strip()
+    return None
+
+
+def _mounts_of(process: Path, device: str) -> set[bytes]:
+    """Return the numbers of a device's mounts, as a process sees them."""
+    lines = (line.split(b" ", 3) for line in (process / "mountinfo").read_bytes().splitlines())
+    return {line[0] for line in lines if line[2] == device.encode()}
+
+
+_STATM: Final = Path("/proc/self/statm")
+_MIB: Final = 1024 * 1024
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Tell whether an error comes from memory that could not be had."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(is_shortage, error.exceptions))
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # A thread needs memory for its stack; Python has no class for that.
+    return isinstance(error, MemoryError) or "can't start new thread" in str(error)
+
+
+def describe_shortage() -> str:
+    """Return what a person needs to know about it."""
+    used = int(_STATM.read_text().split()[0]) * resource.getpagesize() // _MIB
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit == resource.RLIM_INFINITY:
+        return f"no memory is left; this process has {used} MiB of address space"
+    return (
+        f"no memory is left; this process has {used} MiB of address space, "
+        f"and may have {limit // _MIB} (ulimit -v)"
+    )

@@ -1,0 +1,294 @@
+"""A mirror of the side keys, where they are not among the keys of the mount's own prefix.
+
+What this room knows: how the attributes of the keys under a prefix are followed by a watch of
+their own, and how a key is kept from being seen before its attributes. What it must not know: how
+changes become visible (the mirror's), system calls.
+
+Two watches are not in step. So before a batch with new keys is published, the side keys of these
+are read (`sides_of`): what was made with mode 0600 is never seen with the default mode. Later
+changes of attributes come by the watch of the side keys alone.
+
+Audits compare the side keys as they do the keys; what differs is listed again.
+
+etcd's roles may not allow it, at the start or later. Then what is known of attributes stays, all
+is shown closed (`rights`), and reading them is tried again after each backoff. Meanwhile nothing
+is asked about what is new; so once they may be read, first that begins again, and then a listing,
+which brings all that was missed.
+
+Concurrency: trio thread; one task follows.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import aclosing
+from typing import Final, assert_never, final
+
+import trio
+
+from etcdfs.consistency.audit import Auditor
+from etcdfs.consistency.audit_index import HeldSides
+from etcdfs.consistency.staleness import UNLIMITED, Link
+from etcdfs.errors import (
+    StoreError,
+    StorePermissionError,
+)
+from etcdfs.keyspace.attribute_records import side_key
+from etcdfs.keyspace.store import Event, Get, KeyValue, Store, Tombstone, Transaction
+from etcdfs.keyspace.transaction_results import page_of
+from etcdfs.mirror.messages import (
+    Apply,
+    BackOff,
+    CloseWatch,
+    Doubted,
+    Message,
+    OpenWatch,
+    PageArrived,
+    Read,
+    ReadFailed,
+    Restore,
+    RevisionCompacted,
+    Stage,
+    Step,
+)
+from etcdfs.mirror.state_machine import Replica, State
+from etcdfs.mirror.watch_session import Watching, pause, read_page
+from etcdfs.tree.node_attributes import side_of
+from etcdfs.tree.tree import Tree
+from etcdfs.tree.value_cache import Contents
+
+log = logging.getLogger(__name__)
+
+MAX_GETS: Final = 128
+"""Side keys read in one transaction (etcd's --max-txn-ops)."""
+
+Publish = Callable[[Sequence[Event], bool], Awaitable[None]]
+"""Makes changes visible; by force, if the bool says so."""
+
+
+@final
+class SideMirror:
+    """Follows the side keys of one prefix."""
+
+    def __init__(
+        self,
+        store: Store,
+        contents: Contents,
+        tree: Tree,
+        publish: Publish,
+        *,
+        watch_timeout_s: float,
+        answer_timeout_s: float,
+        audit_interval_s: float,
+    ) -> None:
+        # --- dependencies
+        self._store = store
+        self._tree = tree
+        self._publish = publish
+        held = HeldSides(tree)
+        self._keyspace = held.keyspace
+        self._link = Link(max_stale_s=UNLIMITED)
+        self._watching = Watching(
+            store,
+            self._keyspace,
+            self._link,
+            watch_timeout_s=watch_timeout_s,
+            answer_timeout_s=answer_timeout_s,
+        )
+        self.auditor = Auditor(
+            store,
+            contents,
+            tree,
+            self._link,
+            self,
+            held,
+            interval_s=audit_interval_s,
+            patience_s=answer_timeout_s,
+        )
+        # --- mutable state
+        self.revision = 0
+        self._replica = Replica(self._keyspace.start, self._keyspace.end)
+        self._histories = 0  # how often another one was found
+        self._staged: dict[bytes, KeyValue] = {}
+        self._is_restored = self._is_started = False
+        self._is_asking = True  # for the attributes of what is new
+        self._advanced = trio.Event()
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """List, watch, and follow until cancelled. Started once the first listing is in, or refused.
+
+        Raises:
+            StoreError: The first listing failed. Later failures are retried for ever.
+        """
+        replica = self._replica = Replica(self._keyspace.start, self._keyspace.end)
+        self._is_restored = self._is_started = False
+        self._is_asking = True
+        self._histories = 0
+        async with aclosing(self._watching):
+            steps = replica.start()
+            while True:
+                try:
+                    message: Message | None = None
+                    for step in steps:
+                        message = await self._carry_out(step)
+                    if self._is_restored or not self._is_asking:
+                        self._is_started = True
+                        task_status.started()
+                        task_status = trio.TASK_STATUS_IGNORED
+                    steps = replica.receive(message or await self._watching.receive())
+                except Exception as exc:
+                    if not self._is_started:
+                        raise
+                    # The border of this task, as the handlers have theirs: the mount goes on.
+                    log.exception("following the side keys went wrong; this is a bug of etcdfs")
+                    steps = replica.restart(f"what came could not be taken in: {exc!r}")
+                connected = replica.state is State.WATCHING
+                self._link.turn(connected=connected)
+                self.auditor.note(connected=connected, dropped=replica.dropped)
+
+    async def reached(self, revision: int) -> None:
+        """Return once readers see what side keys were at a revision; the caller bounds it."""
+        while self.revision < revision and self._is_asking:
+            await self._advanced.wait()
+
+    async def audit(self) -> None:
+        """Compare the side keys with etcd now and then."""
+        await self.auditor.run(self._doubt, self._deny)
+
+    def _doubt(self, reason: str) -> None:
+        log.warning("side keys: %s; listing them again", reason)
+        self._watching.tell(Doubted(reason))
+
+    def _deny(self, error: StorePermissionError) -> None:
+        if error.is_of_role:
+            self.refuse(error)
+        else:
+            log.info("side keys could not be audited against: %s", error)
+
+    def refuse(self, refusal: StorePermissionError) -> None:
+        """Go on without the attributes of what is new: etcd does not let us read them.
+
+        Raises:
+            StorePermissionError: The refusal, if it says nothing of that.
+        """
+        self._tree.rights.refuse_reading(refusal)
+        if self._is_asking:
+            self._is_asking = False
+            self._watching.tell(Doubted("etcd does not let us read them"))
+            self._wake()
+
+    async def sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
+        """Return the attributes of what is made in a batch.
+
+        A revision that is nothing but one put over a key that was there brings no attributes:
+        that is what most are, and they cost nothing.
+
+        Raises:
+            StoreError: They could not be read.
+        """
+        if not self._is_asking:
+            return ()
+        sizes = Counter(event.mod_revision for event in events)
+        made = {
+            event.key
+            for event in events
+            if isinstance(event, KeyValue)
+            and (event.create_revision == event.mod_revision or sizes[event.mod_revision] > 1)
+        }
+        try:
+            sides = await self._read_sides(sorted(made))
+        except StorePermissionError as exc:
+            self.refuse(exc)
+            return ()
+        self.auditor.saw(sides)  # perhaps before the watch brings them
+        return sides
+
+    async def _read_sides(self, keys: list[bytes]) -> list[KeyValue]:
+        found: list[KeyValue] = []
+        for first in range(0, len(keys), MAX_GETS):
+            gets = tuple(Get(side_key(key)) for key in keys[first : first + MAX_GETS])
+            committed = await self._store.commit(Transaction((), gets))
+            found.extend(entry for result in committed.results for entry in page_of(result).entries)
+        return found
+
+    # --- following --------------------------------------------------------------------------
+
+    async def _carry_out(self, step: Step) -> Message | None:
+        match step:
+            case Read():
+                return await self._read(step)
+            case Stage(entries, first):
+                if first:
+                    self._staged.clear()
+                self._staged.update((entry.key, entry) for entry in entries)
+            case Restore(revision):
+                await self._apply(self._difference(revision), revision, force=True)
+                self._is_restored = True
+                if self._is_asking:
+                    self._tree.rights.allow_reading()
+            case Apply(events, revision):
+                self.auditor.saw(events)
+                await self._apply(events, revision, force=False)
+            case OpenWatch(from_revision):
+                start, end = self._keyspace.start, self._keyspace.end
+                return await self._watching.open(self._store.watch(start, end, from_revision))
+            case CloseWatch():
+                await self._watching.aclose()
+            case BackOff():
+                level = logging.INFO if step.attempt.bit_count() <= 1 else logging.DEBUG
+                log.log(level, "side keys: %s (attempt %d)", step.reason, step.attempt + 1)
+                await pause(step.attempt)
+            case _ as never:
+                assert_never(never)
+        return None
+
+    async def _read(self, read: Read) -> Message:
+        is_asking = self._is_asking
+        try:
+            if not is_asking:
+                await self._store.range(read.start, read.end, limit=1, keys_only=True)
+                self._is_asking = True  # first this, then a listing that begins after it
+            answer = await read_page(self._store, read)
+        except StoreError as exc:
+            return self._failed(exc)
+        if isinstance(answer, PageArrived) and read.revision and not is_asking:
+            return RevisionCompacted(read.revision)  # what was missed since is not in it
+        return answer
+
+    def _failed(self, error: StoreError) -> Message:
+        if isinstance(error, StorePermissionError) and error.is_of_role:
+            self._tree.rights.refuse_reading(error)
+            self._is_asking = False
+            self._wake()
+        elif not self._is_started:
+            raise error
+        return ReadFailed(str(error))
+
+    def _difference(self, revision: int) -> list[Event]:
+        """Return the events that make what the tree has of side keys what was listed.
+
+        What is newer than the listing came with its key (`sides_of`), and the watch will bring
+        it; in another history it means nothing.
+        """
+        found = self._replica.statistics()
+        histories, self._histories = self._histories, found.refuted + found.regressions
+        staged, self._staged = self._staged, {}
+        events: list[Event] = []
+        for key, side in self._tree.sides.items():
+            entry = staged.pop(side_key(key), None)
+            if entry is not None and side_of(entry) != side:
+                events.append(entry)
+            elif entry is None and (
+                side.facts.mod_revision <= revision or self._histories > histories
+            ):
+                events.append(Tombstone(side_key(key), side.facts.mod_revision))
+        return [*events, *staged.values()]
+
+    async def _apply(self, events: Sequence[Event], revision: int, *, force: bool) -> None:
+        await self._publish(events, force)
+        self.revision = revision
+        self._wake()
+
+    def _wake(self) -> None:
+        self._advanced.set()
+        self._advanced = trio.Event()

@@ -1,0 +1,539 @@
+"""The view with a mirror: the tree holds every key and follows the watch (`--cache`).
+
+What this room knows: how to carry out the steps of the replica's state machine. What it must not
+know: system calls, gRPC, pyfuse3, and how a batch becomes visible (`applier`).
+
+Concurrency: trio thread; one task lists, watches and hands batches on, in order.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from contextlib import AbstractContextManager, aclosing
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Final, assert_never, final
+
+import trio
+
+from etcdfs.consistency.audit import Auditor
+from etcdfs.consistency.audit_index import HeldKeys, Staging, TooDifferentError
+from etcdfs.consistency.orphan_records import Sweeper
+from etcdfs.consistency.read_barrier import Barrier
+from etcdfs.consistency.staleness import UNLIMITED, Link
+from etcdfs.errors import (
+    StoreError,
+    StorePermissionError,
+    StoreProtocolError,
+    WatchLostError,
+)
+from etcdfs.keyspace.attribute_records import is_side_key, owner_of
+from etcdfs.keyspace.store import Event, KeyValue, Revision, Store
+from etcdfs.mirror.applier import Applier
+from etcdfs.mirror.attribute_mirror import SideMirror
+from etcdfs.mirror.invalidator import KernelCache, StuckDirectories
+from etcdfs.mirror.messages import (
+    Apply,
+    BackOff,
+    CloseWatch,
+    Doubted,
+    Message,
+    OpenWatch,
+    Read,
+    ReadFailed,
+    Restore,
+    Stage,
+    Step,
+    WatchLost,
+)
+from etcdfs.mirror.state_machine import Replica, State
+from etcdfs.mirror.watch_session import Watching, back_off, read_page
+from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
+from etcdfs.tree.bulk_load import date, load, rebuild
+from etcdfs.tree.node_attributes import dress, side_of
+from etcdfs.tree.tree import Cached, Directory, Entry, File, Node, Tree
+from etcdfs.tree.update import Switch
+from etcdfs.tree.value_cache import Contents, entry_size, value_of
+
+log = logging.getLogger(__name__)
+
+FIRST_LISTINGS: Final = 5
+"""How often the first listing is begun anew, as its revision was compacted away, say."""
+
+STAGED_BYTES: Final = 64 << 20
+"""Bytes of values that may differ when all is listed again, if `--cache-size` is no more."""
+
+STAGE_SIZE: Final = 250
+"""Keys staged at a time; about a millisecond, after which other tasks get their turn."""
+
+_VALUE: Final = attrgetter("value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MirrorStatistics:
+    """How far the mirror is and what it went through.
+
+    Attributes:
+        revision: The revision that readers see.
+        listed_keys: Keys in the last listing.
+        connected: Whether a watch stands.
+        batches: Batches published.
+        events: Events in them.
+        collapsed: Events that nobody saw, as a later one of their key was there already.
+        early: Batches published before the kernel had let go, for a call that held its lock.
+        ahead: Own changes applied before the watch brought them.
+    """
+
+    revision: int
+    listed_keys: int
+    connected: bool
+    batches: int
+    events: int
+    collapsed: int
+    early: int
+    ahead: int
+
+
+@final
+class Mirror:
+    """Keeps a complete tree in step with etcd."""
+
+    def __init__(
+        self,
+        store: Store,
+        contents: Contents,
+        tree: Tree,
+        kernel: KernelCache,
+        *,
+        settle_timeout_s: float,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        watch_timeout_s: float = DEFAULT_WATCH_TIMEOUT_S,
+        max_stale_s: float = UNLIMITED,
+        audit_interval_s: float = 0.0,
+        linearizable: bool = False,
+        tidies: bool = True,
+    ) -> None:
+        """Make a mirror; nothing is listed yet. One that `tidies` deletes void side keys."""
+        # --- dependencies
+        self._store = store
+        self._contents = contents
+        self.switch = Switch(tree)
+        self._applier = Applier(self.switch, contents, kernel, self._on_failure)
+        self._letting = self._applier.letting
+        self.link = Link(max_stale_s=max_stale_s)
+        kernel.listen(StuckDirectories(tree, self.link, self._letting).note)
+        self.auditor = Auditor(
+            store,
+            contents,
+            tree,
+            self.link,
+            self,
+            HeldKeys(tree),
+            interval_s=audit_interval_s,
+            patience_s=timeout_s,
+            sweeper=Sweeper(store, tree) if tidies else None,
+        )
+        self.barrier = Barrier(store, tree, self, timeout_s=timeout_s) if linearizable else None
+        self._watching = Watching(
+            store,
+            tree.keyspace,
+            self.link,
+            watch_timeout_s=watch_timeout_s,
+            answer_timeout_s=timeout_s,
+        )
+        # Where side keys come by the mirror's own watch, they need none of theirs.
+        self.sides = (
+            None
+            if tree.keyspace.holds_sides or not tree.attributes
+            else SideMirror(
+                store,
+                contents,
+                tree,
+                self._show,
+                watch_timeout_s=watch_timeout_s,
+                answer_timeout_s=timeout_s,
+                audit_interval_s=audit_interval_s,
+            )
+        )
+        # --- constants
+        self._settle_timeout_s = settle_timeout_s
+        # --- mutable state
+        self.replica: Replica | None = None
+        self._is_restored = False
+        self._staging: Staging | None = None
+        self._fresh: Tree | None = None  # what is listed, if the tree has to be made anew
+        self._loaded: deque[tuple[KeyValue, ...]] = deque()
+        self._staged_keys = self._staged_bytes = 0
+        self._room = 0  # bytes of memory for values of the first listing
+        self._ahead = 0
+
+    @property
+    def revision(self) -> int:
+        """The revision that readers see."""
+        return self._applier.revision
+
+    # --- the view ---------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """See `View.check`."""
+        self.link.check()
+
+    async def entry(self, directory: Directory, name: bytes) -> None:
+        """See `View.entry`: the tree is true already, as far as the watch has come."""
+        self.link.check()
+        if self.barrier is not None:
+            await self.barrier.entry(directory, name)
+
+    async def listing(self, directory: Directory) -> None:
+        """See `View.listing`: likewise."""
+        self.link.check()
+        if self.barrier is not None:
+            await self.barrier.listing(directory)
+
+    async def refresh(self, node: Node) -> None:
+        """See `View.refresh`: likewise. The root is there whatever is known, or df(1) failed."""
+        if node is self.switch.tree.root:
+            return
+        self.link.check()
+        if self.barrier is not None and isinstance(node, File):
+            await self.barrier.file(node)
+
+    async def value(self, file: File) -> bytes:
+        """See `View.value`."""
+        self.link.check()
+        return await value_of(self._store, self._contents, self.switch.tree, file)
+
+    async def settle(
+        self, revision: int, events: Sequence[Event], locked: Sequence[Entry] = ()
+    ) -> None:
+        """See `View.settle`: wait for the watch, so that revisions are seen in order."""
+        self.switch.tree.revisions.learn(revision, self.switch.tree.clock())
+        with self.holding(locked), trio.move_on_after(self._settle_timeout_s):
+            if self.sides is None or any(not is_side_key(event.key) for event in events):
+                await self.reached(revision)
+            if self.sides is not None and any(is_side_key(event.key) for event in events):
+                await self.sides.reached(revision)
+            return
+        self._ahead += 1
+        self.auditor.saw(events)
+        if self.sides is not None:
+            self.sides.auditor.saw(events)
+        log.info(
+            "the watch is over %.1f s late: revision %d is shown before it brings it",
+            self._settle_timeout_s,
+            revision,
+        )
+        for event in events:
+            if isinstance(event, KeyValue) and not is_side_key(event.key):
+                self._contents.put(event.key, event.mod_revision, event.value)
+        self._letting.submit(self.switch.apply_ahead(events, remember=True))
+
+    async def reached(self, revision: int) -> None:
+        """See `View.reached`; the caller bounds it."""
+        while self.revision < revision:
+            await self._applier.advanced()
+
+    async def advanced(self) -> None:
+        """Return when readers see a newer revision."""
+        await self._applier.advanced()
+
+    def refuse_sides(self, refusal: StorePermissionError) -> None:
+        """Go on without the attributes of what is new; see `SideMirror.refuse`.
+
+        Raises:
+            StorePermissionError: They are among the keys, and so are those refused.
+        """
+        if self.sides is None:
+            raise refusal
+        self.sides.refuse(refusal)
+
+    async def let_go_first(self, stale: Collection[Cached]) -> None:
+        """See `View.let_go_first`."""
+        await self._letting.first(stale, timeout_s=self._settle_timeout_s)
+
+    def let_go(self, stale: Collection[Cached]) -> None:
+        """See `View.let_go`."""
+        self._letting.submit(stale)
+
+    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
+        """See `View.holding`."""
+        return self._letting.holding(locked)
+
+    def statistics(self) -> MirrorStatistics:
+        """Say how far the mirror is."""
+        return MirrorStatistics(
+            revision=self.revision,
+            listed_keys=self._staged_keys,
+            connected=self.link.connected,
+            batches=self._applier.batches,
+            events=self._applier.events,
+            collapsed=self._applier.collapsed,
+            early=self._applier.early,
+            ahead=self._ahead,
+        )
+
+    # --- following --------------------------------------------------------------------------
+
+    async def run(
+        self,
+        progress: Callable[[int, int], None],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """List, watch, and follow until cancelled. Started once the first listing is in.
+
+        Args:
+            progress: Told how many keys and bytes of values the first listing has so far.
+            task_status: trio's.
+
+        Raises:
+            StoreError: The first listing failed. Later failures are retried for ever.
+        """
+        keyspace = self.switch.tree.keyspace
+        replica = self.replica = Replica(keyspace.start, keyspace.end)
+        async with aclosing(self._watching):
+            steps = replica.start()
+            while True:
+                try:
+                    message = await self._carry_out_all(steps, progress)
+                    if self._is_restored:
+                        task_status.started()
+                        task_status = trio.TASK_STATUS_IGNORED
+                    steps = replica.receive(message or await self._watching.receive())
+                except TooDifferentError as exc:
+                    # A tree of its own takes no values, and does not change meanwhile.
+                    self.switch.tree.doubtful = True
+                    steps = replica.restart(str(exc))
+                except Exception as exc:
+                    if not self._is_restored:
+                        raise
+                    # The border of this task, as the handlers have theirs: the mount goes on.
+                    log.exception("following etcd went wrong; this is a bug of etcdfs")
+                    steps = replica.restart(f"what came could not be taken in: {exc!r}")
+                self._note(replica)
+
+    def _note(self, replica: Replica) -> None:
+        """Tell the others whether the watch is confirmed, and can be believed."""
+        connected = replica.state is State.WATCHING and not self.switch.tree.doubtful
+        self.link.turn(connected=connected)
+        self.auditor.note(connected=connected, dropped=replica.dropped)
+
+    def doubt(self, reason: str) -> None:
+        """Have everything listed again: what is here is not what etcd has."""
+        self._watching.tell(Doubted(reason))
+
+    async def _carry_out_all(
+        self, steps: tuple[Step, ...], progress: Callable[[int, int], None]
+    ) -> Message | None:
+        match steps:
+            case (Stage() as stage, Read() as read):
+                return await self._stage_and_read_on(stage, read, progress)
+            case _:
+                message: Message | None = None
+                for step in steps:
+                    message = await self._carry_out(step, progress)
+                return message
+
+    async def _carry_out(self, step: Step, progress: Callable[[int, int], None]) -> Message | None:
+        match step:
+            case Read():
+                return await self._read(step)
+            case Stage():
+                await self._stage(step, progress)
+            case Restore(revision):
+                if self.switch.tree.doubtful and self._fresh is None:
+                    return Doubted("the listing was made before the tree was found to be wrong")
+                return await self._try_to_apply(self._restore(revision))
+            case Apply(events):
+                self.auditor.saw(events)
+                return await self._try_to_apply(self._take(events))
+            case OpenWatch(from_revision):
+                return await self._open(from_revision)
+            case CloseWatch():
+                await self._watching.aclose()
+            case BackOff():
+                if not self._is_restored and step.relist and step.attempt >= FIRST_LISTINGS:
+                    raise StoreProtocolError(step.reason)
+                await back_off(step)
+            case _ as never:
+                assert_never(never)
+        return None
+
+    async def _open(self, from_revision: int) -> Message:
+        keyspace = self.switch.tree.keyspace
+        watch = self._store.watch(keyspace.start, keyspace.end, from_revision)
+        message = await self._watching.open(watch)
+        if isinstance(message, WatchLost) and not self._is_restored:
+            raise self._watching.error or WatchLostError(message.reason)
+        return message
+
+    async def _read(self, read: Read) -> Message:
+        try:
+            return await read_page(self._store, read)
+        except StoreError as exc:
+            if not self._is_restored:
+                raise
+            if isinstance(exc, StorePermissionError):
+                self.link.deny(exc)
+            return ReadFailed(str(exc))
+
+    async def _stage_and_read_on(
+        self, stage: Stage, read: Read, progress: Callable[[int, int], None]
+    ) -> Message:
+        """Work on one page while etcd prepares the next."""
+        answers: list[Message | StoreError] = []
+
+        async def read_on() -> None:
+            try:
+                answers.append(await self._read(read))
+            except StoreError as exc:  # kept out of the nursery, which would wrap it
+                answers.append(exc)
+
+        too_different: TooDifferentError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read_on)
+            try:
+                await self._stage(stage, progress)
+            except TooDifferentError as exc:  # likewise
+                too_different = exc
+        if too_different is not None:
+            raise too_different
+        (answer,) = answers
+        if isinstance(answer, StoreError):
+            raise answer
+        return answer
+
+    async def _try_to_apply(self, applying: Coroutine[Any, Any, None]) -> Message | None:
+        try:
+            await applying
+        except StoreError as exc:
+            return Doubted(f"the attributes of new keys could not be read: {exc}")
+        return None
+
+    def _on_failure(self) -> None:
+        self.doubt("a batch could not be applied")
+
+    # --- listing ----------------------------------------------------------------------------
+
+    async def _stage(self, stage: Stage, progress: Callable[[int, int], None]) -> None:
+        """Put a page aside; the very first listing goes straight into the tree.
+
+        Nobody sees the tree then, and a keyspace need not fit into memory twice.
+        """
+        if stage.first:
+            self._staged_keys = self._staged_bytes = 0
+            self._fresh = self._staging = None
+            if not self._is_restored:
+                self.switch.tree.clear()
+                self._loaded.clear()
+                self._room = self._contents.capacity
+            elif self.switch.tree.doubtful:
+                self._fresh = self._make_tree()
+            else:
+                most = max(self._contents.capacity, STAGED_BYTES)
+                self._staging = Staging(self.switch.tree, self._contents, most_bytes=most)
+        for start in range(0, len(stage.entries), STAGE_SIZE):
+            self._stage_some(stage.entries[start : start + STAGE_SIZE])
+            await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
+        if not self._is_restored:
+            progress(self._staged_keys, self._staged_bytes)
+
+    async def keep_loaded(self) -> None:
+        """Keep the values of the first listing, as many as fit, while others work.
+
+        Run it once the mount is usable: nobody need wait for it. Until it is done, a value that
+        is asked for may have to be fetched again.
+        """
+        while self._loaded:
+            for entry in self._loaded.popleft():
+                if not self._contents.put_if_room(entry.key, entry.mod_revision, entry.value):
+                    self._loaded.clear()
+                    return
+            await trio.lowlevel.checkpoint()
+
+    def _stage_some(self, entries: tuple[KeyValue, ...]) -> None:
+        self._staged_keys += len(entries)
+        self._staged_bytes += sum(map(len, map(_VALUE, entries)))
+        if self._fresh is not None:
+            load(self._fresh, entries)
+            return
+        if self._staging is not None:
+            self._staging.add(entries)
+            return
+        load(self.switch.tree, entries)
+        # Those that fit, or all values would be in memory until the mount is usable.
+        if self._room > 0:
+            self._room -= sum(entry_size(entry.value) for entry in entries)
+            over = self._room
+            while over < 0:
+                over += entry_size(entries[-1].value)
+                entries = entries[:-1]
+            self._loaded.append(entries)
+
+    async def _restore(self, revision: Revision) -> None:
+        if not self._is_restored:
+            self._is_restored = True
+            date(self.switch.tree)
+            dress(self.switch.tree)
+            self._applier.revision = revision
+            log.info("synced %d keys at revision %d", self._staged_keys, revision)
+            return
+        await self._applier.idle()
+        if self._fresh is not None:
+            await self._make_anew(self._fresh, revision)
+            return
+        assert self._staging is not None
+        events = await self._staging.differences(revision)
+        self._staging = None
+        log.info("listed again at revision %d: %d keys differ", revision, len(events))
+        # By force: in another history a newer state may have older revisions.
+        self.switch.relisted()
+        self.switch.tree.revisions.forget_after(revision)
+        await self._applier.replace((*events, *await self._sides_of(events)), revision)
+
+    def _make_tree(self) -> Tree:
+        """Return an empty tree that may take the place of the one there is."""
+        tree = self.switch.tree
+        fresh = Tree(tree.keyspace, tree.clock, complete=True, attributes=tree.attributes)
+        fresh.numbers = tree.numbers
+        fresh.revisions = tree.revisions
+        return fresh
+
+    async def _make_anew(self, fresh: Tree, revision: Revision) -> None:
+        """Take over a listing as it is: of the tree there is nothing is believed.
+
+        Raises:
+            StoreError: The attributes of keys could not be read.
+        """
+        tree = self.switch.tree
+        sides: Sequence[Event] = ()
+        if self.sides is not None:
+            keys = ((key, facts) for key, facts in fresh.facts() if tree.find(key) is None)
+            sides = await self._sides_of([KeyValue(key, b"", *facts[:4]) for key, facts in keys])
+        await self._letting.first(tree.told(), timeout_s=self._settle_timeout_s)
+        # checkpoint: the tree may be another, and is not believed either; nothing is cached of it
+        if self.sides is not None:
+            fresh.sides = tree.sides
+            for side in sides:
+                if isinstance(side, KeyValue):
+                    fresh.sides[owner_of(side.key)] = side_of(side)
+        date(fresh)
+        dress(fresh)
+        rebuild(tree, fresh)
+        self._fresh = None
+        self._applier.adopt(revision)
+        self.auditor.hurry()
+        log.info("the tree was made anew at revision %d", revision)
+
+    # --- applying ---------------------------------------------------------------------------
+
+    async def _take(self, events: Sequence[Event]) -> None:
+        """Have a batch made visible, with the attributes of what is new in it."""
+        await self._applier.take(events, await self._sides_of(events))
+
+    async def _sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
+        return () if self.sides is None else await self.sides.sides_of(events)
+
+    async def _show(self, events: Sequence[Event], force: bool) -> None:
+        """Make a change of attributes visible that came by a watch of their own."""
+        await self._applier.show(events, force=force)

@@ -1,0 +1,338 @@
+"""What the tree consists of: files, each one version of a key at a time, and directories.
+
+What this room knows: what is noted of each. What it must not know: how they hang together.
+
+Concurrency: owned by the tree, on the trio thread.
+
+What the kernel may hold cached, and must be told to let go of.
+
+What this room knows: inode numbers and names. What it must not know: nodes, keys.
+
+Concurrency: none; frozen values.
+
+What etcd says of a key, without its value, and the attributes a key has of its own.
+
+What this room knows: the form of both. What it must not know: nodes, which of them it is about.
+
+Concurrency: none; frozen values.
+
+Nodes that no name leads to any more, and that the kernel holds all the same.
+
+What this room knows: where each was, and is to be found when it comes back. What it must not
+know: who holds them: a bind mount, a working directory, an O_PATH descriptor, the lower layer of
+an overlay, or merely the kernel's memory.
+
+Concurrency: owned by the tree, on the trio thread.
+
+When things changed that the kernel has let go of, and the tree with it.
+
+What this room knows: names, and the times that they had. What it must not know: nodes, keys.
+
+etcd keeps no times, so without a mirror a time is that of the moment when this mount saw a version
+first. It is to stay the same when the kernel, short of memory, forgets the inode and asks again.
+
+Concurrency: synchronous; used on the trio thread only.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Final, NamedTuple, NewType, Protocol, final
+
+from cachetools import LRUCache
+
+from etcdfs.keyspace.attribute_records import Record
+from etcdfs.keyspace.store import KeyValue, Revision
+
+Inode = NewType("Inode", int)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name in a directory, as the kernel may have it cached."""
+
+    directory: Inode
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Expiry:
+    """A name that is to be asked for again, but not thrown out of the kernel's memory.
+
+    Linux unmounts whatever is mounted on, or below, a name that is thrown out.
+    """
+
+    within: Entry
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The attributes of an inode; `within` is its entry, None for the root.
+
+    With `pages`, the content of a file as well.
+    """
+
+    inode: Inode
+    within: Entry | None
+    pages: bool = False
+
+
+Cached = Entry | Expiry | Listing
+"""What the kernel must be told to let go of."""
+
+
+class Facts(NamedTuple):  # as `KeyValue`: one per key
+    """What etcd says of a key, without its value. `size` in bytes."""
+
+    create_revision: Revision
+    mod_revision: Revision
+    version: int
+    lease: int
+    size: int
+
+
+def facts_of(entry: KeyValue) -> Facts:
+    """Return the facts of a key that was read with its value."""
+    return Facts(
+        entry.create_revision, entry.mod_revision, entry.version, entry.lease, len(entry.value)
+    )
+
+
+class Side(NamedTuple):
+    """Attributes of a key's own, and what etcd says of the side key that has them."""
+
+    record: Record
+    facts: Facts
+
+
+NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)  # not yet, or no longer
+
+
+@final
+class File:
+    """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services.
+
+    While nobody has it open, it follows its key: it becomes the version that another client
+    writes. `pages` is the version whose content the kernel may have cached.
+    """
+
+    __slots__ = (
+        "ctime_ns",
+        "directory",
+        "draft",
+        "facts",
+        "gone",
+        "handles",
+        "inode",
+        "lookups",
+        "lost_key",
+        "mtime_ns",
+        "name",
+        "pages",
+        "removed",
+        "reopened",
+        "side",
+        "stored",
+        "told",
+        "unpaged",
+        "value",
+    )
+
+    def __init__(self, inode: Inode, facts: Facts | None, now_ns: int) -> None:
+        self.inode = inode
+        self.facts = facts  # None: created here, not yet in etcd
+        self.directory: Directory | None = None
+        self.name = b""
+        self.lost_key: bytes | None = None  # the key it had when its name was taken away
+        self.gone = False  # by a deletion: no path leads here, an O_PATH may
+        self.removed = False  # by this mount: for the kernel it is deleted, and never comes back
+        self.mtime_ns = now_ns
+        self.ctime_ns = now_ns
+        self.side: Side | None = None
+        self.lookups = 0
+        self.told = False  # the kernel may have the name cached
+        self.reopened: File | None = None  # the version that newcomers have open in its place
+        self.stored = False  # the kernel was given the content
+        self.pages: int | None = None  # None: the kernel has none
+        self.unpaged = False  # not opened since the kernel was told to let go of them
+        self.handles = 0
+        self.value: bytes | None = None  # pinned while there are handles
+        self.draft: object | None = None
+
+    @property
+    def version(self) -> int:
+        """The key's mod_revision, 0 if it is not in etcd yet."""
+        return 0 if self.facts is None else self.facts.mod_revision
+
+
+@final
+class Directory:
+    """A prefix of keys.
+
+    `marker` is what etcd says of its marker key, None without one; `NOT_IN_ETCD` of part of a
+    long name, which has no key, and was made here.
+    """
+
+    __slots__ = (
+        "children",
+        "ctime_ns",
+        "directory",
+        "inode",
+        "lookups",
+        "marker",
+        "mtime_ns",
+        "name",
+        "removed",
+        "side",
+        "subdirectories",
+        "told",
+        "was_in",
+        "witness",
+    )
+
+    def __init__(self, inode: Inode, now_ns: int) -> None:
+        self.inode = inode
+        self.directory: Directory | None = None
+        self.name = b""
+        self.removed = False  # by this mount: for the kernel it is dead, and never comes back
+        self.was_in: Directory | None = None  # while it is not there
+        self.children: dict[bytes, Node] = {}
+        self.marker: Facts | None = None
+        self.mtime_ns = now_ns
+        self.ctime_ns = now_ns
+        self.side: Side | None = None
+        self.witness: bytes | None = None  # a key below it, when etcd was last asked
+        self.subdirectories = 0
+        self.lookups = 0
+        self.told = False
+
+    version: Final = 0
+
+
+Node = File | Directory
+
+
+def is_local(node: Node) -> bool:
+    """Tell whether a node is, or has below it, what was made here and is not in etcd."""
+    pending = [node]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, Directory):
+            if node.marker is NOT_IN_ETCD:
+                return True
+            pending.extend(node.children.values())
+        elif node.facts is None:
+            return True
+    return False
+
+
+def is_within(node: Node, top: Node) -> bool:
+    """Tell whether a node is another, or somewhere below it."""
+    at: Node | None = node
+    while at is not None and at is not top:
+        at = at.directory
+    return at is top
+
+
+MAX_VANISHED: Final = 1024
+"""Directories without a key left whose names the kernel is not told to throw out; past it, that
+of the first one is, and what is mounted there with it."""
+
+
+@final
+class Held:
+    """Those nodes, by the name each had; the last one of each name."""
+
+    def __init__(self) -> None:
+        # INVARIANT: each has lookups, and is in no directory
+        self._nodes: dict[Entry, Node] = {}
+        self._where: dict[Node, Entry] = {}
+        self._vanished: OrderedDict[Directory, Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def add(self, where: Entry, node: Node) -> None:
+        """Take in a node that was under a name, and is to be there again when that is."""
+        before = self._nodes.get(where)
+        if before is not None:
+            self.drop(before)
+        self._nodes[where] = node
+        self._where[node] = where
+        if isinstance(node, Directory):
+            self._vanished[node] = where
+
+    def drop(self, node: Node) -> None:
+        """Forget a node: it has a name again, or the kernel has let go of it."""
+        where = self._where.pop(node, None)
+        if where is not None:
+            del self._nodes[where]
+        if isinstance(node, Directory):
+            self._vanished.pop(node, None)
+
+    def find(self, where: Entry) -> Node | None:
+        """Return the node that was last under a name."""
+        return self._nodes.get(where)
+
+    def excess(self) -> set[Entry]:
+        """Return, once, names of vanished directories that are too many to be kept."""
+        many = len(self._vanished) - MAX_VANISHED
+        return {self._vanished.popitem(last=False)[1] for _ in range(many)}
+
+    def clear(self) -> None:
+        """Forget all."""
+        self._nodes.clear()
+        self._where.clear()
+        self._vanished.clear()
+
+
+NAMES_MAX: Final = 65_536
+"""Names whose times are kept; about 20 MiB at most. Of others the times begin anew."""
+
+
+class Timed(Protocol):
+    """What has times, in nanoseconds since the epoch, and a version: 0 for a directory."""
+
+    mtime_ns: int
+    ctime_ns: int
+
+    @property
+    def version(self) -> int:
+        """The key's mod_revision, 0 for a directory."""
+        ...
+
+
+class _Kept(NamedTuple):
+    version: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+@final
+class Times:
+    """The times of dropped names."""
+
+    def __init__(self) -> None:
+        self._kept: LRUCache[tuple[bytes, ...], _Kept] = LRUCache(NAMES_MAX)
+
+    def keep(self, names: tuple[bytes, ...], node: Timed) -> None:
+        """Keep the times of what is dropped."""
+        self._kept[names] = _Kept(node.version, node.mtime_ns, node.ctime_ns)
+
+    def restore(self, names: tuple[bytes, ...], node: Timed) -> bool:
+        """Give what is found again the times it had; say whether it is no new name.
+
+        Another version is later than the one that was dropped, even if the clock went back.
+        """
+        kept = self._kept.pop(names, None)
+        if kept is None or bool(kept.version) != bool(node.version):
+            return False
+        if kept.version == node.version:
+            node.mtime_ns, node.ctime_ns = kept.mtime_ns, kept.ctime_ns
+        else:
+            node.mtime_ns = max(node.mtime_ns, kept.mtime_ns + 1)
+            node.ctime_ns = max(node.ctime_ns, kept.ctime_ns + 1)
+        return True
+
+    def drop(self, names: tuple[bytes, ...]) -> None:
+        """Note that there is nothing under a name any more."""
+        self._kept.pop(names, None)

@@ -1,0 +1,559 @@
+"""The tree of inodes: which names there are, what the kernel knows of them, what each one is.
+
+What this room knows: directories, files, inode numbers, lookup counts, cached names. What it must
+not know: etcd requests, FUSE, time (the clock is handed in).
+
+A *node* is a `Directory` or a `File`. A `File` object (one inode number) is one version of a key
+for as long as somebody has it open: when another client writes the key meanwhile, the name gets a
+new `File`, and whoever holds the old one open keeps it. A file that nobody has open follows its
+key (`renew`): the kernel may hold its inode for a bind mount, say, which never looks a path up
+again. Changes made through this mount keep the inode, as on any file system.
+
+A file is in one of three states:
+
+* *attached*: `directory` is set; it is what a lookup of its name finds;
+* *superseded*: `directory` is None; another version stands under the key it was, `lost_key`, and
+  answers for it once nobody has it open any more (`current`);
+* *gone*: so is `directory`, and `gone` is set: its key was deleted, and its flush must not
+  resurrect it. If another client did that, the key may come back, and the file with it
+  (`returning`); if this mount did (`removed`), it stays what it was, as on any file system.
+
+A directory that loses its last key is there again when a key is, as long as the kernel holds it.
+
+Concurrency: one owner, the trio thread; every method is synchronous and leaves the invariants
+(`check_invariants`) true.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Final, final
+
+from etcdfs.errors import CallerError, NotADirectoryFileError, StaleError
+from etcdfs.keyspace.attribute_records import Rights
+from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, Keyspace
+from etcdfs.keyspace.revision_times import RevisionTimes
+from etcdfs.keyspace.store import Clock
+from etcdfs.tree.inodes import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes' facts come with them
+from etcdfs.tree.inodes import Cached as Cached  # noqa: PLC0414 - they go with the nodes
+from etcdfs.tree.inodes import Directory as Directory  # noqa: PLC0414
+from etcdfs.tree.inodes import Entry as Entry  # noqa: PLC0414
+from etcdfs.tree.inodes import Expiry as Expiry  # noqa: PLC0414
+from etcdfs.tree.inodes import Facts as Facts  # noqa: PLC0414
+from etcdfs.tree.inodes import File as File  # noqa: PLC0414
+from etcdfs.tree.inodes import Held, Times
+from etcdfs.tree.inodes import Inode as Inode  # noqa: PLC0414
+from etcdfs.tree.inodes import Listing as Listing  # noqa: PLC0414
+from etcdfs.tree.inodes import Node as Node  # noqa: PLC0414
+from etcdfs.tree.inodes import Side as Side  # noqa: PLC0414
+from etcdfs.tree.inodes import facts_of as facts_of  # noqa: PLC0414
+from etcdfs.tree.inodes import is_local as is_local  # noqa: PLC0414
+from etcdfs.tree.inodes import is_within as is_within  # noqa: PLC0414
+
+ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
+MAX_NEGATIVES: Final = 65_536
+"""Missing names remembered as told to the kernel; past it, further ones are not cached."""
+TOLD_LATER_NS: Final = 1_000_000_000
+"""How much later than we the kernel may begin to count the lifetime of an answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeStatistics:
+    """Sizes of the tree's tables.
+
+    Attributes:
+        inodes_known: Inodes that the kernel holds.
+        old_versions: Those of them that no path leads to any more: held, or not forgotten.
+        negatives: Missing names that the kernel may remember.
+    """
+
+    inodes_known: int
+    old_versions: int
+    negatives: int
+
+
+@final
+class Tree:
+    """All nodes, by name and by inode number."""
+
+    def __init__(
+        self,
+        keyspace: Keyspace,
+        clock: Clock,
+        *,
+        monotonic: Clock | None = None,
+        complete: bool,
+        attributes: bool = True,
+    ) -> None:
+        """Make an empty tree.
+
+        Args:
+            keyspace: Which keys are shown, and how.
+            clock: Nanoseconds since the epoch; may jump. For times that are shown.
+            monotonic: Nanoseconds that pass and never jump; None: as `clock`. For what lasts.
+            complete: Whether the tree will hold every key (a mirror), so that the kernel may
+                cache what it says and an empty directory without a marker is known to be gone.
+            attributes: Whether keys have attributes of their own, in side keys.
+        """
+        # --- dependencies
+        self.keyspace = keyspace
+        self.clock = clock
+        self._monotonic = clock if monotonic is None else monotonic
+        # --- constants
+        self.complete = complete
+        self.attributes = attributes
+        # --- mutable state
+        self.rights = Rights()  # to read and write them
+        # Side keys by the key each belongs to, void ones too; only in a complete tree.
+        self.sides: dict[bytes, Side] = {}
+        self.root = Directory(ROOT_INODE, clock())
+        self.root.lookups = 1
+        self.root.told = True
+        # Never reused in a mount's life: the kernel marks an inode bad when its number comes
+        # back with another type (fs/fuse/inode.c, fuse_iget).
+        self.numbers = count(ROOT_INODE + 1)
+        # INVARIANT: holds exactly the nodes whose lookup count is not 0
+        self._known: dict[Inode, Node] = {ROOT_INODE: self.root}
+        # All that have a name. Few mounts are asked for inodes that the kernel does not hold, so
+        # it is made when one is, and kept true from then on.
+        self._numbered: dict[Inode, Node] | None = None
+        # Those of them that no name leads to, and that may get one again.
+        self.held = Held()
+        # Missing names as told to the kernel, until when; those that end first come first, as
+        # all are told for the same time.
+        self._negatives: OrderedDict[Entry, int] = OrderedDict()
+        self.switching: set[Cached] = set()
+        # Whether something went wrong with the tree, so that it must be made anew (`take_over`).
+        self.doubtful = False
+        # Directories of which the kernel may have older names for as long as somebody holds their
+        # lock; None: all of them. What it asks of one meanwhile, it must not keep.
+        self.stuck: set[Inode | None] = set()
+        self.revisions = RevisionTimes()
+        self.times = Times()  # only in a tree that is not complete
+
+    # --- finding ----------------------------------------------------------------------------
+
+    def node(self, inode: int) -> Node:
+        """Return the node of an inode number that the kernel holds.
+
+        Raises:
+            StaleError: There is none (any more).
+        """
+        node = self._known.get(Inode(inode))
+        if node is None:
+            msg = f"inode {inode} is not known"
+            raise StaleError(msg)
+        return node
+
+    def numbered(self, inode: int) -> Node:
+        """Return the node of an inode number, whether the kernel holds it or not.
+
+        Raises:
+            StaleError: There is none (any more).
+        """
+        node = self._known.get(Inode(inode))
+        if node is None:
+            if self._numbered is None:
+                self._numbered = {child.inode: child for child in self._attached()}
+            node = self._numbered.get(Inode(inode))
+        if node is None:
+            msg = f"inode {inode} does not exist"
+            raise StaleError(msg)
+        return node
+
+    def directory(self, inode: int) -> Directory:
+        """Return a directory by inode number.
+
+        Raises:
+            NotADirectoryFileError: It is a file.
+            StaleError: There is none.
+        """
+        node = self.node(inode)
+        if isinstance(node, File):
+            msg = f"inode {inode} is a file"
+            raise NotADirectoryFileError(msg)
+        return node
+
+    def is_attached(self, node: Node) -> bool:
+        """Return whether a path from the root leads to this very node."""
+        while node is not self.root:
+            parent = node.directory
+            if parent is None or parent.children.get(node.name) is not node:
+                return False
+            node = parent
+        return True
+
+    def current(self, node: Node) -> Node:
+        """Return who answers for an inode: its node, or the version that superseded it.
+
+        A symbolic link, say, cannot answer for what was a file: the kernel would not take it.
+        """
+        if not isinstance(node, File) or node.directory is not None or node.removed:
+            return node
+        found = None if node.lost_key is None else self.find(node.lost_key)
+        if found is None or not isinstance(found[0], File) or _type(found[0]) != _type(node):
+            return node
+        return found[0]
+
+    def may_follow(self, file: File) -> bool:
+        """Return whether a file may become the version that another client has written.
+
+        Not what somebody has open: a reader would see the old size with new bytes.
+        """
+        return not (file.handles or file.removed or file.facts is None)
+
+    def returning(self, directory: Directory, name: bytes) -> Node | None:
+        """Return the node that the kernel holds of a name which comes back, if it can be that."""
+        node = self.held.find(Entry(directory.inode, name)) if self.held else None
+        if isinstance(node, File):
+            return node if self.may_follow(node) else None
+        return node
+
+    def find(self, key: bytes) -> tuple[Node, Facts] | None:
+        """Return who stands for a key, a file or the marker's directory, and what is known."""
+        names, is_marker = self.keyspace.locate(key)
+        node: Node | None = self.root
+        for name in names:
+            if not isinstance(node, Directory):
+                return None
+            node = node.children.get(name)
+        if isinstance(node, Directory):
+            if is_marker:
+                return None if node.marker is None else (node, node.marker)
+            node = node.children.get(VALUE_NAME)
+        if is_marker or not isinstance(node, File) or node.facts is None:
+            return None
+        return node, node.facts
+
+    def names(self, node: Node, *more: bytes) -> tuple[bytes, ...]:
+        """Return the path of an attached node as names, and `more` below it."""
+        names = list(reversed(more))
+        while node.directory is not None:
+            names.append(node.name)
+            node = node.directory
+        names.reverse()
+        return tuple(names)
+
+    def key_of(self, file: File) -> bytes | None:
+        """Return the key a file stands for, None if it is gone."""
+        if file.directory is None:
+            return None if file.gone else file.lost_key
+        return self.keyspace.file_key(self.names(file))
+
+    def prefix_of(self, directory: Directory) -> bytes:
+        """Return the key prefix of everything in a directory (also its marker key).
+
+        Raises:
+            NameReservedError: It is part of an escaped long name and has none.
+        """
+        return self.keyspace.directory_prefix(self.names(directory))
+
+    def own_key(self, node: Node) -> bytes | None:
+        """Return a file's key or a directory's marker key; None for what has none (any more)."""
+        try:
+            return self.prefix_of(node) if isinstance(node, Directory) else self.key_of(node)
+        except CallerError:  # part of an escaped long name
+            return None
+
+    # --- what the kernel knows --------------------------------------------------------------
+
+    def remember(self, node: Node) -> None:
+        """Count one lookup: an answer that hands the inode to the kernel."""
+        node.lookups += 1
+        self._known[node.inode] = node
+
+    def forget(self, inode: int, count: int) -> None:
+        """Give back lookups; a node at 0 is unknown to the kernel (FUSE_FORGET)."""
+        node = self._known.get(Inode(inode))
+        if node is None or node is self.root:
+            return
+        node.lookups = max(0, node.lookups - count)
+        if node.lookups == 0:
+            node.told = False
+            if isinstance(node, File):
+                node.stored = False
+                node.pages = None
+            del self._known[node.inode]
+            self.held.drop(node)
+            if not self.complete:
+                self.prune(node)
+
+    def prune(self, node: Node) -> None:
+        """Drop a node nobody refers to from a tree that is not complete."""
+        while not self.complete and node.lookups == 0 and node.directory is not None:
+            if is_local(node) or (node.children if isinstance(node, Directory) else node.handles):
+                return
+            parent = node.directory
+            self.times.keep(self.names(node), node)
+            self.detach(parent, node.name, gone=False, as_version=True)
+            node = parent
+
+    def may_cache(self, what: Cached) -> bool:
+        """Return whether an answer about `what` may be cached by the kernel."""
+        is_sure = self.complete and not self.doubtful
+        return is_sure and what not in self.switching and not self._is_stuck(what)
+
+    def _is_stuck(self, what: Cached) -> bool:
+        if isinstance(what, Listing) and what.inode in self.stuck:
+            return True
+        entry = what if isinstance(what, Entry) else what.within
+        return bool(self.stuck) and (
+            None in self.stuck or (entry is not None and entry.directory in self.stuck)
+        )
+
+    def tell_negative(self, directory: Directory, name: bytes, lifetime_ns: int) -> bool:
+        """Note that the kernel is told a name is missing; False: it must not cache that."""
+        entry = Entry(directory.inode, name)
+        if not self.may_cache(entry):
+            return False
+        now = self._monotonic()
+        negatives = self._negatives
+        # Only those at the front are looked at: looking through all, once there are so many,
+        # took milliseconds at every missing name.
+        while len(negatives) >= MAX_NEGATIVES:
+            if next(iter(negatives.values())) > now:
+                return False
+            negatives.popitem(last=False)
+        negatives[entry] = now + lifetime_ns + TOLD_LATER_NS
+        negatives.move_to_end(entry)
+        return True
+
+    def is_told(self, directory: Directory, name: bytes) -> bool:
+        """Return whether the kernel may hold a cached answer about this name."""
+        if directory.lookups == 0:
+            return False
+        child = directory.children.get(name)
+        # What is there is no missing name.
+        return Entry(directory.inode, name) in self._negatives if child is None else child.told
+
+    def listing_of(self, node: Node) -> Listing:
+        """Return how to tell the kernel of a node's changed attributes."""
+        parent = node.directory
+        within = None if parent is None else Entry(parent.inode, node.name)
+        return Listing(node.inode, within)
+
+    def told(self) -> list[Cached]:
+        """Return everything that the kernel may have cached, attributes of open files too."""
+        told: list[Cached] = list(self._negatives)
+        for node in self._known.values():
+            parent = node.directory
+            if parent is not None:
+                told.append(Entry(parent.inode, node.name))
+            if isinstance(node, Directory):
+                told.append(self.listing_of(node))
+            elif node.handles:
+                told.append(Listing(node.inode, None))
+        return told
+
+    # --- changing ---------------------------------------------------------------------------
+
+    def new_file(self, facts: Facts | None, now_ns: int | None = None) -> File:
+        """Make a file with a new inode number, attached nowhere yet."""
+        now_ns = self.clock() if now_ns is None else now_ns
+        if facts is not None:
+            now_ns = self.revisions.learn(facts.mod_revision, now_ns)
+        return File(self._new_number(), facts, now_ns)
+
+    def new_version(self, old: File | None, facts: Facts) -> File:
+        """Make the file for a version that another client wrote over `old`.
+
+        Its mtime is later than the old one's even if the clock went back; its attributes stay
+        as long as it is the same incarnation of the key.
+        """
+        file = self.new_file(facts)
+        if old is not None:
+            if file.mtime_ns <= old.mtime_ns:
+                file.mtime_ns = file.ctime_ns = old.mtime_ns + 1
+            same = old.facts is not None and old.facts.create_revision == facts.create_revision
+            file.side = old.side if same else None
+        return file
+
+    def renew(self, file: File, facts: Facts) -> None:
+        """Make of a file that nobody has open the version that another client wrote.
+
+        What was cached of it must have been let go of, or be let go of when it is opened.
+        """
+        made = self.new_version(file, facts)
+        file.facts, file.side = facts, made.side
+        file.mtime_ns, file.ctime_ns = made.mtime_ns, made.ctime_ns
+        file.stored = False
+        file.value = None
+        if file.unpaged:
+            file.pages = None
+
+    def new_directory(self) -> Directory:
+        """Make a directory with a new inode number, attached nowhere yet."""
+        return Directory(self._new_number(), self.clock())
+
+    def directory_at(self, above: Directory, name: bytes) -> Directory:
+        """Return a directory to be attached: the one that was there, if it is held, or a new."""
+        node = self.returning(above, name)
+        return node if isinstance(node, Directory) else self.new_directory()
+
+    def attach(
+        self, directory: Directory, name: bytes, node: Node, *, as_version: bool = False
+    ) -> None:
+        """Put a node under a name; what stood there must have been detached.
+
+        With `as_version`, here and in `detach`, one version of a file takes the place of
+        another: the directory's own times stay, as when a file is written to.
+        """
+        self.held.drop(node)
+        node.directory = directory
+        node.name = name
+        node.removed = False
+        directory.children[name] = node
+        if self._numbered is not None:
+            self._numbered[node.inode] = node
+        if isinstance(node, Directory):
+            if node.was_in is not None:  # it is there again, and its attributes are not
+                node.was_in = node.side = None
+            directory.subdirectories += 1
+        else:
+            node.lost_key = None
+            node.gone = False
+        self._negatives.pop(Entry(directory.inode, name), None)
+        if not as_version:
+            self._touch(directory)
+
+    def detach(
+        self,
+        directory: Directory,
+        name: bytes,
+        *,
+        gone: bool,
+        is_moved: bool = False,
+        as_version: bool = False,
+    ) -> Node | None:
+        """Take a name away.
+
+        Args:
+            directory: Where it is.
+            name: The name.
+            gone: Whether its key is deleted, not merely replaced.
+            is_moved: Whether a directory will be attached elsewhere with all that is below it.
+            as_version: Whether only a new version of the file takes its place.
+        """
+        node = directory.children.get(name)
+        if node is None:
+            return None
+        if isinstance(node, File):
+            # Making keys of paths takes long when very many are deleted at once.
+            node.lost_key = self.key_of(node) if node.lookups or not gone else None
+            node.gone = gone
+            node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
+        else:
+            directory.subdirectories -= 1
+            if not is_moved and node.children:
+                # What is deepest first: a file's key is made from its whole path.
+                for below in reversed(list(self.directories(node))):
+                    for child in list(below.children):
+                        self.detach(below, child, gone=True)
+        del directory.children[name]
+        node.directory = None
+        if self._numbered is not None and not is_moved:
+            self._numbered.pop(node.inode, None)
+        if node.lookups and not (node.removed or is_moved):
+            self.held.add(Entry(directory.inode, name), node)
+            if isinstance(node, Directory):
+                node.was_in = directory
+        if not as_version:
+            self._touch(directory)
+        return node
+
+    def clear(self) -> None:
+        """Drop everything, while the kernel knows nothing of it."""
+        assert len(self._known) == 1, "the kernel knows inodes of this tree"
+        self.root.children.clear()
+        self.root.subdirectories = 0
+        self.root.marker = None
+        self.held.clear()
+        self._numbered = None
+        self.sides.clear()
+
+    def take_over(self, fresh: "Tree") -> None:
+        """Become what another tree is, at once, once the kernel was told to forget everything."""
+        self.stand_in(self.root, fresh.root)
+        self.sides = fresh.sides
+        self._numbered = None
+        self._negatives.clear()
+        self.switching.clear()
+        self.doubtful = False
+
+    def stand_in(self, node: Node, there: Node) -> None:
+        """Put a node in the place of one of its kind, with what that one has."""
+        node.side = there.side
+        if isinstance(node, Directory) and isinstance(there, Directory):
+            node.children = there.children
+            node.subdirectories = there.subdirectories
+            node.marker = there.marker
+            for child in node.children.values():
+                child.directory = node
+        if there.directory is not None:
+            node.directory = there.directory
+            node.name = there.name
+            node.directory.children[node.name] = node
+
+    def facts(self, top: Directory | None = None) -> Iterator[tuple[bytes, Facts]]:
+        """Iterate over all keys of the tree, markers included, and what is known of each.
+
+        Or only over those in and below the directory `top`.
+        """
+        for directory in self.directories(top):
+            names = self.names(directory)
+            if directory.marker is not None and directory.marker is not NOT_IN_ETCD:
+                yield self.keyspace.directory_prefix(names), directory.marker
+            for name, child in directory.children.items():
+                if name == MARKER_NAME or isinstance(child, Directory):
+                    continue
+                if child.facts is not None:
+                    yield self.keyspace.file_key((*names, name)), child.facts
+
+    def _attached(self) -> Iterator[Node]:
+        for directory in self.directories():
+            yield directory
+            yield from directory.children.values()
+
+    def directories(self, top: Directory | None = None) -> Iterator[Directory]:
+        """Iterate over all attached directories, the root (or `top`) first."""
+        pending = [top or self.root]
+        while pending:
+            directory = pending.pop()
+            yield directory
+            pending.extend(c for c in directory.children.values() if isinstance(c, Directory))
+
+    def statistics(self) -> TreeStatistics:
+        """Return the sizes of the tables."""
+        old = sum(node.directory is None for node in self._known.values()) - 1  # the root
+        return TreeStatistics(
+            inodes_known=len(self._known), old_versions=old, negatives=len(self._negatives)
+        )
+
+    def check_invariants(self) -> None:
+        """Assert what must hold between any two calls."""
+        for inode, node in self._known.items():
+            assert node.inode == inode
+            assert node.lookups > 0
+        for directory in self.directories():
+            subdirectories = 0
+            for name, child in directory.children.items():
+                assert child.directory is directory
+                assert child.name == name
+                assert (child.inode in self._known) == (child.lookups > 0)
+                assert Entry(directory.inode, name) not in self._negatives
+                subdirectories += isinstance(child, Directory)
+            assert subdirectories == directory.subdirectories
+            if self.complete and directory is not self.root:
+                assert directory.marker or directory.children, "an empty directory has a marker"
+
+    def _new_number(self) -> Inode:
+        return Inode(next(self.numbers))
+
+    def _touch(self, directory: Directory) -> None:
+        now = max(self.clock(), directory.mtime_ns + 1)
+        directory.mtime_ns = directory.ctime_ns = now
+
+
+def _type(file: File) -> str | None:
+    return None if file.side is None else file.side.record.type

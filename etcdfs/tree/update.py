@@ -1,0 +1,273 @@
+"""Turning a batch of etcd's events into one step of the tree.
+
+What this room knows: how events change names, and which of the kernel's cached answers that
+makes untrue. What it must not know: how the kernel is told, where events come from.
+
+`plan` works out, without touching the tree, what every name becomes once the batch is applied.
+The plan is exact: a name whose node stays the same is not in it, so the kernel is told of nothing
+that did not change. `publish` carries a plan out. Between the two the caller tells the kernel
+(*switching*, see `etcdfs.mirror.applier`); since anything may happen to the tree meanwhile, it plans again
+right before it publishes, with no `await` in between.
+
+Changes that this mount made itself are recognised by their *intent*: a key, the value put there
+and the file that carries it. An event that says the same keeps the file's inode. Nodes that
+change their place are recognised by their *relocation*, whatever is below them.
+
+Concurrency: synchronous; used on the trio thread only.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import final
+
+from etcdfs.keyspace.store import Event, KeyValue
+from etcdfs.tree.changes import Intent, Plan, Planner, Relocation
+from etcdfs.tree.node_attributes import put_on
+from etcdfs.tree.tree import Cached, Directory, Entry, Expiry, File, Listing, Node, Tree
+
+
+@final
+class Switch:
+    """Plans and publishes batches on one tree, and keeps the intents of this mount."""
+
+    def __init__(self, tree: Tree) -> None:
+        # --- dependencies
+        self.tree = tree
+        # --- mutable state
+        self.intents: dict[bytes, Intent] = {}
+        self.relocations: list[Relocation] = []
+        # Names whose directory the kernel holds locked for a call of this mount: it puts them
+        # right by itself when the call returns, and waits for nobody until then.
+        self.locked: dict[Entry, int] = {}
+        # Changes of this mount that were applied before the watch brought them, by key.
+        self._ahead: dict[bytes, int] = {}
+
+    def plan(self, events: Iterable[Event], *, force: bool = False) -> Plan:
+        """Work out what `events` (oldest first) make of the tree; changes nothing.
+
+        An event older than what the tree has is ignored, unless by `force`: a new listing is
+        right even if it shows older revisions (another history).
+        """
+        planner = Planner(self.tree, self.intents, force=force)
+        events = tuple(events)
+        planner.note(events)
+        for relocation in self.relocations:
+            events = self._relocate(planner, relocation, events, force=force)
+        self._add(planner, events, force=force)
+        return planner.finish()
+
+    def _relocate(
+        self,
+        planner: Planner,
+        relocation: Relocation,
+        events: tuple[Event, ...],
+        *,
+        force: bool,
+    ) -> tuple[Event, ...]:
+        """Plan a move of this mount if it is among the events; return those that are left."""
+        revision = relocation.revision_in(events)
+        if not revision or revision <= self._ahead.get(next(iter(relocation.values)), 0):
+            return events
+        earlier = tuple(event for event in events if event.mod_revision < revision)
+        own = [event for event in events if event.mod_revision == revision]
+        self._add(planner, earlier, force=force)
+        if planner.relocate(relocation):
+            for event in own:
+                if event.key in relocation.values and isinstance(event, KeyValue):
+                    planner.arrive(event, relocation.origins[event.key])
+            done = relocation.gone | relocation.values.keys()
+            own = [event for event in own if event.key not in done]
+        return (*own, *(event for event in events if event.mod_revision > revision))
+
+    def _add(self, planner: Planner, events: tuple[Event, ...], *, force: bool) -> None:
+        last = {event.key: event for event in events}
+        for event in last.values():
+            if force or event.mod_revision > self._ahead.get(event.key, 0):
+                planner.add(event)
+
+    def is_moving(self, node: Node) -> bool:
+        """Tell whether this mount is moving a node, or a directory that it is in."""
+        moving = {node for relocation in self.relocations for node, _, _ in relocation.places}
+        at: Node | None = node
+        while at is not None and at not in moving:
+            at = at.directory
+        return at is not None
+
+    def untold(self, plan: Plan) -> set[Cached]:
+        """Return what must not be answered with a lifetime while the switch is under way."""
+        touched: set[Cached] = set()
+        directories: set[Directory] = set()  # one may have 200 000 changes in it
+        for directory, name, before, after in plan.changes():
+            touched |= {Entry(directory.inode, name), _of_name(directory, name, before, after)}
+            if not plan.is_version(before, after):
+                directories.add(directory)
+            touched |= _orphaned(plan, before)
+            if isinstance(before, Directory):
+                directories.add(before)
+        touched.update(map(self.tree.listing_of, directories))
+        for file in plan.renewed:
+            touched |= self._of_version(file)
+        for node in plan.dressed:
+            listing = self.tree.listing_of(node)
+            touched.add(listing)
+            if listing.within is not None:
+                touched.add(listing.within)
+        return touched
+
+    def invalidations(self, plan: Plan) -> set[Cached]:
+        """Return which of the kernel's cached answers the plan makes untrue."""
+        stale: set[Cached] = set()
+        directories: set[Directory] = set()
+        for directory, name, before, after in plan.changes():
+            stale |= _orphaned(plan, before)
+            if self.locked and Entry(directory.inode, name) in self.locked:
+                continue
+            if self.tree.is_told(directory, name):
+                stale.add(_of_name(directory, name, before, after))
+            if directory.told and not plan.is_version(before, after):
+                directories.add(directory)
+        stale.update(map(self.tree.listing_of, directories))
+        for file in plan.renewed:
+            stale |= self._of_version(file) - {self.tree.listing_of(file).within}
+        stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
+        return stale
+
+    def _of_version(self, file: File) -> set[Cached]:
+        """Return what the kernel has of the version that a file was, if it has anything."""
+        if not file.lookups:
+            return set()
+        within = self.tree.listing_of(file).within
+        listing = Listing(file.inode, within, pages=file.pages is not None)
+        return {listing} if within is None else {listing, within}
+
+    def letting_go(self, plan: Plan, stale: Collection[Cached]) -> None:
+        """Note that the kernel is told to let go of what a plan makes untrue."""
+        for file in plan.renewed:
+            file.unpaged |= not self._of_version(file).isdisjoint(stale)
+
+    def not_let_go(self, plan: Plan) -> None:
+        """Note that it may have pages of old versions still when the plan is made true."""
+        for file in plan.renewed:
+            file.unpaged = False
+
+    def publish(self, plan: Plan) -> None:
+        """Make the plan true. No `await` may lie between `plan` and this."""
+        tree = self.tree
+        changes = list(plan.changes())
+        self._take_away(plan, changes)
+        for directory, name, before, after in changes:
+            if after is not None:
+                tree.attach(directory, name, after, as_version=plan.is_version(before, after))
+        for directory, marker in plan.markers.items():
+            directory.marker = marker
+        for file, facts in plan.facts.items():
+            if file in plan.renewed:
+                tree.renew(file, facts)
+                put_on(file, file.side)
+                continue
+            # What the kernel has cached of it is what this mount made of it.
+            file.pages = facts.mod_revision if file.pages == file.version else file.pages
+            file.facts = facts
+        self._dress(plan)
+
+    def _take_away(
+        self, plan: Plan, changes: list[tuple[Directory, bytes, Node | None, Node | None]]
+    ) -> None:
+        for node in plan.removed:
+            node.removed = True
+        # Files leave before directories: a file's key is made from the path it still has.
+        for kind in (File, Directory):
+            for directory, name, before, after in changes:
+                if isinstance(before, kind):
+                    self.tree.detach(
+                        directory,
+                        name,
+                        gone=before in plan.deleted,
+                        is_moved=before in plan.moved,
+                        as_version=plan.is_version(before, after),
+                    )
+
+    def _dress(self, plan: Plan) -> None:
+        if self.tree.complete:
+            for key, side in plan.sides.items():
+                if side is None:
+                    self.tree.sides.pop(key, None)
+                else:
+                    self.tree.sides[key] = side
+        for node, side in plan.dressed.items():
+            put_on(node, side)
+            node.ctime_ns = max(self.tree.clock(), node.ctime_ns + 1)
+
+    def apply_ahead(self, events: Iterable[Event], *, remember: bool) -> set[Cached]:
+        """Apply this mount's own change before the watch has brought it.
+
+        With `remember`, older events of these keys that still come are then ignored, until
+        `reached` says that the watch has passed them.
+
+        Returns:
+            What the kernel must let go of.
+        """
+        own = list(events)
+        plan = self.plan(own)
+        stale = self.invalidations(plan)
+        self.publish(plan)
+        if remember:
+            for event in own:
+                self._ahead[event.key] = max(event.mod_revision, self._ahead.get(event.key, 0))
+        return stale
+
+    def withdraw(self, directory: Directory, name: bytes, *, gone: bool) -> set[Cached]:
+        """Take away a file that never reached etcd, and the directory if only that kept it.
+
+        Returns:
+            What the kernel must let go of, the file's own entry not included.
+        """
+        self.tree.detach(directory, name, gone=gone)
+        planner = Planner(self.tree, self.intents, force=False)
+        planner.doubt(directory)
+        plan = planner.finish()
+        stale = self.invalidations(plan)
+        self.publish(plan)
+        return stale
+
+    @contextmanager
+    def intending(self, key: bytes, intent: Intent) -> Iterator[Intent]:
+        """Have an intent known for as long as the context lasts.
+
+        Should another call's about the same key replace it meanwhile, that one stays.
+        """
+        self.intents[key] = intent
+        try:
+            yield intent
+        finally:
+            if self.intents.get(key) is intent:
+                del self.intents[key]
+
+    def relisted(self) -> None:
+        """Forget what was applied ahead: in another history it means nothing."""
+        self._ahead.clear()
+
+    def reached(self, revision: int) -> None:
+        """Forget what was applied ahead of the watch and is behind it now."""
+        if self._ahead:
+            self._ahead = {k: r for k, r in self._ahead.items() if r > revision}
+
+
+def _of_name(directory: Directory, name: bytes, before: Node | None, after: Node | None) -> Cached:
+    """Return how to tell the kernel that a name is something else, or nothing, from now on.
+
+    A directory that is gone may be there again soon, and something may be mounted on it.
+    """
+    entry = Entry(directory.inode, name)
+    return Expiry(entry) if isinstance(before, Directory) and after is None else entry
+
+
+def _orphaned(plan: Plan, node: Node | None) -> set[Cached]:
+    """Return the attributes of what leaves the tree and may be held: it has no links then.
+
+    Without its name: nobody's lock is needed, not even of a call that is taking it away as well.
+    """
+    if node is None or node in plan.moved:
+        return set()
+    is_in_use = isinstance(node, Directory) or node.told or node.handles
+    return {Listing(node.inode, None)} if is_in_use else set()

@@ -1,0 +1,214 @@
+"""The values held in memory: least recently used first out, bounded by bytes.
+
+What this room knows: the value of a key as it was written at one mod_revision. Such a value
+never changes, so nothing in here is ever stale; it can only be missing.
+What it must not know: which version is the current one (the tree's), where to get one again.
+
+Concurrency: owned by the trio thread; no operation waits.
+
+Reading from etcd: the value of one version of a key, and several answers of one moment.
+
+What this room knows: how to get a value again that memory has let go of, and how to ask a full
+etcd. What it must not know: who reads it.
+
+Concurrency: trio thread.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final, final
+
+from cachetools import Cache, LRUCache
+
+from etcdfs.errors import CompactedError, StaleError, StoreError, StoreFullError
+from etcdfs.keyspace.store import Committed, Get, Page, Revision, Store, Transaction
+from etcdfs.tree.tree import File, Tree
+
+# What an entry takes beside the bytes of its value: the headers of value and key, the revision,
+# the pair of both, and a slot in each of cachetools' three hash tables (values, sizes, order).
+# Measured with tracemalloc: 360-400 bytes and the key itself, so keys of up to about 110 bytes
+# are paid for. Without it, a million values of 10 bytes would take forty times what they say.
+ENTRY_OVERHEAD: Final = 512
+
+_Version = tuple[bytes, Revision]
+
+
+def entry_size(value: bytes) -> int:
+    """Return how many bytes of memory holding a value is counted as."""
+    return ENTRY_OVERHEAD + len(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ContentsStatistics:
+    """What is held now, and what has happened since the start.
+
+    Attributes:
+        entries: Values held.
+        size: Bytes of memory they are counted as, overhead included.
+        capacity: The most that `size` may be.
+        hits: Values asked for and found.
+        misses: Values asked for and not found.
+        evictions: Values dropped to make room for others.
+    """
+
+    entries: int
+    size: int
+    capacity: int
+    hits: int
+    misses: int
+    evictions: int
+
+
+class _CountingLru(LRUCache[_Version, bytes]):
+    """An LRU that counts what it evicts."""
+
+    evictions = 0
+
+    def popitem(self) -> tuple[_Version, bytes]:
+        self.evictions += 1
+        return super().popitem()
+
+
+@final
+class Contents:
+    """A cache of values by key and mod_revision, bounded by the memory they take.
+
+    Args:
+        capacity: The most bytes to take, overhead included; 0 keeps nothing.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        # --- constants ---
+        self._capacity = capacity
+
+        # --- mutable state ---
+        # INVARIANT: the sizes of all entries add up to what the LRU says, at most the capacity.
+        self._lru = _CountingLru(capacity, getsizeof=entry_size)
+        self._hits = 0
+        self._misses = 0
+
+    @property
+    def capacity(self) -> int:
+        """The most bytes to take, overhead included."""
+        return self._capacity
+
+    def put(self, key: bytes, mod_revision: Revision, value: bytes) -> None:
+        """Keep a value, and drop those not used for longest until it fits.
+
+        A value that can never fit is not kept, and nothing is dropped for it.
+        """
+        if entry_size(value) <= self._capacity:
+            self._lru[key, mod_revision] = value
+
+    def put_if_room(self, key: bytes, mod_revision: Revision, value: bytes) -> bool:
+        """Keep a value if it fits as things are; return whether it did.
+
+        For loading in bulk, where no value is likelier to be wanted than those it would drop:
+        a load of more than the capacity then costs half as much, and drops nothing in use.
+        """
+        if self._lru.currsize + entry_size(value) > self._capacity:
+            return False
+        self._lru[key, mod_revision] = value
+        return True
+
+    def get(self, key: bytes, mod_revision: Revision) -> bytes | None:
+        """Return the value that a key was given at a revision, or None if it is not held."""
+        value = self._lru.get((key, mod_revision))
+        if value is None:
+            self._misses += 1
+        else:
+            self._hits += 1
+        return value
+
+    def peek(self, key: bytes, mod_revision: Revision) -> bytes | None:
+        """Return what `get` would, without counting it as a use."""
+        version = (key, mod_revision)
+        # Not `self._lru[version]`: reading through LRUCache moves the entry to the end.
+        return Cache.__getitem__(self._lru, version) if version in self._lru else None
+
+    def discard(self, key: bytes, mod_revision: Revision) -> None:
+        """Let go of a value, if it is held: its version can no longer be asked for."""
+        self._lru.pop((key, mod_revision), None)
+
+    def statistics(self) -> ContentsStatistics:
+        """Count what is held and what has happened."""
+        return ContentsStatistics(
+            entries=len(self._lru),
+            size=int(self._lru.currsize),
+            capacity=self._capacity,
+            hits=self._hits,
+            misses=self._misses,
+            evictions=self._lru.evictions,
+        )
+
+    def check_invariants(self) -> None:
+        """Assert what always holds; slow."""
+        # Not `values()`: it reads through LRUCache, and would count as a use of each entry.
+        size = sum(entry_size(Cache.__getitem__(self._lru, version)) for version in self._lru)
+        assert size == self._lru.currsize <= self._capacity
+
+
+async def value_of(store: Store, contents: Contents, tree: Tree, file: File) -> bytes:
+    """Return the value of the version that `file` is, from memory or at its own revision.
+
+    Raises:
+        StaleError: The version is not the newest, and no longer in etcd's history, or etcd cannot
+            be asked: the kernel looks the path up again, and finds a newer one.
+        StoreError: etcd cannot be asked for the newest.
+    """
+    if file.value is not None:
+        return file.value
+    # Of what is deleted, history has the value for a while.
+    key, facts = tree.key_of(file) or file.lost_key, file.facts
+    if facts is None:
+        return b""
+    if key is None or not facts.mod_revision:
+        msg = f"inode {file.inode} was deleted and its value not kept"
+        raise StaleError(msg)
+    kept = contents.get(key, facts.mod_revision)
+    if kept is not None:
+        return kept
+    try:
+        page = await _version(store, key, facts.mod_revision)
+    except StoreError as exc:
+        if file.directory is not None:
+            raise
+        msg = f"revision {facts.mod_revision} of {key!r} is old, and etcd does not tell it: {exc}"
+        raise StaleError(msg) from exc
+    if not page.entries or page.entries[0].mod_revision != facts.mod_revision:
+        msg = f"revision {facts.mod_revision} of {key!r} has been compacted away"
+        raise StaleError(msg)
+    contents.put(key, facts.mod_revision, page.entries[0].value)
+    return page.entries[0].value
+
+
+async def _version(store: Store, key: bytes, revision: Revision) -> Page:
+    try:
+        return await store.range(key, revision=revision)
+    except CompactedError:
+        # A compaction takes old versions, never the newest one of a key that is there.
+        return await store.range(key)
+
+
+async def read_together(store: Store, gets: Sequence[Get]) -> Committed:
+    """Return what several reads find at one revision, as one transaction does.
+
+    When its quota is used up, etcd 3.4 refuses every transaction, even one that only reads
+    (server/storage/quota.go, Available; 3.5 lets it through), but never a range.
+    """
+    try:
+        return await store.commit(Transaction((), tuple(gets)))
+    except StoreFullError:
+        pages: list[Page] = []
+        for get in gets:
+            revision = pages[0].revision if pages else 0
+            pages.append(
+                await store.range(
+                    get.key,
+                    get.end,
+                    limit=get.limit,
+                    revision=revision,
+                    keys_only=get.keys_only,
+                )
+            )
+        return Committed(True, pages[0].revision, tuple(pages))

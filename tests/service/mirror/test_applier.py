@@ -1,0 +1,178 @@
+"""How batches become visible when the kernel takes its time, and how a backlog collapses."""
+
+from collections.abc import Callable, Collection
+
+import pytest
+import trio
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+from etcdfs.keyspace.keys import Keyspace
+from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
+from etcdfs.mirror import applier as applier_module
+from etcdfs.mirror.applier import BATCH_KEYS, WAITING_MAX, Applier
+from etcdfs.tree.bulk_load import load
+from etcdfs.tree.tree import Cached, Entry, File, Inode, Tree
+from etcdfs.tree.update import Switch
+from etcdfs.tree.value_cache import Contents
+
+
+class SlowKernel:
+    """Lets go of something when the test says so."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[set[Cached], Callable[[], None] | None]] = []
+        self.is_slow = True
+
+    def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
+        if cached and self.is_slow:
+            self.asked.append((set(cached), done))
+        elif done is not None:
+            done()
+
+    def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
+        raise NotImplementedError
+
+    def let_go(self) -> None:
+        asked, self.asked = self.asked, []
+        for _, done in asked:
+            if done is not None:
+                done()
+
+
+class Rig:
+    """An applier on a tree with some files that the kernel knows."""
+
+    def __init__(self, *names: bytes) -> None:
+        self.tree = Tree(Keyspace(b"/"), lambda: 1, complete=True)
+        load(self.tree, [put(name, 1) for name in names])
+        for node in self.tree.root.children.values():
+            self.tree.remember(node)
+            node.told = True
+        self.kernel = SlowKernel()
+        self.failures = 0
+        self.switch = Switch(self.tree)
+        self.contents = Contents(1 << 20)
+        self.applier = Applier(self.switch, self.contents, self.kernel, self._fail)
+
+    def _fail(self) -> None:
+        self.failures += 1
+
+    def shown(self, name: bytes) -> int:
+        file = self.tree.root.children[name]
+        assert isinstance(file, File)
+        assert file.facts is not None
+        return file.facts.mod_revision
+
+
+def put(name: bytes, revision: int) -> KeyValue:
+    return KeyValue(b"/" + name, b"%d" % revision, Revision(1), Revision(revision), revision)
+
+
+def gone(name: bytes, revision: int) -> Tombstone:
+    return Tombstone(b"/" + name, Revision(revision))
+
+
+async def test_values_that_nobody_can_ask_for_are_let_go(autojump_clock: MockClock) -> None:
+    rig = Rig(b"hot", b"open", b"deleted")
+    rig.kernel.is_slow = False
+    await rig.applier.take([put(name, 2) for name in (b"hot", b"open", b"deleted")])
+    held = rig.tree.root.children[b"open"]
+    assert isinstance(held, File)
+    held.handles = 1
+    for revision in range(3, 20):
+        await rig.applier.take([put(b"hot", revision)])
+    await rig.applier.take([put(b"open", 20), gone(b"deleted", 20)])
+    # The one before may be wanted by a call that has found it already.
+    kept = [(b"hot", 19), (b"hot", 18), (b"open", 2), (b"open", 20), (b"deleted", 2)]
+    for name in (b"hot", b"open", b"deleted"):
+        for revision in range(1, 21):
+            value = rig.contents.get(b"/" + name, Revision(revision))
+            assert (value is not None) == ((name, revision) in kept)
+
+
+async def test_a_batch_is_shown_when_the_kernel_has_let_go(autojump_clock: MockClock) -> None:
+    rig = Rig(b"a", b"b")
+    await rig.applier.take([put(b"a", 2), put(b"b", 2)])
+    assert (rig.shown(b"a"), rig.shown(b"b"), rig.applier.revision) == (1, 1, 0)
+    files = [rig.tree.root.children[name] for name in (b"a", b"b")]
+    assert [cached for cached, _ in rig.kernel.asked] == [set(map(rig.tree.listing_of, files))]
+    rig.kernel.let_go()
+    assert (rig.shown(b"a"), rig.shown(b"b"), rig.applier.revision) == (2, 2, 2)
+
+
+async def test_what_comes_meanwhile_is_shown_in_one_step(autojump_clock: MockClock) -> None:
+    rig = Rig(b"a", b"b")
+    await rig.applier.take([put(b"a", 2)])
+    for revision in range(3, 1000):
+        await rig.applier.take([put(b"a", revision)])
+    await rig.applier.take([gone(b"b", 1000)])
+    rig.kernel.let_go()
+    assert rig.shown(b"a") == rig.applier.revision == 2
+    await wait_all_tasks_blocked()
+    rig.kernel.let_go()
+    assert rig.shown(b"a") == 999
+    assert b"b" not in rig.tree.root.children
+    assert rig.applier.revision == 1000
+    assert (rig.applier.batches, rig.applier.events) == (2, 999)
+    assert rig.applier.collapsed == 996
+
+
+async def test_a_backlog_is_bounded(autojump_clock: MockClock) -> None:
+    """What does not collapse stays with etcd."""
+    rig = Rig(b"a")
+    await rig.applier.take([put(b"a", 2)])
+    names = (b"%d" % number for number in range(10**6))
+    taken = 0
+    with trio.move_on_after(60) as scope:
+        for revision, name in enumerate(names, 3):
+            await rig.applier.take([put(name, revision)])
+            taken += 1
+    assert scope.cancelled_caught
+    assert taken == WAITING_MAX * BATCH_KEYS
+    rig.kernel.is_slow = False
+    rig.kernel.let_go()
+    with trio.fail_after(60):
+        await rig.applier.idle()
+    assert rig.applier.revision == taken + 2
+    assert rig.applier.batches == 1 + WAITING_MAX
+
+
+async def test_one_revision_is_never_cut(autojump_clock: MockClock) -> None:
+    rig = Rig(b"a")
+    await rig.applier.take([put(b"a", 2)])
+    events: list[Event] = [put(b"%d" % number, 3) for number in range(2 * BATCH_KEYS)]
+    await rig.applier.take(events)
+    rig.kernel.is_slow = False
+    rig.kernel.let_go()
+    with trio.fail_after(60):
+        await rig.applier.idle()
+    assert rig.applier.batches == 2
+
+
+async def test_a_call_that_holds_the_lock_is_not_waited_for(autojump_clock: MockClock) -> None:
+    rig = Rig(b"a")
+    await rig.applier.take([put(b"a", 2)])
+    with rig.applier.letting.holding([Entry(rig.tree.root.inode, b"x")]):
+        assert rig.shown(b"a") == 2
+    assert rig.applier.early == 1
+    rig.kernel.let_go()  # late, and nobody cares
+    assert rig.applier.batches == 1
+
+
+async def test_after_a_failure_nothing_is_shown_before_a_new_listing(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(applier_module.log, "exception", lambda *_: None)
+    rig = Rig(b"a")
+    plan = rig.switch.plan
+    monkeypatch.setattr(rig.switch, "plan", lambda *_, **__: 1 / 0)
+    await rig.applier.take([put(b"a", 2)])
+    assert rig.failures == 1
+    monkeypatch.setattr(rig.switch, "plan", plan)
+    await rig.applier.take([put(b"a", 3)])
+    assert (rig.shown(b"a"), rig.applier.revision) == (1, 0)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.applier.replace, [put(b"a", 3)], 3)
+        await wait_all_tasks_blocked()
+        rig.kernel.let_go()
+    assert (rig.shown(b"a"), rig.applier.revision) == (3, 3)

@@ -1,0 +1,276 @@
+"""Where the log goes."""
+
+import fcntl
+import logging
+import os
+import re
+import resource
+import select
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import etcdfs.process.logs
+from etcdfs.process.logs import (
+    LEVELS,
+    LINES_MAX,
+    LogFileHandler,
+    StderrHandler,
+    SyslogHandler,
+    keep_out_of,
+    setup_logging,
+)
+from etcdfs.process.startup_protocol import LogSettings
+
+log = logging.getLogger("etcdfs.test")
+
+ODD = "odd \udcff"  # a path that is no UTF-8
+
+
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch) -> Iterator[logging.Logger]:
+    """Let a test set up logging, and take it back."""
+    root = logging.getLogger()
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    level, handlers = root.level, list(root.handlers)
+    try:
+        yield root
+    finally:
+        for handler in set(root.handlers) - set(handlers):
+            root.removeHandler(handler)
+            handler.close()
+        root.setLevel(level)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_level(root: logging.Logger, tmp_path: Path, level: str) -> None:
+    file = tmp_path / "log"
+    setup_logging(LogSettings(level=level, file=str(file)), foreground=False)
+    log.debug("debug")
+    log.info("info")
+    logged = [line.split()[2].lower() for line in file.read_text().splitlines()]
+    assert logged == [
+        other for other in ("debug", "info") if LEVELS.index(other) >= LEVELS.index(level)
+    ]
+
+
+def test_file_is_appended_to_and_reopened(root: logging.Logger, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    file.write_text("before\n")
+    setup_logging(LogSettings(file=str(file)), foreground=True)
+    log.info("one %s", ODD)
+    file.rename(tmp_path / "log.1")
+    log.info("two")
+    line = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO etcdfs\.test: "
+    assert re.fullmatch(rf"before\n{line}one odd \\udcff\n", (tmp_path / "log.1").read_text())
+    assert re.fullmatch(rf"{line}two\n", file.read_text())
+
+
+def test_a_file_that_cannot_be_opened_again_is_no_error_of_who_logs(
+    root: logging.Logger, tmp_path: Path
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    setup_logging(LogSettings(file=str(home / "log")), foreground=False)
+    log.info("one")
+    (home / "log").rename(tmp_path / "log.1")
+    home.rmdir()
+    log.info("lost")
+    log.info("lost, too")
+    home.mkdir()
+    log.info("two")
+    assert (tmp_path / "log.1").read_text().endswith("one\n")
+    assert (home / "log").read_text().endswith("two\n")
+    assert "lost" not in (home / "log").read_text()
+
+
+def record(message: str, *arguments: object) -> logging.LogRecord:
+    return log.makeRecord(log.name, logging.INFO, __file__, 1, message, arguments, None)
+
+
+def test_a_full_disk_is_no_error_of_who_logs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = LogFileHandler(tmp_path / "log")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as good as a full disk
+    try:
+        handler.handle(record("lost"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == ""
+    assert (tmp_path / "log").read_text() == ""
+    handler.close()
+
+
+def test_a_mistake_in_a_log_call_is_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = LogFileHandler(tmp_path / "log")
+    handler.handle(record("%d", "no number"))
+    handler.close()
+    assert "--- Logging error ---" in capsys.readouterr().err
+
+
+# --- whose words they are -------------------------------------------------------------------
+
+FORGED = "\x1b[2J\n2026-01-01 00:00:00,000 INFO etcdfs.daemon.main: all is well\r\x9b\u202e"
+
+
+@pytest.mark.expect_log("%s")
+def test_b87_what_others_say_is_one_printable_line(root: logging.Logger, tmp_path: Path) -> None:
+    setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
+    log.info("etcd says: %s", FORGED)
+    log.error("%s", FORGED, exc_info=ValueError(FORGED))
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert sum(not line.startswith("    ") for line in lines) == 2
+    assert r"\x1b[2J\n2026-01-01" in lines[0]
+    assert any(line.startswith("    2026-01-01 00:00:00,000 INFO") for line in lines)
+
+
+def test_b87_last_words_are_printable(
+    root: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=True)
+    error = ValueError(FORGED)
+    sys.excepthook(ValueError, error, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert all(line.isprintable() and line.startswith("    ") for line in lines)
+
+
+def test_b87_a_log_file_is_its_owners_alone(root: logging.Logger, tmp_path: Path) -> None:
+    setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "log").unlink()
+    log.info("another")
+    assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
+
+
+# --- a path that does not lead to a file any more -------------------------------------------
+
+
+def test_a_place_that_nobody_can_look_at_is_waited_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcdfs.process.logs, "LOOK_S", 0.05)
+    handler = LogFileHandler(tmp_path / "log")
+    answers = threading.Event()
+    look = handler._is_in_place
+
+    def hangs(fd: int | None) -> bool:
+        answers.wait()
+        return look(fd)
+
+    monkeypatch.setattr(handler, "_is_in_place", hangs)
+    handler.handle(record("one"))
+    monkeypatch.setattr(etcdfs.process.logs, "LOOK_S", 3600)
+    handler.handle(record("two"))
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+    answers.set()
+    while not handler._is_patient:
+        handler.handle(record("more"))
+    (tmp_path / "log").rename(tmp_path / "log.1")
+    handler.handle(record("three"))
+    assert (tmp_path / "log").read_text() == "three\n"
+    handler.close()
+
+
+def test_a_file_system_that_is_to_be_avoided(root: logging.Logger, tmp_path: Path) -> None:
+    setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
+    keep_out_of(tmp_path.stat().st_dev)
+    log.info("open already")
+    (tmp_path / "log").rename(tmp_path / "log.1")
+    log.info("lost")
+    assert not (tmp_path / "log").exists()
+    assert "lost" not in (tmp_path / "log.1").read_text()
+
+
+def test_foreground_goes_to_stderr(root: logging.Logger, capfd: pytest.CaptureFixture[str]) -> None:
+    setup_logging(LogSettings(), foreground=True)
+    log.info("here %s", ODD)
+    root.handlers[-1].flush()
+    assert capfd.readouterr().err.endswith(" INFO etcdfs.test: here odd \\udcff\n")
+
+
+def test_a_reader_of_stderr_that_stops_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What there is no room for is lost, and counted, once there is room to say so."""
+    reading, writing = os.pipe()
+    monkeypatch.setattr(etcdfs.process.logs, "_STDERR", writing)
+    monkeypatch.setattr(etcdfs.process.logs, "PARTING_S", 0.01)
+    room = fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    handler = StderrHandler()
+    handler.handle(record("%s", "x" * room))
+    select.select([reading], [], [])  # its thread waits for room from here on
+    for n in range(2 * LINES_MAX):
+        handler.handle(record("line %d", n))
+    handler.flush()
+    monkeypatch.setattr(etcdfs.process.logs, "PARTING_S", 60.0)
+    with os.fdopen(reading, "rb") as file, ThreadPoolExecutor(1) as pool:
+        read = pool.submit(file.read)
+        handler.flush()
+        os.close(writing)
+        first, *kept = read.result().decode().splitlines()
+    assert first == "x" * room
+    *kept, last = kept
+    assert kept == [f"line {n}" for n in range(len(kept))]
+    lost = 2 * LINES_MAX - len(kept)
+    assert lost >= LINES_MAX - 1
+    assert last == f"{lost} line(s) of the log were lost: nobody read them"
+
+
+def test_a_reader_of_stderr_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(etcdfs.process.logs, "_STDERR", writing)
+    handler = StderrHandler()
+    handler.handle(record("lost"))
+    handler.flush()
+    os.close(writing)
+
+
+def test_a_mistake_in_a_log_call_is_shown_on_stderr(capfd: pytest.CaptureFixture[str]) -> None:
+    handler = StderrHandler()
+    handler.handle(record("%d", "no number"))
+    handler.flush()
+    assert "TypeError" in capfd.readouterr().err
+
+
+@pytest.mark.expect_log("%s")
+def test_background_goes_to_syslog(
+    root: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+        syslog.bind(str(tmp_path / "log"))
+        monkeypatch.setattr(etcdfs.process.logs, "_SYSLOG_SOCKET", str(tmp_path / "log"))
+        setup_logging(LogSettings(level="debug"), foreground=False)
+        for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.CRITICAL):
+            log.log(level, "%s", ODD)
+        heard = [syslog.recv(1000).decode() for _ in range(4)]
+    name = f"etcdfs[{os.getpid()}]"
+    assert heard == [
+        f"<31>{name}: DEBUG etcdfs.test: odd \\udcff",
+        f"<30>{name}: INFO etcdfs.test: odd \\udcff",
+        f"<28>{name}: WARNING etcdfs.test: odd \\udcff",
+        f"<27>{name}: CRITICAL etcdfs.test: odd \\udcff",
+    ]
+
+
+def test_a_syslog_that_is_missing_or_stalled_is_not_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    handler = SyslogHandler(str(path))
+    record = logging.LogRecord("x", logging.INFO, __file__, 1, "lost", None, None)
+    handler.emit(record)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as syslog:
+        syslog.bind(str(path))
+        for _ in range(2000):  # more than a socket's queue (net.unix.max_dgram_qlen)
+            handler.emit(record)
+    handler.close()
