@@ -13,21 +13,27 @@ Concurrency: none.
 import os
 import sys
 
-from etcdfs.cli.argv import likely_mountpoint
+from etcdfs.cli.argv import HELPER, helper_form, likely_mountpoint
 from etcdfs.process.spawn import fill_standard_descriptors, spawn
 
 
 def main() -> None:
     """Run the command line of this process, and exit with a documented status."""
     fill_standard_descriptors()
-    mountpoint = likely_mountpoint(sys.argv[1:])
+    arguments = sys.argv[1:]
+    if sys.argv[0].rpartition("/")[2] == HELPER:
+        asked = helper_form(arguments)
+        if asked is None:
+            os._exit(0)
+        arguments = asked
+    mountpoint = likely_mountpoint(arguments)
     try:
         early = None if mountpoint is None else spawn(mountpoint)
     except OSError:  # the command line will find out, and say, what is wrong here
         early = None
     from etcdfs.cli.main import run  # noqa: PLC0415 -- takes a tenth of a second
 
-    status = run(sys.argv[1:], early)
+    status = run(arguments, early)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

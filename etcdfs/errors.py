@@ -419,3 +419,9 @@ class UnpublishedError(CommandError):
     """The mount has ended, and etcd did not take all that was written."""
 
     exit_code = 60
+
+
+class InstallError(CommandError):
+    """What the system looks for in its own directories cannot be put there."""
+
+    exit_code = 61

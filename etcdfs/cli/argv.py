@@ -54,13 +54,50 @@ def _source_options(source: str) -> list[str]:
 
 
 def _from_fstab(options: list[str]) -> list[str]:
-    """Return options without those that mount.fuse3 adds by itself and no mount of ours has."""
+    """Return options without those that mount.fuse3 and mount(8) add, and no mount of ours has."""
     return [
         ",".join(part for part in text.split(",") if part not in {"dev", "suid"})
         if before == "-o"
         else text
         for before, text in zip(["", *options], options, strict=False)
     ]
+
+
+HELPER = "mount.etcdfs"
+"""The name by which mount(8) finds us for `mount -t etcdfs`."""
+
+
+def helper_form(arguments: list[str]) -> list[str] | None:
+    """Return what mount(8) asks of its helper, as a command line of `etcdfs`.
+
+    That is `SOURCE MOUNTPOINT [-fnrsvw] [-o OPTIONS] [-t TYPE]` (mount(8), "EXTERNAL HELPERS").
+    `-n`, `-s` and `-v` mean nothing here; what else there may be is left to fail as an option.
+
+    Returns:
+        None for `-f`: nothing is to be done.
+    """
+    operands: list[str] = []
+    options: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument in {"-o", "-t"}:
+            value = next(rest, "")
+            options += ["-o", value] if argument == "-o" else []
+        elif argument.startswith("-") and set(argument[1:]) <= _HELPER_FLAGS:
+            if "f" in argument:
+                return None
+            options += [part for flag in argument[1:] for part in _MEANINGS.get(flag, ())]
+        else:
+            (options if argument.startswith("-") else operands).append(argument)
+    if len(operands) != _HELPER_OPERANDS:
+        return ["mount", "--help"]
+    source, mountpoint = operands
+    return ["mount", mountpoint, *_source_options(source), *_from_fstab(options)]
+
+
+_HELPER_FLAGS = frozenset("fnrsvw")
+_HELPER_OPERANDS = 2
+_MEANINGS = {"r": ("-o", "ro"), "w": ("-o", "rw")}
 
 
 def has_empty_operand(arguments: list[str]) -> bool:

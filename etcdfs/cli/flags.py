@@ -385,3 +385,15 @@ UnmountTimeout = Annotated[
         "--timeout", metavar="S", show_default="30", help="How long to wait for the daemon's end."
     ),
 ]
+InstallRoot = Annotated[
+    Path,
+    typer.Option(
+        "--root",
+        metavar="DIR",
+        show_default="/",
+        help="Put it all below this directory, as who builds a package does.",
+    ),
+]
+RemoveHelper = Annotated[
+    bool, typer.Option("--remove", help="Take away again what is there of this etcdfs.")
+]

@@ -39,6 +39,7 @@ from etcdfs.cli.flags import (
     Gid,
     InsecureSkipTlsVerify,
     InsecureTransport,
+    InstallRoot,
     KernelTimeout,
     Key,
     LogFile,
@@ -52,6 +53,7 @@ from etcdfs.cli.flags import (
     PasswordFile,
     Prefix,
     ReadOnly,
+    RemoveHelper,
     ServerName,
     SettleTimeout,
     Timeout,
@@ -63,6 +65,7 @@ from etcdfs.cli.flags import (
     WatchTimeout,
     WriteBuffer,
 )
+from etcdfs.cli.install import find_command, install_files, remove_files, strangers
 from etcdfs.cli.option_parsing import (
     LOGGING,
     NAMES,
@@ -79,6 +82,8 @@ from etcdfs.process.mountpoint import prepare, resolve, unmount
 from etcdfs.process.printable import printable
 from etcdfs.process.spawn import Spawned
 from etcdfs.process.startup_protocol import Failed, Handover, LogSettings, Ready
+
+log = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="etcdfs",
@@ -173,6 +178,23 @@ def mount(
 def umount(mountpoint: MountedAt, timeout: UnmountTimeout = "30") -> None:
     """Take a mount away. Returns once its daemon has ended."""
     unmount(resolve(str(mountpoint)), parse_seconds(timeout))
+
+
+@app.command()
+def install_helper(root: InstallRoot = Path("/"), remove: RemoveHelper = False) -> None:
+    """Let the system find etcdfs: mount -t etcdfs, fstab, systemd.
+
+    Run it again after each upgrade, and with --remove before etcdfs is uninstalled.
+    """
+    command = find_command(sys.argv[0])
+    if remove:
+        for place in remove_files(command, root):
+            typer.echo(f"removed {place}")
+        return
+    for place in install_files(command, root):
+        typer.echo(f"installed {place}")
+    if foreign := strangers(command):
+        log.warning("root runs %s now, and others than root can change %s", command, foreign[0])
 
 
 # --- putting texts together -----------------------------------------------------------------

@@ -298,6 +298,9 @@ _FLAGS: Final = {
     "insecure-skip-tls-verify": ("insecure-skip-tls-verify", ON),
 }
 
+_ALIASES: Final = {"username": "user"}
+"""mount(8) takes `user=` in fstab for itself: it lets every user mount, and passes on less."""
+
 _KERNEL: Final = frozenset(
     {"nosuid", "nodev", "exec", "noexec", "atime", "noatime", "sync", "async", "dirsync"}
     | {"default_permissions", "nosymfollow"}
@@ -356,7 +359,7 @@ def parse_option_list(text: str) -> OptionList:
     fuse_options: list[str] = []
     for option in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = option.partition("=")
-        dashed = name.replace("_", "-")
+        dashed = _ALIASES.get(name, name.replace("_", "-"))
         valued = bool(equals) and dashed in VALUED
         if name in _REFUSED:
             raise UsageError(f"-o {name} is refused: {_REFUSED[name]}")

@@ -316,6 +316,12 @@ def test_option_list_passes_on_what_the_kernel_sees_to() -> None:
     assert parse_option_list(",".join(kernels)).fuse_options == kernels
 
 
+def test_user_has_another_name_in_fstab() -> None:
+    assert parse_option_list("username=app,user").texts == {"user": "app"}
+    with pytest.raises(UsageError, match="others could see it"):
+        parse_option_list("username=app:secret")
+
+
 def test_option_list_of_an_fstab_line() -> None:
     listed = parse_option_list(
         "defaults,_netdev,nofail,x-systemd.automount,ro,noexec,nosuid,allow_other,cache,"

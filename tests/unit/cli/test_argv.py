@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.cli.argv import likely_mountpoint, original_form
+from etcdfs.cli.argv import helper_form, likely_mountpoint, original_form
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,28 @@ def test_a_unix_socket_in_fstab_is_an_endpoint_without_a_prefix() -> None:
     assert original_form([source, "/m", "-o", "cache"]) == [
         *("mount", "/m", "--endpoints", source, "-o", f"fsname={source}", "-o", "cache"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("a:1/x /m", "mount /m --endpoints a:1 -o fsname=a:1/x --prefix /x"),
+        (
+            "etcd /m -v -o rw,endpoints=a:1,exec,suid,dev -t etcdfs",
+            "mount /m -o fsname=etcd -o rw,endpoints=a:1,exec",
+        ),
+        ("-rn etcd -s /m -o cache", "mount /m -o fsname=etcd -o ro -o cache"),
+        ("etcd /m -w", "mount /m -o fsname=etcd -o rw"),
+        ("etcd /m -N /proc/1/ns/mnt", "mount --help"),
+        ("etcd /m --cache", "mount /m -o fsname=etcd --cache"),
+        ("etcd", "mount --help"),
+        ("--help", "mount --help"),
+    ],
+)
+def test_what_mount_asks_of_its_helper(line: str, meant: str) -> None:
+    assert helper_form(line.split()) == meant.split()
+
+
+@pytest.mark.parametrize("flags", ["-f", "-vf", "-fn"])
+def test_a_fake_mount_is_none(flags: str) -> None:
+    assert helper_form(["etcd", "/m", flags, "-o", "rw"]) is None
