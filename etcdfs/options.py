@@ -1,7 +1,11 @@
-"""What a mount can be told, as frozen values, and their JSON form.
+"""What a mount can be told: the table of options, and the frozen values that come of it.
 
-What this room knows: the meaning, default and unit of every option. What it must not know: how
-a person writes them (that is `option_text`), and where that text comes from.
+What this room knows: each option's name, default, unit and meaning. What it must not know: how
+text becomes a value (that is `option_text`), and where that text comes from.
+
+**A new option is one row here**, a field with its `option(...)`, and whoever reads the field. The
+flag, its place in `--help`, the name for `-o`, the environment variable and the reference
+(docs/reference.md) follow from the row.
 
 The JSON form hands the options to the daemon's process; it is exact, and private to one
 version of etcdfs.
@@ -10,18 +14,134 @@ Concurrency: none; pure functions and frozen values.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
-DEFAULT_CACHE_SIZE = 256 * 1024 * 1024
-DEFAULT_TIMEOUT_S = 5.0
-DEFAULT_KERNEL_TIMEOUT_S = 60.0
-DEFAULT_SETTLE_TIMEOUT_S = 2.0
-DEFAULT_WATCH_TIMEOUT_S = 10.0
-DEFAULT_AUDIT_INTERVAL_S = 300.0
-DEFAULT_WRITE_BUFFER = 256 * 1024 * 1024
-DEFAULT_MAX_FILE_SIZE = 1536 * 1024  # etcd's --max-request-bytes
+DEFAULT_TIMEOUT_S: Final = 5.0
+DEFAULT_WATCH_TIMEOUT_S: Final = 10.0
+
+_T = TypeVar("_T")
+
+
+# --- what a row says ------------------------------------------------------------------------
+
+
+class Kind(Enum):
+    """How an option is written; the value stands for it in `--help`."""
+
+    FLAG = ""
+    TEXT = "TEXT"
+    CHOICE = "one of its choices"
+    ENDPOINTS = "URL,..."
+    PREFIX = "P"
+    FILE = "FILE"
+    DIRECTORY = "DIR"
+    SIZE = "BYTES"
+    SECONDS = "S"
+    MODE = "OCTAL"
+    ID = "N"
+
+
+class Panel(Enum):
+    """What an option is about; `--help` and the reference have a table for each, in this order."""
+
+    MOUNT = "Mount"
+    ETCD = "etcd"
+    CACHE = "Cache"
+    PERMISSIONS = "Permissions"
+    LOGGING = "Logging"
+    ADVANCED = "Advanced"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One row of the table.
+
+    Attributes:
+        name: The long flag without its dashes.
+        field: The field that it sets; None: it is read together with others.
+        kind: How its value is written.
+        panel: What it is about.
+        help: Its line in `--help`.
+        more: What the reference adds.
+        default: The value of the field when nothing is said.
+        shown: The default for a person, where the value does not say it.
+        metavar: What stands for the value of a TEXT.
+        choices: The texts of a CHOICE.
+        short: A short flag.
+        negatable: Whether there is `--no-NAME`.
+        positive: Whether 0 is refused.
+        etcdctl: Its variable in etcdctl's environment, after `ETCDCTL_`; empty: it has none.
+        is_secret: Whether it is said in the environment only: anybody can read a command line.
+    """
+
+    name: str
+    field: str | None = None
+    kind: Kind
+    panel: Panel
+    help: str
+    more: str = ""
+    default: object = None
+    shown: str = ""
+    metavar: str = ""
+    choices: tuple[str, ...] = ()
+    short: str = ""
+    negatable: bool = False
+    positive: bool = False
+    etcdctl: str = ""
+    is_secret: bool = False
+
+    @property
+    def variables(self) -> list[str]:
+        """Return its names in the environment; the first that is set counts."""
+        ours = f"ETCDFS_{self.name.upper().replace('-', '_')}"
+        return [ours, f"ETCDCTL_{self.etcdctl}"] if self.etcdctl else [ours]
+
+    @property
+    def default_text(self) -> str:
+        """Return the default as a person would write it; empty if there is nothing to say."""
+        match self.default:
+            case _ if self.shown:
+                return self.shown
+            case bool():
+                return f"no-{self.name}" if self.negatable and not self.default else ""
+            case int(size) if self.kind is Kind.SIZE:
+                power = max(power for power in range(4) if not size % 1024**power)
+                return f"{size // 1024**power}{'BKMG'[power]}".removesuffix("B")
+            case int(mode) if self.kind is Kind.MODE:
+                return f"0{mode:o}" if mode else "0"
+            case int() | float():
+                return f"{self.default:g}"
+            case str(text):
+                return text
+            case _:
+                return ""
+
+
+def option(default: _T, kind: Kind, panel: Panel, help: str, **more: object) -> _T:  # noqa: A002
+    """Return a field of a dataclass that is a row of the table; see `Option` for the rest.
+
+    The option has the name of its field, without a unit, unless `name` says another.
+    """
+    row = {"default": default, "kind": kind, "panel": panel, "help": help, **more}
+    return field(default=default, repr=not more.get("is_secret"), metadata=row)
+
+
+def rows(group: type[Any]) -> list[Option]:
+    """Return the options that set a field of a dataclass, in its order."""
+    return [
+        Option(
+            **{"name": each.name.removesuffix("_s").replace("_", "-"), **each.metadata},
+            field=each.name,
+        )
+        for each in fields(group)
+        if each.metadata
+    ]
+
+
+# --- the table ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,93 +170,305 @@ class Security:
     """How etcd is to know us, and we it.
 
     Files are named, not read here: they may change while a mount lives.
-
-    Attributes:
-        cacert: File of the authorities that members' certificates come from; None: the system's.
-        cert: File of our own certificate.
-        key: File of its private key.
-        skip_verify: Take whatever certificate a member shows.
-        server_name: The name that members' certificates must have; None: the endpoint's.
-        user: etcd's user; None: nobody.
-        password: The user's password, unless it is in a file.
-        password_file: The file it is in.
     """
 
-    cacert: str | None = None
-    cert: str | None = None
-    key: str | None = None
-    skip_verify: bool = False
-    server_name: str | None = None
-    user: str | None = None
-    password: str | None = field(default=None, repr=False)
-    password_file: str | None = None
+    cacert: str | None = option(
+        None,
+        Kind.FILE,
+        Panel.ETCD,
+        "Trust members whose certificate comes from these authorities (PEM).",
+        shown="the system's",
+        etcdctl="CACERT",
+    )
+    cert: str | None = option(
+        None,
+        Kind.FILE,
+        Panel.ETCD,
+        "Certificate by which etcd knows this mount (PEM); needs --key.",
+        etcdctl="CERT",
+    )
+    key: str | None = option(
+        None,
+        Kind.FILE,
+        Panel.ETCD,
+        "Private key of --cert (PEM, not encrypted).",
+        etcdctl="KEY",
+    )
+    skip_verify: bool = option(
+        False,
+        Kind.FLAG,
+        Panel.ETCD,
+        "Take any certificate that has not expired. For tests only.",
+        etcdctl="INSECURE_SKIP_TLS_VERIFY",
+        name="insecure-skip-tls-verify",
+    )
+    server_name: str | None = option(
+        None,
+        Kind.TEXT,
+        Panel.ETCD,
+        "Name that the members' certificates must have.",
+        metavar="NAME",
+        shown="the endpoint's host",
+    )
+    user: str | None = option(
+        None,
+        Kind.TEXT,
+        Panel.ETCD,
+        "etcd's user; asks for the password on a terminal, if it is said nowhere.",
+        metavar="NAME[:PASSWORD]",
+        etcdctl="USER",
+        more="`-o user=NAME:PASSWORD` is refused: others could see it.",
+    )
+    password: str | None = option(
+        None,
+        Kind.TEXT,
+        Panel.ETCD,
+        "The user's password. Only in the environment, where other users cannot see it.",
+        etcdctl="PASSWORD",
+        is_secret=True,
+    )
+    password_file: str | None = option(
+        None,
+        Kind.FILE,
+        Panel.ETCD,
+        "File with the password; read again at each login, so that it may be changed.",
+        more="All of the file but a newline at its end.",
+    )
 
 
-OPEN = Security()
+OPEN: Final = Security()
 """Nobody in particular, and members are believed as far as the system does."""
+
+INSECURE_TRANSPORT: Final = Option(
+    name="insecure-transport",
+    kind=Kind.FLAG,
+    panel=Panel.ETCD,
+    help="Whether endpoints without a scheme are plain text; not with any other TLS option.",
+    default=True,
+    negatable=True,
+    etcdctl="INSECURE_TRANSPORT",
+)
+"""It decides what the text of the endpoints means; nothing is left of it in the values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogSettings:
+    """How the daemon logs. The path is absolute."""
+
+    level: str = option(
+        "info",
+        Kind.CHOICE,
+        Panel.LOGGING,
+        "What is worth a line.",
+        choices=("debug", "info", "warning", "error"),
+        name="log-level",
+    )
+    file: str | None = option(
+        None,
+        Kind.FILE,
+        Panel.LOGGING,
+        "Append the log to this file.",
+        shown="syslog; stderr with --foreground",
+        more="It is opened anew when it is rotated away. In the background without it: syslog if "
+        "there is one, else nowhere.",
+        name="log-file",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MountOptions:
-    """Everything `etcdfs mount` can be told.
+    """Everything `etcdfs mount` can be told about the mount. Bytes, seconds, absolute paths.
 
     Attributes:
-        mountpoint: Absolute path of the directory to mount over.
-        endpoints: The etcd members, in order of preference; empty only with `embedded`.
-        security: Certificates, and the user.
-        prefix: The key prefix shown as the root: ends in one `/`, or is empty (raw keyspace).
-        cache: Mirror the keyspace and watch it; otherwise ask etcd at every operation.
-        read_only: Refuse every change with EROFS.
-        cache_size: Bytes of values kept in memory.
-        uid: Owner of every file.
-        gid: Group of every file.
-        file_mode: Permission bits of files, before `umask`.
-        dir_mode: Permission bits of directories, before `umask`.
-        umask: Bits taken away from both modes.
-        allow_other: Let other users in (permissions are then checked by the kernel).
-        no_attrs: Put nothing but the user's own keys into etcd: no attributes.
-        timeout_s: Bound of every request to etcd.
-        kernel_timeout_s: How long the kernel may keep an entry or attributes unasked.
-        settle_timeout_s: How long a write waits for the watch to bring it home.
-        watch_timeout_s: Silence of the watch after which etcd is asked whether it is there.
-        audit_interval_s: Time between two comparisons of the mirror with etcd; 0: none.
-        max_stale_s: How long the mirror is shown while etcd is not heard; 0: without limit.
-        linearizable: Whether a reader waits until the mirror shows what etcd holds now.
-        wait_for_etcd_s: How long the mount is tried again while etcd does not answer.
-        max_file_size: Largest value in bytes; more is EFBIG.
-        write_buffer: Bytes of files that are written to and not published yet.
-        embedded: Start a private etcd.
-        data_dir: Where the private etcd keeps its data; None: the XDG default.
+        mountpoint: The directory to mount over.
         fuse_options: Further options for the kernel mount.
+        endpoints: The etcd members, in order of preference; empty only with `embedded`.
+        prefix: The key prefix shown as the root: ends in one `/`, or is empty (raw keyspace).
     """
 
     mountpoint: str
-    endpoints: tuple[Endpoint, ...] = ()
-    security: Security = OPEN
-    prefix: bytes = b"/"
-    cache: bool = False
-    read_only: bool = False
-    cache_size: int = DEFAULT_CACHE_SIZE
-    uid: int = 0
-    gid: int = 0
-    file_mode: int = 0o644
-    dir_mode: int = 0o755
-    umask: int = 0
-    allow_other: bool = False
-    no_attrs: bool = False
-    timeout_s: float = DEFAULT_TIMEOUT_S
-    kernel_timeout_s: float = DEFAULT_KERNEL_TIMEOUT_S
-    settle_timeout_s: float = DEFAULT_SETTLE_TIMEOUT_S
-    watch_timeout_s: float = DEFAULT_WATCH_TIMEOUT_S
-    audit_interval_s: float = DEFAULT_AUDIT_INTERVAL_S
-    max_stale_s: float = 0.0
-    linearizable: bool = False
-    wait_for_etcd_s: float = 0.0
-    max_file_size: int = DEFAULT_MAX_FILE_SIZE
-    write_buffer: int = DEFAULT_WRITE_BUFFER
-    embedded: bool = False
-    data_dir: str | None = None
     fuse_options: tuple[str, ...] = ()
+    prefix: bytes = option(
+        b"/",
+        Kind.PREFIX,
+        Panel.MOUNT,
+        'Show the keys below this prefix; "" shows the whole keyspace raw.',
+        shown="/",
+        more="It is taken to end in one `/`.",
+    )
+    read_only: bool = option(False, Kind.FLAG, Panel.MOUNT, "Refuse every change.", short="-r")
+    endpoints: tuple[Endpoint, ...] = option(
+        (),
+        Kind.ENDPOINTS,
+        Panel.ETCD,
+        "etcd's client addresses: HOST:PORT, http://..., https://... or unix:///PATH.",
+        shown="127.0.0.1:2379",  # etcdctl's own default
+        etcdctl="ENDPOINTS",
+        more="Best all of them. There is no default port.",
+    )
+    security: Security = OPEN
+    timeout_s: float = option(
+        DEFAULT_TIMEOUT_S,
+        Kind.SECONDS,
+        Panel.ETCD,
+        "Bound of every request to etcd, in seconds.",
+        positive=True,
+        etcdctl="COMMAND_TIMEOUT",
+    )
+    wait_for_etcd_s: float = option(
+        0.0,
+        Kind.SECONDS,
+        Panel.ETCD,
+        "Try again for so long while etcd does not answer, before the mount fails.",
+    )
+    embedded: bool = option(
+        False,
+        Kind.FLAG,
+        Panel.ETCD,
+        "Start a private etcd, for you alone, stop it after unmount, and print its URL.",
+        more="The variables of etcdctl are not looked at then.",
+    )
+    data_dir: str | None = option(
+        None,
+        Kind.DIRECTORY,
+        Panel.ETCD,
+        "Where --embedded keeps its data between runs.",
+        shown="$XDG_DATA_HOME/etcdfs/embedded",
+    )
+    cache: bool = option(
+        False,
+        Kind.FLAG,
+        Panel.CACHE,
+        "Keep a copy of all keys in memory, coherent by a watch; or ask etcd every time.",
+        negatable=True,
+    )
+    cache_size: int = option(
+        256 * 1024**2,
+        Kind.SIZE,
+        Panel.CACHE,
+        "Keep up to so much of the values in memory (64M, 1GiB).",
+    )
+    consistency: str = option(
+        "watch",
+        Kind.CHOICE,
+        Panel.CACHE,
+        "Show what the watch has brought; or ask etcd at each open that this is all.",
+        choices=("watch", "linearizable"),
+    )
+    max_stale_s: float = option(
+        0.0,
+        Kind.SECONDS,
+        Panel.CACHE,
+        "Show nothing any more when etcd has not been heard for so long (EIO).",
+        shown="0: no limit",
+    )
+    audit_interval_s: float = option(
+        300.0,
+        Kind.SECONDS,
+        Panel.CACHE,
+        "Compare the copy with etcd so often, and mend it; 0: never.",
+        more="Plus up to half.",
+    )
+    uid: int = option(
+        0,
+        Kind.ID,
+        Panel.PERMISSIONS,
+        "Owner of every file.",
+        shown="yours",
+        more="Of those that have none of their own.",
+    )
+    gid: int = option(
+        0,
+        Kind.ID,
+        Panel.PERMISSIONS,
+        "Group of every file.",
+        shown="yours",
+        more="Of those that have none of their own.",
+    )
+    file_mode: int = option(
+        0o644,
+        Kind.MODE,
+        Panel.PERMISSIONS,
+        "Permissions of files.",
+        more="Of those that have none of their own.",
+    )
+    dir_mode: int = option(
+        0o755,
+        Kind.MODE,
+        Panel.PERMISSIONS,
+        "Permissions of directories.",
+        more="Of those that have none of their own.",
+    )
+    umask: int = option(0, Kind.MODE, Panel.PERMISSIONS, "Permissions taken away from both.")
+    allow_other: bool = option(
+        False,
+        Kind.FLAG,
+        Panel.PERMISSIONS,
+        "Let other users in; needs user_allow_other in /etc/fuse.conf unless root.",
+    )
+    no_attrs: bool = option(
+        False,
+        Kind.FLAG,
+        Panel.PERMISSIONS,
+        "Keep no attributes of files in etcd: no chmod, chown or symbolic links.",
+    )
+    max_file_size: int = option(
+        1536 * 1024,
+        Kind.SIZE,
+        Panel.ADVANCED,
+        "Largest file; as etcd's --max-request-bytes.",
+        positive=True,
+        more="Larger ones are refused (EFBIG).",
+    )
+    write_buffer: int = option(
+        256 * 1024**2,
+        Kind.SIZE,
+        Panel.ADVANCED,
+        "Hold at most so much that is written and not published; a user a quarter of it.",
+        positive=True,
+        more="Whole files, from the first write to the close, or to the last close of one that "
+        "was unlinked. More is EDQUOT for one user, ENOSPC for all together; at least one file of "
+        "`--max-file-size` fits.",
+    )
+    kernel_timeout_s: float = option(
+        60.0,
+        Kind.SECONDS,
+        Panel.ADVANCED,
+        "How long the kernel may go without asking again, should a notice be lost.",
+    )
+    settle_timeout_s: float = option(
+        2.0,
+        Kind.SECONDS,
+        Panel.ADVANCED,
+        "How long a write waits for the watch to bring it back.",
+    )
+    watch_timeout_s: float = option(
+        DEFAULT_WATCH_TIMEOUT_S,
+        Kind.SECONDS,
+        Panel.ADVANCED,
+        "Ask etcd whether it is there when the watch has been silent for so long.",
+        positive=True,
+    )
+
+    @property
+    def linearizable(self) -> bool:
+        """Return whether a reader waits until the mirror shows what etcd holds now."""
+        return self.consistency == "linearizable"
+
+
+_PANELS: Final = list(Panel)
+SECURITY: Final = (*rows(Security), INSECURE_TRANSPORT)
+OPTIONS: Final = {
+    row.name: row
+    for row in sorted(
+        [*rows(MountOptions), *SECURITY, *rows(LogSettings)],
+        key=lambda row: _PANELS.index(row.panel),
+    )
+}
+"""The whole table, by name."""
+
+
+# --- JSON -----------------------------------------------------------------------------------
 
 
 def encode_options(options: MountOptions) -> dict[str, Any]:
@@ -153,9 +485,9 @@ def decode_options(encoded: Mapping[str, Any]) -> MountOptions:
         TypeError: The value comes from another version of etcdfs.
         KeyError: The same.
     """
-    fields = dict(encoded)
-    fields["prefix"] = fields["prefix"].encode("latin-1")
-    fields["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in fields["endpoints"])
-    fields["security"] = Security(**fields["security"])
-    fields["fuse_options"] = tuple(fields["fuse_options"])
-    return MountOptions(**fields)
+    values = dict(encoded)
+    values["prefix"] = values["prefix"].encode("latin-1")
+    values["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in values["endpoints"])
+    values["security"] = Security(**values["security"])
+    values["fuse_options"] = tuple(values["fuse_options"])
+    return MountOptions(**values)

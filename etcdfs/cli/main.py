@@ -22,66 +22,26 @@ import typer
 from etcdfs import __version__
 from etcdfs.cli.argv import has_empty_operand, original_form
 from etcdfs.cli.flags import (
-    DEFAULT_ENDPOINTS,
-    AllowOther,
-    AuditInterval,
-    CaCert,
-    Cache,
-    CacheSize,
-    Cert,
-    Consistency,
-    DataDir,
-    DirMode,
-    Embedded,
-    Endpoints,
-    FileMode,
     Foreground,
-    Gid,
-    InsecureSkipTlsVerify,
-    InsecureTransport,
     InstallRoot,
-    KernelTimeout,
-    Key,
-    LogFile,
-    LogLevel,
-    MaxFileSize,
-    MaxStale,
     MountedAt,
     Mountpoint,
-    NoAttrs,
     OptionLists,
-    PasswordFile,
-    Prefix,
-    ReadOnly,
     RemoveHelper,
-    ServerName,
-    SettleTimeout,
-    Timeout,
-    Uid,
-    Umask,
     UnmountTimeout,
-    User,
-    WaitForEtcd,
-    WatchTimeout,
-    WriteBuffer,
+    takes_the_table,
 )
 from etcdfs.cli.install import find_command, install_files, remove_files, strangers
-from etcdfs.cli.option_parsing import (
-    LOGGING,
-    NAMES,
-    OptionList,
-    parse_option_list,
-    parse_seconds,
-    read_options,
-)
-from etcdfs.cli.tls_options import FILES, OFF, ON, SECURITY
+from etcdfs.cli.option_parsing import OptionList, parse_option_list, read_options
+from etcdfs.cli.option_values import OFF, ON, parse_fields, parse_seconds
 from etcdfs.errors import CommandError, UsageError
+from etcdfs.options import OPTIONS, SECURITY, Kind, LogSettings
 from etcdfs.process.launcher import dismiss, run_in_foreground, start_in_background
-from etcdfs.process.logs import LEVELS, Formatter, open_log
+from etcdfs.process.logs import Formatter, open_log
 from etcdfs.process.mountpoint import prepare, resolve, unmount
 from etcdfs.process.printable import printable
 from etcdfs.process.spawn import Spawned
-from etcdfs.process.startup_protocol import Failed, Handover, LogSettings, Ready
+from etcdfs.process.startup_protocol import Failed, Handover, Ready
 
 log = logging.getLogger(__name__)
 
@@ -117,49 +77,17 @@ def etcdfs(version: Version = False) -> None:
 
 
 @app.command()
+@takes_the_table
 def mount(
     ctx: typer.Context,
     mountpoint: Mountpoint,
-    prefix: Prefix = "",
-    read_only: ReadOnly = False,
     foreground: Foreground = False,
     option_lists: OptionLists = [],  # noqa: B006 -- typer never hands it out
-    endpoints: Endpoints = [],  # noqa: B006 -- the same
-    cacert: CaCert = "",
-    cert: Cert = "",
-    key: Key = "",
-    insecure_skip_tls_verify: InsecureSkipTlsVerify = False,
-    insecure_transport: InsecureTransport = True,
-    server_name: ServerName = "",
-    user: User = "",
-    password_file: PasswordFile = "",
-    timeout: Timeout = "",
-    wait_for_etcd: WaitForEtcd = "",
-    embedded: Embedded = False,
-    data_dir: DataDir = "",
-    cache: Cache = False,
-    cache_size: CacheSize = "",
-    consistency: Consistency = "",
-    max_stale: MaxStale = "",
-    audit_interval: AuditInterval = "",
-    uid: Uid = "",
-    gid: Gid = "",
-    file_mode: FileMode = "",
-    dir_mode: DirMode = "",
-    umask: Umask = "",
-    allow_other: AllowOther = False,
-    no_attrs: NoAttrs = False,
-    log_level: LogLevel = "info",
-    log_file: LogFile = "",
-    max_file_size: MaxFileSize = "",
-    write_buffer: WriteBuffer = "",
-    kernel_timeout: KernelTimeout = "",
-    settle_timeout: SettleTimeout = "",
-    watch_timeout: WatchTimeout = "",
+    **said: bool | str | list[str],
 ) -> None:
     """Mount etcd. Returns once the mount is usable; the daemon goes on in the background."""
     listed = parse_option_list(",".join(option_lists))
-    handover = _handover(mountpoint, _texts(ctx, listed), listed.fuse_options)
+    handover = _handover(mountpoint, _texts(ctx, said, listed), listed.fuse_options)
     early: Spawned | None = ctx.obj
     prepare(handover.options.mountpoint)
     if foreground:
@@ -200,16 +128,17 @@ def install_helper(root: InstallRoot = Path("/"), remove: RemoveHelper = False) 
 # --- putting texts together -----------------------------------------------------------------
 
 
-def _texts(ctx: typer.Context, listed: OptionList) -> dict[str, str]:
+def _texts(
+    ctx: typer.Context, said: Mapping[str, bool | str | list[str]], listed: OptionList
+) -> dict[str, str]:
     """Return what was said: a flag wins over -o, and -o over the environment."""
     flags: dict[str, str] = {}
     environment: dict[str, str] = {}
-    for name in NAMES | LOGGING:
-        parameter = name.replace("-", "_")
+    for parameter, value in said.items():
         source = ctx.get_parameter_source(parameter)
         if source is not None and source.name in {"COMMANDLINE", "ENVIRONMENT"}:
-            said = flags if source.name == "COMMANDLINE" else environment
-            said[name] = _as_text(ctx.params[parameter])
+            texts = flags if source.name == "COMMANDLINE" else environment
+            texts[parameter.replace("_", "-")] = _as_text(value)
     return _settle_etcd(environment, {**listed.texts, **flags})
 
 
@@ -232,7 +161,7 @@ def _settle_etcd(environment: dict[str, str], said: dict[str, str]) -> dict[str,
         UsageError: The environment asks for what this version cannot do.
     """
     if {**environment, **said}.get("embedded", OFF) == ON:
-        for name in SECURITY | {"endpoints"}:
+        for name in ("endpoints", *(row.name for row in SECURITY)):
             environment.pop(name, None)
         return {**environment, **said}
     if os.environ.get("ETCDCTL_DISCOVERY_SRV"):
@@ -240,10 +169,10 @@ def _settle_etcd(environment: dict[str, str], said: dict[str, str]) -> dict[str,
             "ETCDCTL_DISCOVERY_SRV is set, and etcdfs does not discover members by DNS;"
             " unset it, and name them by --endpoints"
         )
-    password = os.environ.get("ETCDFS_PASSWORD", os.environ.get("ETCDCTL_PASSWORD"))
-    if password is not None and not _has_password(said):
-        environment["password"] = password
-    return _ask_for_password({"endpoints": DEFAULT_ENDPOINTS, **environment, **said})
+    passwords = [os.environ[name] for name in OPTIONS["password"].variables if name in os.environ]
+    if passwords and not _has_password(said):
+        environment["password"] = passwords[0]
+    return _ask_for_password({"endpoints": OPTIONS["endpoints"].shown, **environment, **said})
 
 
 def _has_password(texts: Mapping[str, str]) -> bool:
@@ -260,15 +189,15 @@ def _ask_for_password(texts: dict[str, str]) -> dict[str, str]:
 def _handover(mountpoint: Path, texts: dict[str, str], fuse_options: tuple[str, ...]) -> Handover:
     """Return what the daemon is told, with every path absolute: its directory is `/`."""
     place = resolve(str(mountpoint))
-    for name in ("data-dir", "log-file", *FILES):
-        if name in texts:
+    for name, row in OPTIONS.items():
+        if name in texts and row.kind in {Kind.FILE, Kind.DIRECTORY}:
             texts[name] = _outside(place, name, texts[name])
     owner = {"uid": str(os.getuid()), "gid": str(os.getgid())}
     options = read_options(place, {**owner, **texts}, fuse_options)
-    level = texts.get("log-level", "info")
-    if level not in LEVELS:
-        raise UsageError(f"--log-level: {level!r} is none of {', '.join(LEVELS)}")
-    return Handover(options=options, log=LogSettings(level=level, file=_log_file(texts)))
+    log = LogSettings(**parse_fields(LogSettings, texts))
+    if log.file is not None:
+        _check_log_file(log.file)
+    return Handover(options=options, log=log)
 
 
 def _outside(mountpoint: str, name: str, text: str) -> str:
@@ -288,10 +217,7 @@ def _outside(mountpoint: str, name: str, text: str) -> str:
     return str(path)
 
 
-def _log_file(texts: Mapping[str, str]) -> str | None:
-    file = texts.get("log-file")
-    if file is None:
-        return None
+def _check_log_file(file: str) -> None:
     try:
         fd = open_log(file)
     except OSError as exc:
@@ -299,7 +225,6 @@ def _log_file(texts: Mapping[str, str]) -> str | None:
     with os.fdopen(fd, "wb"):
         if stat.S_ISFIFO(os.fstat(fd).st_mode):
             raise UsageError(f"--log-file {file} is a FIFO: the mount would wait for its reader")
-    return file
 
 
 # --- the way in and out ---------------------------------------------------------------------

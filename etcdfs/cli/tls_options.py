@@ -6,46 +6,14 @@ together. What it must not know: the files, which are read by whoever connects.
 Concurrency: none; pure functions.
 """
 
-from collections.abc import Mapping
-from typing import Final
-
-from etcdfs.errors import LoginError, TlsError, UsageError
+from etcdfs.cli.option_values import OFF, ON, Texts, parse_fields, parse_flag
+from etcdfs.errors import LoginError, TlsError
 from etcdfs.options import Security
-
-Texts = Mapping[str, str]
-"""Options by their name, the long flag of the command line without its dashes."""
-
-ON: Final = "on"
-OFF: Final = "off"
-
-TLS_FILES: Final = ("cacert", "cert", "key")
-FILES: Final = (*TLS_FILES, "password-file")
-"""Options that name a file."""
-
-SECURITY: Final = frozenset(
-    {*FILES, "insecure-skip-tls-verify", "insecure-transport", "server-name", "user", "password"}
-)
-"""Every option that is read here; `password` has no flag, so that nobody writes one into `ps`."""
-
-
-def parse_flag(text: str) -> bool:
-    """Read `on` or `off` (also true/false, yes/no, 1/0), as environments have it.
-
-    Raises:
-        UsageError: It is neither.
-    """
-    match text.lower():
-        case "on" | "true" | "yes" | "1":
-            return True
-        case "off" | "false" | "no" | "0":
-            return False
-        case _:
-            raise UsageError(f"{text!r} is neither on nor off")
 
 
 def asks_for_tls(texts: Texts) -> str | None:
     """Return the option that asks for TLS, whatever the endpoints say; None: none does."""
-    asking = [f"--{name}" for name in (*TLS_FILES, "server-name") if texts.get(name)]
+    asking = [f"--{name}" for name in ("cacert", "cert", "key", "server-name") if texts.get(name)]
     if asking:
         return asking[0]
     if parse_flag(texts.get("insecure-skip-tls-verify", OFF)):
@@ -68,16 +36,7 @@ def read_security(texts: Texts) -> Security:
         said, missing = ("--cert", "--key") if key is None else ("--key", "--cert")
         raise TlsError(f"{said} is of no use without {missing}")
     user, password = _user(texts)
-    return Security(
-        cacert=texts.get("cacert") or None,
-        cert=cert,
-        key=key,
-        skip_verify=parse_flag(texts.get("insecure-skip-tls-verify", OFF)),
-        server_name=texts.get("server-name") or None,
-        user=user,
-        password=password,
-        password_file=texts.get("password-file") or None,
-    )
+    return Security(**{**parse_fields(Security, texts), "user": user, "password": password})
 
 
 def _user(texts: Texts) -> tuple[str | None, str | None]:

@@ -28,10 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, final
 
+from etcdfs.options import LogSettings
 from etcdfs.process.printable import printable
-from etcdfs.process.startup_protocol import LogSettings
-
-LEVELS: Final = ("debug", "info", "warning", "error")
 
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SYSLOG_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"  # syslog adds the time

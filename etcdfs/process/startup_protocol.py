@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, final
 
-from etcdfs.options import MountOptions, decode_options, encode_options
+from etcdfs.options import LogSettings, MountOptions, decode_options, encode_options
 from etcdfs.process.printable import printable
 
 _QUEUED_MAX: Final = 32 * 1024
@@ -45,19 +45,6 @@ _LOADING_PAUSE_US: Final = 60_000_000
 
 _MESSAGE_MAX: Final = 4000
 """Characters of a failure; a last word must fit into the pipe whatever etcd had to say."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogSettings:
-    """How the daemon logs.
-
-    Attributes:
-        level: One of `debug`, `info`, `warning`, `error`.
-        file: Absolute path to append to; None: stderr in the foreground, else syslog.
-    """
-
-    level: str = "info"
-    file: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,14 +18,8 @@ import pytest
 
 from etcdfs.errors import UnpublishedError
 from etcdfs.files.handles import STORE_MAX
-from etcdfs.options import MountOptions
-from etcdfs.process.startup_protocol import (
-    Handover,
-    LogSettings,
-    Ready,
-    read_reports,
-    send_handover,
-)
+from etcdfs.options import LogSettings, MountOptions
+from etcdfs.process.startup_protocol import Handover, Ready, read_reports, send_handover
 from tests.mount.client import Client
 from tests.mount.lab import MODES, Lab, Pool, sh
 from tests.support.etcd_process import EtcdProcess

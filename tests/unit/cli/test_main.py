@@ -12,11 +12,10 @@ import pytest
 import etcdfs.cli.main
 from etcdfs.cli.argv import likely_mountpoint, original_form
 from etcdfs.cli.main import main
-from etcdfs.cli.option_parsing import LOGGING, NAMES
 from etcdfs.errors import MountpointMissingError
-from etcdfs.options import Endpoint, MountOptions, Security
+from etcdfs.options import OPTIONS, Endpoint, Kind, LogSettings, MountOptions, Security
 from etcdfs.process.spawn import Spawned, daemon_environment
-from etcdfs.process.startup_protocol import Failed, Handover, LogSettings, Ready
+from etcdfs.process.startup_protocol import Failed, Handover, Ready
 
 LOCAL = (Endpoint("127.0.0.1", 2379),)
 
@@ -129,11 +128,54 @@ def test_every_option_has_a_flag_and_a_panel(shell: Shell, monkeypatch: pytest.M
     monkeypatch.setenv("NO_COLOR", "1")
     code, output, _ = shell.run("mount", "--help")
     assert code == 0
-    for name in NAMES | LOGGING:
-        assert f"--{name} " in output
-        assert f"ETCDFS_{name.upper().replace('-', '_')}" in output
-    for panel in ("Mount", "etcd", "Cache", "Permissions", "Logging", "Advanced"):
-        assert f"─ {panel} ─" in output
+    for row in OPTIONS.values():
+        assert (f"--{row.name} " in output) is not row.is_secret
+        assert row.is_secret or row.variables[0] in output
+        assert f"─ {row.panel.value} ─" in output
+
+
+_SAMPLES = {
+    Kind.TEXT: "text",
+    Kind.PREFIX: "/sample",
+    Kind.ENDPOINTS: "sample:1",
+    Kind.FILE: "/sample/file",
+    Kind.DIRECTORY: "/sample/directory",
+    Kind.SIZE: "7M",
+    Kind.SECONDS: "7",
+    Kind.MODE: "0700",
+    Kind.ID: "77",
+}
+_NEEDED = {"cert": "key", "key": "cert", "data-dir": "embedded", "user": "password-file"}
+"""What an option is refused without."""
+_TESTED_APART = {"insecure-transport", "password", "password-file"}
+
+
+@pytest.mark.parametrize("name", sorted(OPTIONS.keys() - _TESTED_APART))
+def test_every_row_of_the_table_is_a_flag_a_listed_option_and_a_variable(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(etcdfs.cli.main, "_check_log_file", lambda _: None)
+    row = OPTIONS[name]
+    assert row.field is not None
+    field = row.field
+    text = row.choices[-1] if row.choices else _SAMPLES.get(row.kind, "")
+    needed = [f"--{_NEEDED[name]}"] if name in _NEEDED else []
+    if needed and OPTIONS[_NEEDED[name]].kind is not Kind.FLAG:
+        needed.append("/sample/needed")
+
+    def value() -> object:
+        handover = shell.handovers[-1]
+        groups = (handover.log, handover.options, handover.options.security)
+        return next(getattr(each, field) for each in groups if hasattr(each, field))
+
+    shell.mount(*needed, f"--{name}", *([text] if text else []))
+    said = value()
+    assert said != row.default
+    shell.mount(*needed, "-o", f"{name.replace('-', '_')}={text}".removesuffix("="))
+    assert value() == said
+    monkeypatch.setenv(row.variables[-1], text or "on")
+    shell.mount(*needed)
+    assert value() == said
 
 
 def test_embedded_needs_no_endpoints(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:

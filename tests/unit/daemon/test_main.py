@@ -11,8 +11,8 @@ import pytest
 
 import etcdfs.daemon.main
 from etcdfs.errors import EtcdUnreachableError
-from etcdfs.options import MountOptions
-from etcdfs.process.startup_protocol import Handover, LogSettings, Reporter, send_handover
+from etcdfs.options import LogSettings, MountOptions
+from etcdfs.process.startup_protocol import Handover, Reporter, send_handover
 
 
 @pytest.fixture

@@ -17,13 +17,12 @@ from hypothesis import strategies as st
 
 import etcdfs.process.launcher
 import etcdfs.process.spawn
-from etcdfs.options import Endpoint, MountOptions
+from etcdfs.options import Endpoint, LogSettings, MountOptions
 from etcdfs.process.launcher import dismiss, start_in_background
 from etcdfs.process.spawn import spawn
 from etcdfs.process.startup_protocol import (
     Failed,
     Handover,
-    LogSettings,
     PipeReporter,
     Progress,
     Ready,

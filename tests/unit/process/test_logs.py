@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import etcdfs.process.logs
+from etcdfs.options import OPTIONS, LogSettings
 from etcdfs.process.logs import (
-    LEVELS,
     LINES_MAX,
     LogFileHandler,
     StderrHandler,
@@ -25,9 +25,10 @@ from etcdfs.process.logs import (
     keep_out_of,
     setup_logging,
 )
-from etcdfs.process.startup_protocol import LogSettings
 
 log = logging.getLogger("etcdfs.test")
+
+LEVELS = OPTIONS["log-level"].choices
 
 ODD = "odd \udcff"  # a path that is no UTF-8
 
