@@ -32,7 +32,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 .PHONY: help
 help:
-	@echo "make demo | test | nightly | test-on | lint | bench | soak | etcd-releases | clean"
+	@echo "make demo | test | nightly | test-on | lint | reference | bench | soak | etcd-releases | clean"
 
 # --- what has to be there -------------------------------------------------------------------
 
@@ -114,6 +114,10 @@ lint: packages $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+.PHONY: reference
+reference: $(VENV)/.dev
+	$(BIN)/python -m tests.support.reference_page > docs/reference.md
 
 .PHONY: programs
 programs:

@@ -107,7 +107,7 @@ class ReadOnlyError(CallerError):
 
 
 class NotSupportedError(CallerError):
-    """The operation has no meaning on a key-value store (hard links, device nodes)."""
+    """It has no meaning here: attributes but `user.*`, or any of them with `--no-attrs`."""
 
     errno = errno.ENOTSUP
 
@@ -307,7 +307,7 @@ class CommandError(EtcdfsError):
     """A command cannot be carried out; the message is one line for a person.
 
     Attributes:
-        exit_code: The exit status of the command (README, "Exit codes").
+        exit_code: The exit status of the command (docs/reference.md).
     """
 
     exit_code: ClassVar[int] = 1
@@ -320,7 +320,7 @@ class UsageError(CommandError):
 
 
 class MountpointMissingError(CommandError):
-    """The mountpoint does not exist."""
+    """The mountpoint does not exist, or cannot be reached."""
 
     exit_code = 10
 
@@ -338,19 +338,19 @@ class MountpointNotEmptyError(CommandError):
 
 
 class AlreadyMountedError(CommandError):
-    """Something is mounted there already."""
+    """Something is mounted there already, or is about to be."""
 
     exit_code = 13
 
 
 class NotMountedError(CommandError):
-    """Nothing of ours is mounted there."""
+    """`umount`: no etcdfs is mounted there."""
 
     exit_code = 14
 
 
 class UnmountError(CommandError):
-    """The mount could not be taken away (busy, or not permitted)."""
+    """`umount`: busy, not permitted, or the daemon did not end within `--timeout`."""
 
     exit_code = 15
 
@@ -362,7 +362,7 @@ class EtcdUnreachableError(CommandError):
 
 
 class EtcdRefusedError(CommandError):
-    """etcd answered, and said no."""
+    """etcd answered, and refused."""
 
     exit_code = 21
 
@@ -374,7 +374,7 @@ class EndpointError(CommandError):
 
 
 class TlsError(CommandError):
-    """TLS was asked for and cannot be had; never is plain text tried instead."""
+    """TLS was asked for and cannot be had: a file is of no use, or one side does not trust."""
 
     exit_code = 23
 
@@ -416,7 +416,7 @@ class EmbeddedFailedError(CommandError):
 
 
 class UnpublishedError(CommandError):
-    """The mount has ended, and etcd did not take all that was written."""
+    """The daemon ended, but etcd did not take all that was written; the log names what is lost."""
 
     exit_code = 60
 

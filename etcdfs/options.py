@@ -304,7 +304,8 @@ class MountOptions:
         "etcd's client addresses: HOST:PORT, http://..., https://... or unix:///PATH.",
         shown="127.0.0.1:2379",  # etcdctl's own default
         etcdctl="ENDPOINTS",
-        more="Best all of them. There is no default port.",
+        more="Best all of them; there is no default port. Members are not discovered by DNS: with "
+        "`ETCDCTL_DISCOVERY_SRV` set, etcdfs refuses to mount.",
     )
     security: Security = OPEN
     timeout_s: float = option(
@@ -326,7 +327,8 @@ class MountOptions:
         Kind.FLAG,
         Panel.ETCD,
         "Start a private etcd, for you alone, stop it after unmount, and print its URL.",
-        more="The variables of etcdctl are not looked at then.",
+        more="The variables of etcdctl, and those of this table that say who etcd is, are not looked "
+        "at then.",
     )
     data_dir: str | None = option(
         None,
@@ -375,7 +377,7 @@ class MountOptions:
         Panel.PERMISSIONS,
         "Owner of every file.",
         shown="yours",
-        more="Of those that have none of their own.",
+        more="What has its own keeps it.",
     )
     gid: int = option(
         0,
@@ -383,21 +385,21 @@ class MountOptions:
         Panel.PERMISSIONS,
         "Group of every file.",
         shown="yours",
-        more="Of those that have none of their own.",
+        more="What has its own keeps it.",
     )
     file_mode: int = option(
         0o644,
         Kind.MODE,
         Panel.PERMISSIONS,
         "Permissions of files.",
-        more="Of those that have none of their own.",
+        more="What has its own keeps it.",
     )
     dir_mode: int = option(
         0o755,
         Kind.MODE,
         Panel.PERMISSIONS,
         "Permissions of directories.",
-        more="Of those that have none of their own.",
+        more="What has its own keeps it.",
     )
     umask: int = option(0, Kind.MODE, Panel.PERMISSIONS, "Permissions taken away from both.")
     allow_other: bool = option(

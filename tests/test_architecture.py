@@ -1,6 +1,5 @@
 """What no single room can promise: imports point down, and the README keeps its word."""
 
-import errno
 import re
 import subprocess
 import sys
@@ -13,12 +12,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from etcdfs.errors import CallerError, CommandError, EtcdfsError, StoreError
+from tests.support.reference_page import reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-
-_SIGNALS = "128 + n"
-_CLEAN = {0}
 
 
 def section(title: str) -> str:
@@ -26,10 +23,6 @@ def section(title: str) -> str:
     found = re.search(rf"^#+ {title}\n(.*?)(?=^#|\Z)", README, re.MULTILINE | re.DOTALL)
     assert found is not None, f"README has no section {title!r}"
     return found[1]
-
-
-def first_column(table: str) -> list[str]:
-    return re.findall(r"^\| ([^|]*?) \|", table, re.MULTILINE)[2:]
 
 
 def below(parent: type[EtcdfsError]) -> Iterator[type[EtcdfsError]]:
@@ -62,24 +55,13 @@ def test_every_error_is_somebodys_fault() -> None:
     assert [e for e in below(EtcdfsError) if not issubclass(e, families)] == []
 
 
-def test_every_exit_code_is_documented() -> None:
-    codes = {error.exit_code for error in below(CommandError) if issubclass(error, CommandError)}
-    documented = first_column(section("Exit codes"))
-    assert documented.pop() == _SIGNALS
-    assert [int(code) for code in documented] == sorted(codes | _CLEAN | {CommandError.exit_code})
-
-
 def test_exit_codes_differ() -> None:
     codes = [error.exit_code for error in below(CommandError) if issubclass(error, CommandError)]
     assert len(codes) == len(set(codes))
 
 
-def test_every_errno_is_documented() -> None:
-    numbers = {e.errno for family in (CallerError, StoreError) for e in (family, *below(family))}
-    documented = {name for cell in first_column(section("Errors")) for name in cell.split(", ")}
-    # ENOTSUP and EOPNOTSUPP are one number on Linux.
-    border = {errno.EIO, errno.ENOMEM}
-    assert {getattr(errno, name) for name in documented} == numbers | border
+def test_the_reference_is_what_the_tables_say() -> None:
+    assert (ROOT / "docs/reference.md").read_text() == reference(), "run `make reference`"
 
 
 # --- statements -----------------------------------------------------------------------------

@@ -19,32 +19,32 @@ from etcdfs.options import OPEN, OPTIONS, Kind, MountOptions
 
 _LISTED: Final = {name: row for name, row in OPTIONS.items() if not row.is_secret}
 
-_BARE: Final = {name for name, row in _LISTED.items() if row.kind is Kind.FLAG and not row.default}
-"""Options that a list has without a value."""
+_BARE: Final = [name for name, row in _LISTED.items() if row.kind is Kind.FLAG and not row.default]
 
-VALUED: Final = _LISTED.keys() - _BARE
+VALUED: Final = _LISTED.keys() - set(_BARE)
 """Options that take a value in a list."""
 
-_FLAGS: Final = {
+FLAGS: Final = {
     "ro": ("read-only", ON),
     "rw": ("read-only", OFF),
     "nocache": ("cache", OFF),
     **{name: (name, ON) for name in _BARE},
     **{f"no-{name}": (name, OFF) for name in _BARE if _LISTED[name].negatable},
 }
+"""What a list has without a value: the option, and its text."""
 
-_ALIASES: Final = {"username": "user"}
+ALIASES: Final = {"username": "user"}
 """mount(8) takes `user=` in fstab for itself: it lets every user mount, and passes on less."""
 
-_KERNEL: Final = frozenset(
+KERNEL: Final = frozenset(
     {"nosuid", "nodev", "exec", "noexec", "atime", "noatime", "sync", "async", "dirsync"}
     | {"default_permissions", "nosymfollow"}
 )
-_KERNEL_VALUED: Final = frozenset(
+KERNEL_VALUED: Final = frozenset(
     {"fsname", "max_read", "context", "fscontext", "defcontext", "rootcontext"}
 )
 
-_IGNORED: Final = frozenset(
+IGNORED: Final = frozenset(
     # For mount(8), systemd and the boot; they mean nothing once mounting has begun.
     {"defaults", "auto", "noauto", "fail", "nofail", "_netdev", "comment", "helper", "uhelper"}
     | {"user", "nouser", "users", "nousers", "owner", "noowner", "group", "nogroup"}
@@ -55,7 +55,7 @@ _IGNORED: Final = frozenset(
     | {"diratime", "nodiratime"}
 )
 
-_REFUSED: Final = {
+REFUSED: Final = {
     "suid": "values from the network are never setuid",
     "dev": "etcd holds no device nodes",
     "allow_root": "use allow_other",
@@ -94,20 +94,20 @@ def parse_option_list(text: str) -> OptionList:
     fuse_options: list[str] = []
     for option in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = option.partition("=")
-        dashed = _ALIASES.get(name, name.replace("_", "-"))
+        dashed = ALIASES.get(name, name.replace("_", "-"))
         valued = bool(equals) and dashed in VALUED
-        if name in _REFUSED:
-            raise UsageError(f"-o {name} is refused: {_REFUSED[name]}")
-        if name in _KERNEL_VALUED if equals else name in _KERNEL:
+        if name in REFUSED:
+            raise UsageError(f"-o {name} is refused: {REFUSED[name]}")
+        if name in KERNEL_VALUED if equals else name in KERNEL:
             fuse_options.append(option)
-        elif (name in _IGNORED and not valued) or name.startswith(("x-", "X-")):
+        elif (name in IGNORED and not valued) or name.startswith(("x-", "X-")):
             continue
         elif dashed == "user" and ":" in value:  # not repeated
             raise UsageError(
                 "-o user=NAME:PASSWORD is refused: others could see it; use password_file"
             )
-        elif dashed in _FLAGS and not equals:
-            texts.update([_FLAGS[dashed]])
+        elif dashed in FLAGS and not equals:
+            texts.update([FLAGS[dashed]])
         elif valued:
             both = dashed == "endpoints" and dashed in texts
             texts[dashed] = f"{texts[dashed]},{value}" if both else value
@@ -120,7 +120,7 @@ def parse_option_list(text: str) -> OptionList:
 def _why_unknown(name: str, has_value: bool) -> str:
     if name in VALUED:
         return f"it needs a value ({name}=...)"
-    if name in _FLAGS and has_value:
+    if name in FLAGS and has_value:
         return "it takes no value"
     return "there is no such option"
 
