@@ -4,8 +4,8 @@ A mount takes two Pythons, and both have more to load than to do: this one to un
 options, the daemon to carry them out. They load at the same time, the daemon first, because it
 has more to load.
 
-What this room knows: the order. What it must not know: anything else; all that it imports before
-the daemon is started makes every mount take longer.
+Knows: the order. Does not know: anything else; all that it imports before the daemon is started
+makes every mount take longer.
 
 Concurrency: none.
 """

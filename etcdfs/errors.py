@@ -1,6 +1,6 @@
 """Every way an operation can fail, each with the errno or exit code its caller sees.
 
-What this room knows: the whole table of errors. What it must not know: who raises them.
+Knows: the whole table of errors. Does not know: who raises them.
 
 Three families, named by whose fault it is:
 

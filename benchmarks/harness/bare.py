@@ -1,7 +1,7 @@
 """etcd without etcdfs: keys put in bulk, and the bare paged Range that a mount is compared with.
 
-What this room knows: aetcd's generated stubs on a blocking gRPC channel. What it must not know:
-etcdfs' own door to etcd; a yardstick must not be made of what it measures.
+Knows: aetcd's generated stubs on a blocking gRPC channel. Does not know: etcdfs' own door to etcd;
+a yardstick must not be made of what it measures.
 
 Concurrency: plain blocking calls, each bounded.
 """

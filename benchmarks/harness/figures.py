@@ -1,7 +1,6 @@
 """What was measured, as numbers and as text.
 
-What this room knows: percentiles, ratios, and how a table is laid out. What it must not know:
-how anything is measured.
+Knows: percentiles, ratios, and how a table is laid out. Does not know: how anything is measured.
 
 Concurrency: none; pure functions and frozen values, and one report that collects them.
 """

@@ -1,7 +1,7 @@
 """Programs that wait for a change and say when they have seen it; each a process of its own.
 
-What this room knows: how a reader of a mount and a client of etcd hear of a change. What it must
-not know: who puts, and why.
+Knows: how a reader of a mount and a client of etcd hear of a change. Does not know: who puts, and
+why.
 
 Run as `python -m benchmarks.harness.observer read MOUNT NAME` or `... watch HOST PORT KEY`.
 

@@ -1,9 +1,9 @@
 """How long a change takes until somebody sees it who is waiting for it.
 
-What this room knows: how to put a key and have observers say when they saw it. An observer is a
-program of its own, as a reader of a mount is: a client of etcd that watches the key, or a program
-that lets the mount wake it and then reads the file. Neither does anything until the change is
-there, so that nobody takes the processor from anybody.
+Knows: how to put a key and have observers say when they saw it. An observer is a program of its
+own, as a reader of a mount is: a client of etcd that watches the key, or a program that lets the
+mount wake it and then reads the file. Neither does anything until the change is there, so that
+nobody takes the processor from anybody.
 
 A third one does the opposite: the writer itself reads the file again and again until it sees what
 it has put. Its reads compete with the very event they wait for.

@@ -1,7 +1,7 @@
 """The targets: the same operations on tmpfs, on a mount, and as requests of a raw client.
 
-What this room knows: which calls make up an operation, and which keys they work on. What it must
-not know: how often they are made and what is made of the figures.
+Knows: which calls make up an operation, and which keys they work on. Does not know: how often they
+are made and what is made of the figures.
 
 Each target has its own keys below a prefix of its own, so that a mount's watch hears of nothing
 but what happens through it.

@@ -1,7 +1,7 @@
 """The command line at a glance, before it is parsed.
 
-What this room knows: how to tell what a command line is about without knowing its options. What
-it must not know: anything that takes time to import (see `spawn`).
+Knows: how to tell what a command line is about without knowing its options. Does not know: anything
+that takes time to import (see `spawn`).
 
 Concurrency: none; pure functions.
 """

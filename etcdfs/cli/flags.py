@@ -1,7 +1,7 @@
 """The flags of `etcdfs mount`, made from the table of options, in the panels of --help.
 
-What this room knows: how typer is told of an option. What it must not know: which options there
-are (`options`), what their text means (`option_values`), and what is done with it (`cli`).
+Knows: how typer is told of an option. Does not know: which options there are (`options`), what
+their text means (`option_values`), and what is done with it (`cli`).
 
 Concurrency: none; declarations only.
 """

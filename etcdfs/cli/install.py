@@ -1,7 +1,7 @@
 """What the system looks for in directories of its own: the helper of mount(8), units, pages.
 
-What this room knows: which file of the package belongs where, and how it gets there and away
-again. What it must not know: what is in the files.
+Knows: which file of the package belongs where, and how it gets there and away again. Does not know:
+what is in the files.
 
 A Python environment is a place that mount(8), systemd, man(1) and shells do not search. The two
 commands are links to this environment's; everything else is copied, so that a machine can boot
@@ -71,7 +71,7 @@ def install_files(command: Path, root: Path) -> list[Path]:
         with _told(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             if source is None:
-                _link(place, command)
+                _staleness(place, command)
             else:
                 _copy(place, source)
         done.append(place)
@@ -124,7 +124,7 @@ def _leads_to(place: Path, command: Path) -> bool:
     return Path(os.path.realpath(place)) == command
 
 
-def _link(place: Path, command: Path) -> None:
+def _staleness(place: Path, command: Path) -> None:
     if place.exists() and not place.is_symlink():
         raise InstallError(f"{place} is there already, and is no link of ours")
     _put(place, lambda new: new.symlink_to(command))

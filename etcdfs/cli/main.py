@@ -1,8 +1,8 @@
 """The command line: what a person types, and the one line they read when it goes wrong.
 
-What this room knows: commands, flags and environment variables, and who wins when they differ.
-What it must not know: what an option's text means (`option_text`), and the daemon, which it
-starts as another process so that `etcdfs --help` loads neither grpc nor pyfuse3.
+Knows: commands, flags and environment variables, and who wins when they differ. Does not know: what
+an option's text means (`option_text`), and the daemon, which it starts as another process so that
+`etcdfs --help` loads neither grpc nor pyfuse3.
 
 Concurrency: none.
 """

@@ -1,8 +1,7 @@
 """The option lists of mount(8), and what all texts together come to.
 
-What this room knows: the lists of fstab and `-o`, and which options contradict one another. What
-it must not know: where the text comes from (command line, environment, fstab), and what the
-options are used for.
+Knows: the lists of fstab and `-o`, and which options contradict one another. Does not know: where
+the text comes from (command line, environment, fstab), and what the options are used for.
 
 Concurrency: none; pure functions and frozen values.
 """

@@ -1,7 +1,7 @@
 """How a person writes the value of an option, and the sentence that refuses a wrong one.
 
-What this room knows: endpoints, prefixes, sizes, modes, durations and the like as text. What it
-must not know: which options there are, and where the text comes from.
+Knows: endpoints, prefixes, sizes, modes, durations and the like as text. Does not know: which
+options there are, and where the text comes from.
 
 Concurrency: none; pure functions.
 """

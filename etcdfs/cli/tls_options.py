@@ -1,7 +1,7 @@
 """How a person writes certificates and users, and the sentence that refuses a wrong one.
 
-What this room knows: the options of TLS and of etcd's users, as text, and which of them go
-together. What it must not know: the files, which are read by whoever connects.
+Knows: the options of TLS and of etcd's users, as text, and which of them go together. Does not
+know: the files, which are read by whoever connects.
 
 Concurrency: none; pure functions.
 """

@@ -1,8 +1,7 @@
 """Comparing the mirror with etcd, at one revision, while both go on.
 
-What this room knows: how to find out that the mirror is wrong when no message would tell. What it
-must not know: how the mirror is mended (the replica lists again), or shown; what it holds
-(`audited`).
+Knows: how to find out that the mirror is wrong when no message would tell. Does not know: how the
+mirror is mended (the state machine lists again), or shown; what it holds (`audited`).
 
 Some faults are silent: etcd 3.4 before 3.4.31 and 3.5 before 3.5.13 can lose watch events (etcd
 issue 17529), and a history that was restored from a snapshot and overtaken may look like the one
@@ -43,13 +42,13 @@ from etcdfs.consistency.audit_index import (
     is_hollow,
 )
 from etcdfs.consistency.orphan_records import Sweeper
-from etcdfs.consistency.staleness import Link
+from etcdfs.consistency.staleness import Staleness
 from etcdfs.errors import StoreError, StorePermissionError
 from etcdfs.keyspace.paging import Pages, Paging
 from etcdfs.keyspace.store import Event, KeyValue, Store
 from etcdfs.tree.node_attributes import is_foreign
-from etcdfs.tree.tree import Facts, Tree
-from etcdfs.tree.value_cache import Contents
+from etcdfs.tree.tree import KeyState, Tree
+from etcdfs.tree.value_cache import ValueCache
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +97,7 @@ class AuditStatistics:
         revision: The revision of the last verdict.
         keys: Keys compared for it.
         seconds: How long it took.
-        swept: Void side keys that were deleted.
+        swept: Void record keys that were deleted.
     """
 
     audits: int
@@ -146,9 +145,9 @@ class Auditor:
     def __init__(
         self,
         store: Store,
-        contents: Contents,
+        value_cache: ValueCache,
         tree: Tree,
-        link: Link,
+        staleness: Staleness,
         mirror: Following,
         held: Audited,
         *,
@@ -159,9 +158,9 @@ class Auditor:
         """Audit `mirror`; `sweeper` tidies up after each audit that has found no difference."""
         # --- dependencies
         self._store = store
-        self._contents = contents
+        self._value_cache = value_cache
         self._tree = tree
-        self._link = link
+        self._staleness = staleness
         self._mirror = mirror
         self._sweeper = sweeper
         self._held = held
@@ -241,7 +240,7 @@ class Auditor:
         soon_s = min(RECHECK_S, self._interval_s)
         longest_s = self._interval_s * random.uniform(1, 1 + JITTER)  # noqa: S311 - no secret
         await trio.sleep(soon_s)
-        if self._link.denied:
+        if self._staleness.denied:
             return
         with trio.move_on_after(longest_s - soon_s):
             await self._hurry.wait()
@@ -255,7 +254,7 @@ class Auditor:
             StorePermissionError: etcd does not let us read.
             StoreError: etcd could not be asked, or the revision was compacted away.
         """
-        if not self._link.connected and not self._link.denied:
+        if not self._staleness.connected and not self._staleness.denied:
             raise AuditVoidError("there is no connection")
         started = trio.current_time()
         audit = self._audit = _Audit()
@@ -264,7 +263,7 @@ class Auditor:
             await self._find_ghosts(audit)
             await self._let_catch_up(audit)
             differing = await self._convicted(audit)
-            if not self._link.connected:
+            if not self._staleness.connected:
                 raise AuditVoidError("there is no connection")
         finally:
             self._audit = None
@@ -302,9 +301,9 @@ class Auditor:
         found: set[bytes] = set()
         keys = size = 0
         for held in self._held.slices():
-            for holder, facts in held:
+            for holder, key_state in held:
                 keys += 1
-                size += facts.size
+                size += key_state.size
                 if keys >= PAGE or size >= PAGE_BYTES:
                     keys = size = 0
                     found.add(self._held.key_of(holder) or b"")
@@ -317,7 +316,7 @@ class Auditor:
         pages = Pages(self._store, start, end, paging, revision=audit.revision)
         while (page := await pages.next()) is not None:
             audit.revision = pages.revision
-            self._link.allow()
+            self._staleness.allow()
             for first in range(0, len(page.entries), SLICE):
                 for entry in page.entries[first : first + SLICE]:
                     self._compare(audit, entry)
@@ -330,18 +329,18 @@ class Auditor:
         holder = holder_of(self._tree, entry.key)
         if holder is not None:
             audit.seen.add(holder)
-        if entry.key not in audit.changed and not is_as(self._tree, self._contents, entry):
+        if entry.key not in audit.changed and not is_as(self._tree, self._value_cache, entry):
             self._suspect(audit, entry.key, expected_of(entry))
 
     async def _find_ghosts(self, audit: _Audit) -> None:
         """Suspect what the mirror has and etcd had not."""
         for held in self._held.slices():
-            for holder, facts in held:
+            for holder, key_state in held:
                 if holder in audit.seen:
                     continue
                 key = self._held.key_of(holder)
                 if key is not None:
-                    self._suspect_ghost(audit, key, facts)
+                    self._suspect_ghost(audit, key, key_state)
             await _let_others(audit)
         for directories in self._held.directories():
             audit.hollow += [
@@ -353,8 +352,8 @@ class Auditor:
         if audit.hollow:  # no event would take it away, and no listing would name it
             self._tree.doubtful = True
 
-    def _suspect_ghost(self, audit: _Audit, key: bytes, facts: Facts) -> None:
-        if facts.mod_revision <= audit.revision and key not in audit.changed:
+    def _suspect_ghost(self, audit: _Audit, key: bytes, key_state: KeyState) -> None:
+        if key_state.mod_revision <= audit.revision and key not in audit.changed:
             self._suspect(audit, key, NOTHING)
 
     def _suspect(self, audit: _Audit, key: bytes, expected: Expected) -> None:
@@ -387,7 +386,9 @@ class Auditor:
         suspects = list(audit.suspects.items())
         for first in range(0, len(suspects) or 1, SLICE):
             for key, expected in suspects[first : first + SLICE]:
-                if key in audit.suspects and not agrees(self._tree, self._contents, key, expected):
+                if key in audit.suspects and not agrees(
+                    self._tree, self._value_cache, key, expected
+                ):
                     convicted.append(key)
             await _let_others(audit)
         return [key for key in convicted if key in audit.suspects] + audit.hollow

@@ -1,19 +1,18 @@
 """What a mirror holds, as an audit goes through it.
 
-What this room knows: how all keys that are held are gone through while they change, and when what
-is held under a key is what etcd has there. What it must not know: etcd, when an audit is due.
+Knows: how all keys that are held are gone through while they change, and when what is held under a
+key is what etcd has there. Does not know: etcd, when an audit is due.
 
-There are two of these: the keys of the mount's prefix, and the side keys of that prefix where
+There are two of these: the keys of the mount's prefix, and the record keys of that prefix where
 they are not among them (`sidemirror`).
 
 Concurrency: trio thread. Between two slices anything may change.
 
 A new listing beside the tree it is to replace, without the values that both have.
 
-What this room knows: which of what is listed differs from what a tree holds. What it must not
-know: how a tree is changed.
+Knows: which of what is listed differs from what a tree holds. Does not know: how a tree is changed.
 
-Most of what is listed again is as it was: of that only the facts are kept, and of what differs the
+Most of what is listed again is as it was: of that only the key state are kept, and of what differs the
 values, up to a bound. What differs beyond it had better be a tree of its own, which needs no values.
 
 Concurrency: trio thread. `differences` lets others have their turn, and the tree may change
@@ -28,18 +27,23 @@ from typing import Final, Protocol, final
 
 import trio
 
-from etcdfs.keyspace.attribute_records import encode, is_side_key, owner_of, side_key
+from etcdfs.keyspace.attribute_records import encode, is_record_key, owner_of, record_key
 from etcdfs.keyspace.keys import MARKER_NAME, Keyspace
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
-from etcdfs.tree.node_attributes import find_facts, is_foreign, side_facts, side_of
-from etcdfs.tree.tree import NOT_IN_ETCD, Directory, Facts, File, Tree, facts_of
-from etcdfs.tree.value_cache import Contents, entry_size
+from etcdfs.tree.node_attributes import (
+    find_key_state,
+    is_foreign,
+    record_key_state,
+    stored_record_of,
+)
+from etcdfs.tree.tree import NOT_IN_ETCD, Directory, File, KeyState, Tree, key_state_of
+from etcdfs.tree.value_cache import ValueCache, entry_size
 
 SLICE: Final = 100
 """Keys looked at at a time; well below a millisecond."""
 
 Holder = Directory | File | bytes
-"""Who stands for a key: its node, for a marker the directory, for a side key itself."""
+"""Who stands for a key: its node, for a marker the directory, for a record key itself."""
 
 
 class Audited(Protocol):
@@ -55,7 +59,7 @@ class Audited(Protocol):
         """Whether it is still to be audited."""
         ...
 
-    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+    def slices(self) -> Iterator[Sequence[tuple[Holder, KeyState]]]:
         """Iterate over all that is held, a slice at a time."""
         ...
 
@@ -70,30 +74,30 @@ class Audited(Protocol):
 
 @final
 class HeldKeys:
-    """The keys of a tree, side keys among them if they come with the others."""
+    """The keys of a tree, record keys among them if they come with the others."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self.keyspace = tree.keyspace
         self.is_kept = True
 
-    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+    def slices(self) -> Iterator[Sequence[tuple[Holder, KeyState]]]:
         """See `Audited`."""
         for directory in self._tree.directories():
-            found: list[tuple[Holder, Facts]] = []
+            found: list[tuple[Holder, KeyState]] = []
             if directory.marker is not None and directory.marker is not NOT_IN_ETCD:
                 found.append((directory, directory.marker))
             # A list, as the directory may change between two slices.
             children = list(directory.children.values())
             for first in range(0, len(children) or 1, SLICE):
                 found += [
-                    (child, child.facts)
+                    (child, child.key_state)
                     for child in children[first : first + SLICE]
-                    if isinstance(child, File) and child.facts is not None
+                    if isinstance(child, File) and child.key_state is not None
                 ]
                 yield found
                 found = []
-        yield from _sliced(list(side_facts(self._tree)))
+        yield from _sliced(list(record_key_state(self._tree)))
 
     def key_of(self, holder: Holder) -> bytes | None:
         """See `Audited`."""
@@ -114,21 +118,26 @@ class HeldKeys:
 
 
 @final
-class HeldSides:
-    """The side keys of a prefix, where they come by a watch of their own."""
+class HeldRecords:
+    """The record keys of a prefix, where they come by a watch of their own."""
 
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
-        self.keyspace = Keyspace(side_key(tree.keyspace.prefix))
+        self.keyspace = Keyspace(record_key(tree.keyspace.prefix))
 
     @property
     def is_kept(self) -> bool:
         """See `Audited`."""
         return self._tree.attributes
 
-    def slices(self) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+    def slices(self) -> Iterator[Sequence[tuple[Holder, KeyState]]]:
         """See `Audited`."""
-        yield from _sliced([(side_key(key), side.facts) for key, side in self._tree.sides.items()])
+        yield from _sliced(
+            [
+                (record_key(key), stored_record.key_state)
+                for key, stored_record in self._tree.stored_records.items()
+            ]
+        )
 
     def key_of(self, holder: Holder) -> bytes | None:
         """See `Audited`."""
@@ -140,8 +149,8 @@ class HeldSides:
 
 
 def _sliced(
-    found: Sequence[tuple[Holder, Facts]],
-) -> Iterator[Sequence[tuple[Holder, Facts]]]:
+    found: Sequence[tuple[Holder, KeyState]],
+) -> Iterator[Sequence[tuple[Holder, KeyState]]]:
     for first in range(0, len(found), SLICE):
         yield found[first : first + SLICE]
 
@@ -151,8 +160,8 @@ def _sliced(
 
 def holder_of(tree: Tree, key: bytes) -> Holder | None:
     """Return who stands for a key; None if nobody does."""
-    if is_side_key(key):
-        return key if find_facts(tree, key) is not None else None
+    if is_record_key(key):
+        return key if find_key_state(tree, key) is not None else None
     found = tree.find(key)
     return None if found is None else found[0]
 
@@ -167,21 +176,21 @@ def is_hollow(tree: Tree, directory: Directory) -> bool:
     )
 
 
-def is_as(tree: Tree, contents: Contents, entry: KeyValue) -> bool:
+def is_as(tree: Tree, value_cache: ValueCache, entry: KeyValue) -> bool:
     """Tell whether what is held under a key is what etcd has there, as far as values are held."""
-    found = find_facts(tree, entry.key)
-    if found is None or found[1] != facts_of(entry):
+    found = find_key_state(tree, entry.key)
+    if found is None or found[1] != key_state_of(entry):
         return False
-    if is_side_key(entry.key):
-        return tree.sides[owner_of(entry.key)] == side_of(entry)
-    return contents.peek(entry.key, entry.mod_revision) in {None, entry.value}
+    if is_record_key(entry.key):
+        return tree.stored_records[owner_of(entry.key)] == stored_record_of(entry)
+    return value_cache.peek(entry.key, entry.mod_revision) in {None, entry.value}
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
     """What etcd has under a key: None if nothing; `digest` is its value's."""
 
-    facts: Facts | None
+    key_state: KeyState | None
     digest: int = 0
 
 
@@ -190,21 +199,21 @@ NOTHING: Final = Expected(None)
 
 def expected_of(entry: KeyValue) -> Expected:
     """Return what is to be held for an entry of etcd's; its value is not kept."""
-    if is_side_key(entry.key):
-        return Expected(facts_of(entry), hash(encode(side_of(entry).record)))
-    return Expected(facts_of(entry), hash(entry.value))
+    if is_record_key(entry.key):
+        return Expected(key_state_of(entry), hash(encode(stored_record_of(entry).record)))
+    return Expected(key_state_of(entry), hash(entry.value))
 
 
-def agrees(tree: Tree, contents: Contents, key: bytes, expected: Expected) -> bool:
+def agrees(tree: Tree, value_cache: ValueCache, key: bytes, expected: Expected) -> bool:
     """Tell whether what is held under a key is what is expected, as far as values are held."""
-    found = find_facts(tree, key)
-    if found is None or expected.facts is None:
-        return found is None and expected.facts is None
-    if found[1] != expected.facts:
+    found = find_key_state(tree, key)
+    if found is None or expected.key_state is None:
+        return found is None and expected.key_state is None
+    if found[1] != expected.key_state:
         return False
-    if is_side_key(key):
-        return hash(encode(tree.sides[owner_of(key)].record)) == expected.digest
-    held = contents.peek(key, expected.facts.mod_revision)
+    if is_record_key(key):
+        return hash(encode(tree.stored_records[owner_of(key)].record)) == expected.digest
+    held = value_cache.peek(key, expected.key_state.mod_revision)
     return held is None or hash(held) == expected.digest
 
 
@@ -213,7 +222,7 @@ STAGING_SLICE: Final = 500
 
 
 _packed: Final = Struct("5q").pack
-"""Puts the numbers of `Facts` together; etcd's have 64 bits."""
+"""Puts the numbers of `KeyState` together; etcd's have 64 bits."""
 
 
 class TooDifferentError(Exception):
@@ -224,11 +233,11 @@ class TooDifferentError(Exception):
 class Staging:
     """What has been listed so far."""
 
-    def __init__(self, tree: Tree, contents: Contents, *, most_bytes: int) -> None:
+    def __init__(self, tree: Tree, value_cache: ValueCache, *, most_bytes: int) -> None:
         """Compare with a tree, and keep values of at most so many bytes."""
         # --- dependencies
         self._tree = tree
-        self._contents = contents
+        self._value_cache = value_cache
         # --- mutable state
         self._room = most_bytes
         # Facts as bytes: a million tuples, and Python's collector would walk them for a second.
@@ -244,8 +253,8 @@ class Staging:
         for entry in entries:
             if is_foreign(self._tree, entry.key):
                 continue
-            if is_as(self._tree, self._contents, entry):
-                self._same[entry.key] = _packed(*facts_of(entry))
+            if is_as(self._tree, self._value_cache, entry):
+                self._same[entry.key] = _packed(*key_state_of(entry))
                 continue
             self._different[entry.key] = entry
             self._room -= entry_size(entry.value)
@@ -268,9 +277,9 @@ class Staging:
             await trio.lowlevel.checkpoint()
         while self._same:
             for _ in range(min(STAGING_SLICE, len(self._same))):
-                key, facts = self._same.popitem()  # letting go of all at once takes long, too
-                found = find_facts(self._tree, key)
-                if found is None or _packed(*found[1]) != facts:
+                key, key_state = self._same.popitem()  # letting go of all at once takes long, too
+                found = find_key_state(self._tree, key)
+                if found is None or _packed(*found[1]) != key_state:
                     raise TooDifferentError(f"{key!r} has changed since it was listed")
             await trio.lowlevel.checkpoint()
         return [*events, *self._different.values()]

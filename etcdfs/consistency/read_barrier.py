@@ -1,13 +1,13 @@
 """Waiting until the mirror shows what etcd holds now (`--consistency linearizable`).
 
-What this room knows: how to learn etcd's revision for many callers at once, and what shows that
-the mirror is no older. What it must not know: who asks, the kernel.
+Knows: how to learn etcd's revision for many callers at once, and what shows that the mirror is no
+older. Does not know: who asks, the kernel.
 
 etcd counts one revision for all its keys, and the watch brings those of one prefix: the mirror
 may have all there is and never reach the revision etcd names. A progress notice cannot decide it
 (see `etcdfs.mirror.watch_session`). So when the mirror is behind, what was asked for is looked at in etcd as
 well, keys only; the mirror is new enough when it shows the same, or something newer. The same goes
-for the attributes: where side keys come by a watch of their own, the revision of the mirror says
+for the attributes: where record keys come by a watch of their own, the revision of the mirror says
 nothing of them, and they are looked at each time.
 
 Concurrency: trio thread; any number of callers. Callers that come while one asks share the next
@@ -21,12 +21,12 @@ import trio
 
 from etcdfs.consistency.audit import Following
 from etcdfs.errors import CallerError, StorePermissionError, StoreTimeoutError
-from etcdfs.keyspace.attribute_records import is_side_key, side_key, side_range
+from etcdfs.keyspace.attribute_records import is_record_key, record_key, record_range
 from etcdfs.keyspace.keys import VALUE_NAME
 from etcdfs.keyspace.paging import Pages, Paging
 from etcdfs.keyspace.store import Get, Store, Transaction, range_end
 from etcdfs.keyspace.transaction_results import page_of
-from etcdfs.tree.node_attributes import find_facts, is_foreign
+from etcdfs.tree.node_attributes import find_key_state, is_foreign
 from etcdfs.tree.tree import Directory, File, Node, Tree
 
 PAGE: Final = 1000
@@ -41,13 +41,13 @@ class Advancing(Following, Protocol):
         """Return when readers see a newer revision."""
         ...
 
-    def refuse_sides(self, refusal: StorePermissionError) -> None:
-        """Go on without side keys, which etcd's roles do not let us read; else raise."""
+    def refuse_records(self, refusal: StorePermissionError) -> None:
+        """Go on without record keys, which etcd's roles do not let us read; else raise."""
         ...
 
 
 @final
-class Barrier:
+class ReadBarrier:
     """Holds readers back until the mirror is no older than etcd was when they came."""
 
     def __init__(self, store: Store, tree: Tree, mirror: Advancing, *, timeout_s: float) -> None:
@@ -64,7 +64,7 @@ class Barrier:
         self._revision = 0  # with this
         self.waits = 0
 
-    async def entry(self, directory: Directory, name: bytes) -> None:
+    async def revalidate_name(self, directory: Directory, name: bytes) -> None:
         """Return when the mirror shows under a name what etcd held when this was called.
 
         Raises:
@@ -83,7 +83,7 @@ class Barrier:
         if file.directory is not None:
             await self._pass(file.directory, file.name)
 
-    async def listing(self, directory: Directory) -> None:
+    async def revalidate_directory(self, directory: Directory) -> None:
         """Return when the mirror shows in a directory what etcd held when this was called.
 
         Raises:
@@ -123,12 +123,12 @@ class Barrier:
         self.waits += is_behind
         # checkpoint: the watch may have brought it; what etcd says now is newer still
         wanted = await self._ask(directory, name) if is_behind else {}
-        has_sides = self._tree.attributes and self._tree.rights.readable
-        if has_sides and (is_behind or not self._tree.keyspace.holds_sides):
+        has_records = self._tree.attributes and self._tree.rights.readable
+        if has_records and (is_behind or not self._tree.keyspace.holds_records):
             try:
-                wanted |= await self._ask_sides(directory, name)
+                wanted |= await self._ask_records(directory, name)
             except StorePermissionError as exc:
-                self._mirror.refuse_sides(exc)
+                self._mirror.refuse_records(exc)
         return wanted
 
     async def _ask(self, directory: Directory, name: bytes | None) -> dict[bytes, int]:
@@ -152,8 +152,8 @@ class Barrier:
             found.update((entry.key, entry.mod_revision) for entry in page.entries)
         return found
 
-    async def _ask_sides(self, directory: Directory, name: bytes | None) -> dict[bytes, int]:
-        """Return the side keys of what was asked for, likewise.
+    async def _ask_records(self, directory: Directory, name: bytes | None) -> dict[bytes, int]:
+        """Return the record keys of what was asked for, likewise.
 
         Raises:
             StorePermissionError: etcd's roles do not let us have them.
@@ -162,12 +162,12 @@ class Barrier:
         if not tree.is_attached(directory):
             return {}
         if name is None:
-            return await self._ask_sides_below(directory)
+            return await self._ask_records_below(directory)
         names = tree.names(directory, name)
         keys: list[bytes] = []
         for key_of in (tree.keyspace.file_key, tree.keyspace.directory_prefix):
             with suppress(CallerError):
-                keys.append(side_key(key_of(names)))
+                keys.append(record_key(key_of(names)))
         if not keys:
             return {}
         gets = tuple(Get(key, keys_only=True) for key in keys)
@@ -175,18 +175,18 @@ class Barrier:
         found = [entry for result in committed.results for entry in page_of(result).entries]
         return dict.fromkeys(keys, 0) | {entry.key: entry.mod_revision for entry in found}
 
-    async def _ask_sides_below(self, directory: Directory) -> dict[bytes, int]:
+    async def _ask_records_below(self, directory: Directory) -> dict[bytes, int]:
         tree = self._tree
         names = tree.names(directory)
-        wanted = await self._ask_sides(directory, VALUE_NAME) if names else {}
-        wanted |= dict.fromkeys(map(side_key, await self._sides_below(names)), 0)
-        return wanted | await self._ask_range(*side_range(tree.keyspace.scan_prefix(names)))
+        wanted = await self._ask_records(directory, VALUE_NAME) if names else {}
+        wanted |= dict.fromkeys(map(record_key, await self._records_below(names)), 0)
+        return wanted | await self._ask_range(*record_range(tree.keyspace.scan_prefix(names)))
 
-    async def _sides_below(self, names: tuple[bytes, ...]) -> list[bytes]:
-        """Return the keys below a directory of which the mirror has side keys."""
+    async def _records_below(self, names: tuple[bytes, ...]) -> list[bytes]:
+        """Return the keys below a directory of which the mirror has record keys."""
         prefix = self._tree.keyspace.scan_prefix(names)
         found: list[bytes] = []
-        keys = list(self._tree.sides)
+        keys = list(self._tree.stored_records)
         for first in range(0, len(keys), PAGE):
             found += [key for key in keys[first : first + PAGE] if key.startswith(prefix)]
             await trio.lowlevel.checkpoint()
@@ -215,7 +215,7 @@ class Barrier:
 
     def _known_below(self, directory: Directory, prefix: bytes) -> list[bytes]:
         # A directory's `%value` has a key that is not below it.
-        return [key for key, _ in self._tree.facts(directory) if key.startswith(prefix)]
+        return [key for key, _ in self._tree.key_state(directory) if key.startswith(prefix)]
 
     async def _unseen(self, wanted: dict[bytes, int], reached: int) -> dict[bytes, int]:
         """Return those keys of which the mirror still shows an older state."""
@@ -223,7 +223,7 @@ class Barrier:
         for index, (key, revision) in enumerate(wanted.items(), 1):
             if self._is_there(key, reached):
                 continue
-            found = find_facts(self._tree, key)
+            found = find_key_state(self._tree, key)
             shown = 0 if found is None else found[1].mod_revision
             if shown < revision or (shown and not revision):
                 unseen[key] = revision
@@ -233,8 +233,8 @@ class Barrier:
 
     def _is_there(self, key: bytes, revision: int) -> bool:
         """Say whether the mirror has all there was of a key at a revision, by its own revision."""
-        if not is_side_key(key):
+        if not is_record_key(key):
             return self._mirror.revision >= revision
         if is_foreign(self._tree, key):
             return True
-        return self._tree.keyspace.holds_sides and self._mirror.revision >= revision
+        return self._tree.keyspace.holds_records and self._mirror.revision >= revision

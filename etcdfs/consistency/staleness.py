@@ -1,8 +1,8 @@
 """What is known of the way to etcd, and whether what the mirror holds may be shown.
 
-What this room knows: when etcd was last heard, whether it allows us to read, and for how long
-what the mirror holds is good enough while nothing is heard (`--max-stale`); and since when the
-kernel may show what is older than the mirror. What it must not know: watches, requests, the tree.
+Knows: when etcd was last heard, whether it allows us to read, and for how long what the mirror
+holds is good enough while nothing is heard (`--max-stale`); and since when the kernel may show what
+is older than the mirror. Does not know: watches, requests, the tree.
 
 The mirror may be shown, or it is *refused*: as too old, or as no longer permitted. Refused is
 judged at each question, by the time, so that no reader is ever given more than the limit; the
@@ -12,8 +12,8 @@ Concurrency: trio thread; no operation waits but `until_refused` and `until_show
 
 Whether etcd is there, asked before something is begun that it must carry out in the end.
 
-What this room knows: when it must be asked, and that one question does for all. What it must not
-know: what is to be begun.
+Knows: when it must be asked, and that one question does for all. Does not know: what is to be
+begun.
 
 Shells, and most programs that end without closing what they wrote, never look at what close(2)
 says. They do look at open(2): so an open for writing fails when a close would.
@@ -38,7 +38,7 @@ UNLIMITED: Final = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LinkStatistics:
+class StalenessStatistics:
     """The connection to etcd, as an operator wants it.
 
     Attributes:
@@ -62,7 +62,7 @@ class LinkStatistics:
 
 
 @final
-class Link:
+class Staleness:
     """The state of the connection; one for each mirror."""
 
     def __init__(self, *, max_stale_s: float) -> None:
@@ -163,12 +163,12 @@ class Link:
         while self._refusal() is not None:
             await self._stir.wait()
 
-    def statistics(self) -> LinkStatistics:
+    def statistics(self) -> StalenessStatistics:
         """Say how the connection is."""
         now = trio.current_time()
         silent_s = 0.0 if self._heard is None else now - self._heard
         refusal = self._refusal()
-        return LinkStatistics(
+        return StalenessStatistics(
             connected=self.connected,
             state_s=0.0 if self._turned is None else now - self._turned,
             silent_s=silent_s,

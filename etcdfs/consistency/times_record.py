@@ -1,7 +1,7 @@
 """The record of when revisions were made, in etcd: times that outlast the mount.
 
-What this room knows: where the record is, when it is read and when it is written. What it must not
-know: what it says (`revision_times`), nodes.
+Knows: where the record is, when it is read and when it is written. Does not know: what it says
+(`revision_times`), nodes.
 
 It is one key, `/.etcdfs/attrs/`: the place of attributes of no key. It is read once. Only mounts
 with a mirror write it, as only they learn of each revision when it is made: when they are mounted

@@ -1,8 +1,7 @@
 """A private etcd for a mount that has none: `--embedded`.
 
-What this room knows: where an etcd binary can be found, how a single member is run with its data
-kept between runs, out of everybody else's reach, and how it is ended. What it must not know: what
-is stored.
+Knows: where an etcd binary can be found, how a single member is run with its data kept between
+runs, out of everybody else's reach, and how it is ended. Does not know: what is stored.
 
 The data directory (mode 0700) holds
 

@@ -1,7 +1,7 @@
 """The composition root: puts the rooms together, mounts, serves, and takes all down again.
 
-What this room knows: who depends on whom, and in which order things start and end. What it must
-not know: anything that one of the rooms knows.
+Knows: who depends on whom, and in which order things start and end. Does not know: anything that
+one of the rooms knows.
 
 Run as `python -m etcdfs.daemon.main MOUNTPOINT --options-fd N [--status-fd M]` by the command line.
 
@@ -47,14 +47,14 @@ from etcdfs.errors import (
     UnpublishedError,
 )
 from etcdfs.etcd.client import open_store
-from etcdfs.files.handles import OpenFiles
-from etcdfs.files.write_buffer import WriteBuffers
-from etcdfs.files.writeback import Publisher
+from etcdfs.files.handles import Handles
+from etcdfs.files.write_buffer import WriteBufferQuota
+from etcdfs.files.writeback import Writeback
 from etcdfs.fuse.notify import KernelCache, is_in_kernel
 from etcdfs.fuse.operations import FuseMount, Operations
 from etcdfs.fuse.procfs import describe_shortage, is_shortage
 from etcdfs.keyspace.keys import Keyspace
-from etcdfs.keyspace.outcomes import Certain
+from etcdfs.keyspace.outcomes import ResolvingStore
 from etcdfs.keyspace.store import END_OF_KEYS, Store, range_end
 from etcdfs.mirror.guard import watch_over
 from etcdfs.mirror.mirror import Mirror
@@ -83,9 +83,9 @@ from etcdfs.process.startup_protocol import (
     read_options,
 )
 from etcdfs.tree.tree import Tree
-from etcdfs.tree.value_cache import Contents
+from etcdfs.tree.value_cache import ValueCache
 from etcdfs.tree.view import View
-from etcdfs.uncached.uncached import Direct
+from etcdfs.uncached.uncached import Uncached
 from etcdfs.vfs.attributes import Defaults
 from etcdfs.vfs.filesystem import Filesystem
 
@@ -107,11 +107,11 @@ LOST_SHOWN: Final = 5
 """Names in the one line that says what was lost; the log has them all."""
 
 FLUSH_TIMEOUTS: Final = 2
-"""Times `--timeout` that drafts may take to be published when the mount is taken down."""
+"""Times `--timeout` that write buffers may take to be published when the mount is taken down."""
 
 
 @final
-class Rooms:
+class Components:
     """Everything between etcd and the kernel, for one mount."""
 
     def __init__(self, options: MountOptions, store: Store) -> None:
@@ -125,7 +125,7 @@ class Rooms:
             complete=options.cache,
             attributes=not options.no_attrs,
         )
-        self.contents = Contents(options.cache_size)
+        self.value_cache = ValueCache(options.cache_size)
         self.kernel = KernelCache()
         self.mirror: Mirror | None = None
         self.outside: bytes | None = None  # a key that no default mount shows
@@ -133,7 +133,7 @@ class Rooms:
         if options.cache:
             self.view = self.mirror = Mirror(
                 store,
-                self.contents,
+                self.value_cache,
                 self.tree,
                 self.kernel,
                 settle_timeout_s=options.settle_timeout_s,
@@ -145,22 +145,22 @@ class Rooms:
                 tidies=not (options.read_only or options.no_attrs),
             )
         else:
-            self.view = Direct(store, self.contents, self.tree)
+            self.view = Uncached(store, self.value_cache, self.tree)
         self.times = TimesRecord(
             store,
             self.tree.revisions,
             time.time_ns,
             writes=options.cache and not (options.read_only or options.no_attrs),
         )
-        self.publisher = Publisher(
-            store, self.view, self.contents, max_file_size=options.max_file_size
+        self.writeback = Writeback(
+            store, self.view, self.value_cache, max_file_size=options.max_file_size
         )
-        self.buffers = WriteBuffers(options.write_buffer, max_file_size=options.max_file_size)
-        self.files = OpenFiles(
-            self.view, self.contents, self.publisher, self.buffers, read_only=options.read_only
+        self.buffers = WriteBufferQuota(options.write_buffer, max_file_size=options.max_file_size)
+        self.files = Handles(
+            self.view, self.value_cache, self.writeback, self.buffers, read_only=options.read_only
         )
         self.filesystem = Filesystem(
-            Certain(store),
+            ResolvingStore(store),
             self.view,
             self.files,
             Defaults(
@@ -191,9 +191,9 @@ class Rooms:
             "store": asdict(self.store.statistics()),
             "tree": asdict(self.tree.statistics()),
             "attributes": asdict(self.tree.rights.statistics()),
-            "contents": asdict(self.contents.statistics()),
+            "value_cache": asdict(self.value_cache.statistics()),
             "kernel": asdict(self.kernel.statistics()),
-            "publisher": asdict(self.publisher.statistics()),
+            "writeback": asdict(self.writeback.statistics()),
             "write_buffer": asdict(self.buffers.statistics()),
             "open_files": len(self.files),
             "admission": asdict(self.operations.admission.statistics()),
@@ -201,12 +201,14 @@ class Rooms:
         }
         if self.mirror is not None:
             counters["mirror"] = asdict(self.mirror.statistics())
-            counters["link"] = asdict(self.mirror.link.statistics())
+            counters["staleness"] = asdict(self.mirror.staleness.statistics())
             counters["audit"] = asdict(self.mirror.auditor.statistics())
-            if self.mirror.sides is not None:
-                counters["side_audit"] = asdict(self.mirror.sides.auditor.statistics())
-            if self.mirror.replica is not None:
-                counters["replica"] = asdict(self.mirror.replica.statistics())
+            if self.mirror.stored_records is not None:
+                counters["attribute_audit"] = asdict(
+                    self.mirror.stored_records.auditor.statistics()
+                )
+            if self.mirror.state_machine is not None:
+                counters["state_machine"] = asdict(self.mirror.state_machine.statistics())
         return counters
 
     async def look_elsewhere(self) -> None:
@@ -265,35 +267,35 @@ async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None
         await nursery.start(ending.run)
         async with AsyncExitStack() as stack:
             waiting = _Waiting(options.wait_for_etcd_s, reporter)
-            rooms, client_url = await _open_rooms(stack, options, waiting)
+            components, client_url = await _open_components(stack, options, waiting)
             tasks = await stack.enter_async_context(trio.open_nursery())
             stack.callback(tasks.cancel_scope.cancel)
             if not options.no_attrs:
-                await rooms.times.load()
-                stack.push_async_callback(rooms.times.save)
-            if rooms.mirror is not None:
-                await waiting.until_done(partial(_sync, tasks, rooms.mirror, reporter))
-                tasks.start_soon(watch_over, rooms.mirror)
-                await rooms.times.save()
-                tasks.start_soon(rooms.times.run)
-            await rooms.look_elsewhere()
+                await components.times.load()
+                stack.push_async_callback(components.times.save)
+            if components.mirror is not None:
+                await waiting.until_done(partial(_sync, tasks, components.mirror, reporter))
+                tasks.start_soon(watch_over, components.mirror)
+                await components.times.save()
+                tasks.start_soon(components.times.run)
+            await components.look_elsewhere()
             claim.check()
-            mount = FuseMount(rooms.operations, options.mountpoint, _kernel_options(options))
+            mount = FuseMount(components.operations, options.mountpoint, _kernel_options(options))
             with mount:
                 mounted = _found_by_name(options.mountpoint)
-                rooms.operations.openers.device = None if mounted is None else mounted.device
+                components.operations.openers.device = None if mounted is None else mounted.device
                 claim.release()
                 if _forbids_links(options):
                     forbid_links(options.mountpoint)
-                rooms.kernel.start(tasks)
-                tasks.start_soon(_announce, rooms, reporter, client_url)
-                ending.begin(rooms, mount)
+                components.kernel.start(tasks)
+                tasks.start_soon(_announce, components, reporter, client_url)
+                ending.begin(components, mount)
                 await mount.run()
-                await rooms.flush()
-                await _leave_kernel(rooms.kernel, mount, mounted)
+                await components.flush()
+                await _leave_kernel(components.kernel, mount, mounted)
                 mount.unmounts = mounted is not None and is_there(mounted)
             log.info("unmounted %s", options.mountpoint)
-            rooms.check_published()
+            components.check_published()
         nursery.cancel_scope.cancel()
 
 
@@ -324,9 +326,9 @@ def _found_by_name(mountpoint: str) -> Mounted | None:
     return mounted
 
 
-async def _open_rooms(
+async def _open_components(
     stack: AsyncExitStack, options: MountOptions, waiting: "_Waiting"
-) -> tuple[Rooms, str | None]:
+) -> tuple[Components, str | None]:
     endpoints: tuple[Endpoint, ...] = options.endpoints
     client_url = None
     if options.embedded:
@@ -342,7 +344,7 @@ async def _open_rooms(
                 await _check_readable(store, Keyspace(options.prefix))
             return store
 
-    return Rooms(options, await waiting.until_done(connect)), client_url
+    return Components(options, await waiting.until_done(connect)), client_url
 
 
 async def _check_readable(store: Store, keyspace: Keyspace) -> None:
@@ -392,23 +394,23 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
         with _store_errors():
             if not mirror.revision:  # else only what comes after it failed, and is tried again
                 await tasks.start(mirror.run, progress)
-            if mirror.sides is not None:
-                await tasks.start(mirror.sides.run)
+            if mirror.stored_records is not None:
+                await tasks.start(mirror.stored_records.run)
     finally:
         gc.enable()
         gc.freeze()
 
 
-async def _announce(rooms: Rooms, reporter: Reporter, client_url: str | None) -> None:
+async def _announce(components: Components, reporter: Reporter, client_url: str | None) -> None:
     """Say that the mount is usable, once a call through the kernel has shown it."""
-    mountpoint = rooms.options.mountpoint
-    with trio.fail_after(rooms.options.timeout_s):
+    mountpoint = components.options.mountpoint
+    with trio.fail_after(components.options.timeout_s):
         await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
     log.info("mounted %s", mountpoint)
-    mirror = rooms.mirror
+    mirror = components.mirror
     etcd = ""
     if client_url is not None:
-        etcd = describe((await rooms.store.status()).version)
+        etcd = describe((await components.store.status()).version)
         log.info("%s", etcd)
     reporter.report(
         Ready(
@@ -431,11 +433,11 @@ class _Ending:
 
     def __init__(self, starting: trio.CancelScope) -> None:
         self._starting = starting
-        self._serving: tuple[Rooms, FuseMount] | None = None
+        self._serving: tuple[Components, FuseMount] | None = None
 
-    def begin(self, rooms: Rooms, mount: FuseMount) -> None:
+    def begin(self, components: Components, mount: FuseMount) -> None:
         """From now on there is a mount to be taken down."""
-        self._serving = (rooms, mount)
+        self._serving = (components, mount)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Wait for signals, for ever."""
@@ -452,9 +454,9 @@ class _Ending:
                     self._starting.cancel()
                 else:
                     log.info("%s: taking down the mount", signal.Signals(number).name)
-                    rooms, mount = self._serving
-                    await rooms.flush()
-                    await rooms.kernel.aclose()  # while requests are answered: they hold locks
+                    components, mount = self._serving
+                    await components.flush()
+                    await components.kernel.aclose()  # while requests are answered: they hold locks
                     mount.stop()
 
 

@@ -1,7 +1,6 @@
 """gRPC's synchronous calls, as trio's tasks wait for them.
 
-What this room knows: on which threads gRPC says what happened. What it must not know: etcd. It
-is part of the etcd door.
+Knows: on which threads gRPC says what happened. Does not know: etcd. It is part of the etcd door.
 
 gRPC's asyncio interface would need a foreign event loop beside trio's. The synchronous one needs
 none: a unary call is a future with a callback, and only the messages of a stream are waited for

@@ -1,8 +1,7 @@
 """The door to etcd: the port `Store`, over aetcd's generated stubs on gRPC channels of our own.
 
-What this room knows: deadlines, what may be sent twice and what must not. What it must not know:
-the file system. With the other rooms called `etcd_...` it is the only place that may import
-aetcd or grpc.
+Knows: deadlines, what may be sent twice and what must not. Does not know: the file system. With the
+other rooms called `etcd_...` it is the only place that may import aetcd or grpc.
 
 Two rules carry it. A read is sent again, to each member in turn, until its deadline. A write is
 sent to a member that has answered just now; again only if the first was certainly not carried
@@ -12,7 +11,7 @@ Concurrency: any number of tasks may call at once; all of it runs on the trio th
 
 Leases, as the port `Store` describes them; part of the etcd door.
 
-What this room knows: etcd's three calls about leases. What it must not know: connections.
+Knows: etcd's three calls about leases. Does not know: connections.
 
 All of them may be sent again: a grant that was carried out twice leaves a lease that nobody uses
 and that ends by itself.
@@ -40,7 +39,7 @@ from etcdfs.errors import (
 )
 from etcdfs.etcd import codec as wire
 from etcdfs.etcd.connection import ANY_SIZE, Connection, Login
-from etcdfs.etcd.hedged_read import Round, Send
+from etcdfs.etcd.hedged_read import HedgedRead, Send
 from etcdfs.etcd.members import Members
 from etcdfs.etcd.tls import check
 from etcdfs.etcd.watch import EtcdWatch
@@ -153,7 +152,7 @@ class EtcdStore(LeaseCalls):
             return self._checked(answer, transaction)
         for pause in _pauses():
             connection = await self._trusted(deadline)
-            known = self._members.horizon.known
+            known = self._members.watermark.known
             try:
                 answer = await connection.txn(request, deadline)
             except grpc.RpcError as exc:
@@ -165,8 +164,8 @@ class EtcdStore(LeaseCalls):
             else:
                 committed = self._checked(answer, transaction)
                 header = wire.header(answer)
-                if not self._members.horizon.holds(header, known):
-                    self._members.horizon.move_back(header)
+                if not self._members.watermark.holds(header, known):
+                    self._members.watermark.move_back(header)
                 return committed
             if trio.current_time() + pause >= deadline:
                 raise error
@@ -267,7 +266,7 @@ class EtcdStore(LeaseCalls):
     def _deadline(self) -> float:
         return trio.current_time() + self._timeout_s
 
-    async def prove(self, *, at_once: bool = False) -> None:
+    async def probe_quorum(self, *, at_once: bool = False) -> None:
         """Have a member answer a linearizable read, which takes a leader and a majority.
 
         Args:
@@ -276,9 +275,9 @@ class EtcdStore(LeaseCalls):
         Raises:
             StoreError: None does.
         """
-        await self._prove(self._deadline(), at_once=at_once)
+        await self._probe_quorum(self._deadline(), at_once=at_once)
 
-    async def _prove(self, deadline: float, *, at_once: bool = False) -> None:
+    async def _probe_quorum(self, deadline: float, *, at_once: bool = False) -> None:
         request = wire.range_request(_ANY_KEY, None, limit=1, revision=0, keys_only=True)
 
         async def send(connection: Connection) -> wire.Message:
@@ -307,7 +306,7 @@ class EtcdStore(LeaseCalls):
             if connection is not None:
                 return connection
             try:
-                await self._prove(deadline)
+                await self._probe_quorum(deadline)
             except StoreTimeoutError as exc:
                 raise StoreUnavailableError(str(exc)) from exc
             if self._members.trusted() is None and trio.current_time() >= deadline:
@@ -334,7 +333,7 @@ class EtcdStore(LeaseCalls):
         """
         was_behind = False
         for pause in _pauses():
-            asked = Round(self._members, send, linearizable=linearizable)
+            asked = HedgedRead(self._members, send, linearizable=linearizable)
             await asked.run()
             if asked.answer is not None:
                 return asked.answer[0]
@@ -342,7 +341,7 @@ class EtcdStore(LeaseCalls):
                 raise asked.refusal
             if asked.behind is not None and was_behind:
                 # They had time to catch up, and nobody knows better.
-                self._members.horizon.move_back(wire.header(asked.behind))
+                self._members.watermark.move_back(wire.header(asked.behind))
                 return asked.behind
             was_behind = asked.behind is not None
             if asked.is_disbelieved:
@@ -386,7 +385,7 @@ async def open_store(
     try:
         store = EtcdStore(members, timeout_s)
         try:
-            await store.prove(at_once=True)
+            await store.probe_quorum(at_once=True)
         except StoreTimeoutError as exc:
             raise StoreUnavailableError(str(exc)) from exc
         yield store

@@ -1,8 +1,7 @@
 """The port's values as etcd's protobuf messages and back, and etcd's refusals as errors.
 
-What this room knows: the generated messages of `aetcd.rpc` and the texts of etcd's errors
-(api/v3rpc/rpctypes/error.go). What it must not know: channels, time, who asks. It is part of
-the etcd door.
+Knows: the generated messages of `aetcd.rpc` and the texts of etcd's errors
+(api/v3rpc/rpctypes/error.go). Does not know: channels, time, who asks. It is part of the etcd door.
 
 Concurrency: none; pure functions.
 """

@@ -1,7 +1,7 @@
 """One channel to one member, and what goes with each call on it: deadline, token, `hasleader`.
 
-What this room knows: channel options, and etcd's tokens. What it must not know: the other
-members, and whether a call may be sent again. It is part of the etcd door.
+Knows: channel options, and etcd's tokens. Does not know: the other members, and whether a call may
+be sent again. It is part of the etcd door.
 
 A token is fetched by the first call of a connection that has a user, and again when etcd says
 that it is no longer good: it expired (300 s unused, by default), the member was restarted, the

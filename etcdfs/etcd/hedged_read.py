@@ -1,7 +1,7 @@
 """One round of asking the members for what may be asked twice: the first good answer counts.
 
-What this room knows: in which order members are asked, when the next one is, and what a failure
-says about a member. What it must not know: what is asked. It is part of the etcd door.
+Knows: in which order members are asked, when the next one is, and what a failure says about a
+member. Does not know: what is asked. It is part of the etcd door.
 
 The next member is asked when the one before fails or keeps quiet for the members' patience;
 a quiet one is not cut off, so that a slow link to all of them still works.
@@ -33,7 +33,7 @@ Send = Callable[[Connection], Awaitable[wire.Message]]
 
 
 @final
-class Round:
+class HedgedRead:
     """Asks each member once, until one answers.
 
     Attributes:
@@ -50,7 +50,7 @@ class Round:
         self._send = send
         # --- constants
         # What was known when the question was put; answers that crossed may be older than others.
-        self._known = members.horizon.known if linearizable else None
+        self._known = members.watermark.known if linearizable else None
         # --- mutable state
         self.answer: tuple[wire.Message] | None = None
         self.refusal: StoreError | None = None
@@ -132,7 +132,7 @@ class Round:
             message = f"{connection.endpoint}: it says that it is at revision {header.revision}"
             self._fail(connection.endpoint, StoreProtocolError(message))
             return
-        if header is not None and not self._members.horizon.holds(header, self._known):
+        if header is not None and not self._members.watermark.holds(header, self._known):
             if self.behind is None or header > wire.header(self.behind):
                 self.behind = answer
             self.may_serve_soon = True

@@ -1,8 +1,7 @@
 """The members of etcd that can be asked, which of them is asked first, and how far etcd is.
 
-What this room knows: one connection per endpoint, made when it is needed and given up when it
-fails; the endpoint in use. What it must not know: what a call asks for. It is part of the etcd
-door.
+Knows: one connection per endpoint, made when it is needed and given up when it fails; the endpoint
+in use. Does not know: what a call asks for. It is part of the etcd door.
 
 The endpoint in use stays in use until it fails. Then the next one is, in the order of
 `--endpoints` and round again.
@@ -40,7 +39,7 @@ class Leaving(Protocol):
 
 
 @final
-class Horizon:
+class RevisionWatermark:
     """The newest revision that etcd has answered with: no answer may be older.
 
     A member that was frozen may answer from the past (etcd issue 20418), and one of another
@@ -95,12 +94,12 @@ class Members:
         count = len(self._endpoints)
         self.patience_s = timeout_s if count == 1 else min(timeout_s / count, SILENCE_MAX_S)
         # --- mutable state
-        self.horizon = Horizon()
+        self.watermark = RevisionWatermark()
         self._preferred = 0
         self._connections: dict[Endpoint, Connection] = {}
         self._given_up: list[Connection] = []
         self._watches: dict[Leaving, Endpoint] = {}
-        self._moves = 0
+        self._rename = 0
         self.closed = False
 
     @property
@@ -111,7 +110,7 @@ class Members:
     @property
     def moves(self) -> int:
         """How often another endpoint was taken into use."""
-        return self._moves
+        return self._rename
 
     def in_turn(self) -> Iterator[Endpoint]:
         """Yield all endpoints, the one in use first."""
@@ -154,14 +153,14 @@ class Members:
     def answered(self, endpoint: Endpoint) -> None:
         """Use the endpoint that answered."""
         if endpoint != self.endpoint:
-            self._moves += 1
+            self._rename += 1
             log.info("%s answers instead of %s", endpoint, self.endpoint)
             self._preferred = self._endpoints.index(endpoint)
 
     def failed(self, endpoint: Endpoint) -> None:
         """Use the next endpoint, if this is the one in use."""
         if endpoint == self.endpoint and len(self._endpoints) > 1:
-            self._moves += 1
+            self._rename += 1
             self._preferred = (self._preferred + 1) % len(self._endpoints)
             log.info("%s does not serve; trying %s", endpoint, self.endpoint)
 

@@ -1,8 +1,7 @@
 """TLS and passwords: how the two sides of a connection come to trust one another.
 
-What this room knows: certificates, keys and password files, which it reads anew each time, so
-that they may be rotated under a mount. What it must not know: etcd's calls. It is part of the
-etcd door.
+Knows: certificates, keys and password files, which it reads anew each time, so that they may be
+rotated under a mount. Does not know: etcd's calls. It is part of the etcd door.
 
 gRPC always verifies. `--insecure-skip-tls-verify` is therefore done by *pinning*: the member is
 asked for its certificate, and then exactly that one is trusted, by the name it has, for one

@@ -1,8 +1,7 @@
 """One watch on one stream, with every way it can end told as an error.
 
-What this room knows: etcd's watch stream, and how long it may take to open. What it must not
-know: what its messages say (`etcd_responses`), how to resume (the replica's). It is part of the
-etcd door.
+Knows: etcd's watch stream, and how long it may take to open. Does not know: what its messages say
+(`etcd_responses`), how to resume (the state machine's). It is part of the etcd door.
 
 aetcd's own watcher drops revisions, progress notices and the server's cancellations, and takes
 the end of the stream for silence; here only its generated stub is used.
@@ -14,9 +13,8 @@ cancelled and come back; nothing is lost.
 
 What the responses on a watch's stream say, each checked against what was asked.
 
-What this room knows: the order in which etcd says things on a stream, and how a revision is
-joined when it comes in fragments. What it must not know: streams, time. It is part of the etcd
-door.
+Knows: the order in which etcd says things on a stream, and how a revision is joined when it comes
+in fragments. Does not know: streams, time. It is part of the etcd door.
 
 Concurrency: none; one owner.
 """

@@ -1,7 +1,7 @@
-"""Open files: handles, reading, writing, and when a draft is published.
+"""Open files: handles, reading, writing, and when a write buffer is published.
 
-What this room knows: the life of a handle from open to release, and the draft that all writers of
-a file share. What it must not know: names and directories, how a draft reaches etcd.
+Knows: the life of a handle from open to release, and the write buffer that all writers of a file
+share. Does not know: names and directories, how a write buffer reaches etcd.
 
 Concurrency: trio thread. `read` never awaits, so that no READ is in flight across an `await`
 while the kernel holds the page lock.
@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Final, NewType, final
 
 from etcdfs.errors import BadHandleError, CallerError, EtcdfsError, ReadOnlyError
-from etcdfs.files.write_buffer import Draft, WriteBuffers
-from etcdfs.files.writeback import Publisher
+from etcdfs.files.write_buffer import WriteBuffer, WriteBufferQuota
+from etcdfs.files.writeback import Writeback
 from etcdfs.tree.tree import NOT_IN_ETCD, Cached, File
-from etcdfs.tree.value_cache import Contents
+from etcdfs.tree.value_cache import ValueCache
 from etcdfs.tree.view import View
 
 Handle = NewType("Handle", int)
@@ -55,24 +55,24 @@ class OpenFile:
 
 
 @final
-class OpenFiles:
+class Handles:
     """All open files of the mount, by handle."""
 
     def __init__(
         self,
         view: View,
-        contents: Contents,
-        publisher: Publisher,
-        buffers: WriteBuffers,
+        value_cache: ValueCache,
+        writeback: Writeback,
+        buffers: WriteBufferQuota,
         *,
         read_only: bool,
     ) -> None:
         # --- dependencies
         self._view = view
-        self._contents = contents
-        self._publisher = publisher
+        self._value_cache = value_cache
+        self._writeback = writeback
         self.buffers = buffers
-        self.locks = publisher.locks
+        self.locks = writeback.locks
         # --- constants
         self._read_only = read_only
         # --- mutable state
@@ -101,12 +101,12 @@ class OpenFiles:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
         file.handles += 1  # keeps it while we wait, and what it is
-        file.unpaged = False
+        file.pages_invalidated = False
         try:
             await self._load(file)
             if flags & os.O_TRUNC:
                 async with self.locks.held(file):
-                    self._draft(file).truncate(0, self._now(file))
+                    self._buffer(file).truncate(0, self._now(file))
         except BaseException:
             self._unpin(file)
             raise
@@ -115,21 +115,21 @@ class OpenFiles:
     def open_new(self, file: File, flags: int, uid: int = 0) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""
         file.handles += 1
-        file.stored = True  # it keeps what is written
-        if file.facts is None:
-            draft = Draft(b"", whole=True)
-            draft.is_bare = draft.is_added = not flags & os.O_TRUNC
-            draft.changed_ns = draft.mtime_ns = file.mtime_ns
-            file.draft = draft
+        file.pages_pushed = True  # it keeps what is written
+        if file.key_state is None:
+            buffer = WriteBuffer(b"", whole=True)
+            buffer.is_bare = buffer.is_added = not flags & os.O_TRUNC
+            buffer.changed_ns = buffer.mtime_ns = file.mtime_ns
+            file.buffer = buffer
         else:
             file.value = b""
         writable = flags & os.O_ACCMODE != os.O_RDONLY
-        return self._add(file, flags, file.inode, uid, publishes=writable or file.facts is None)
+        return self._add(file, flags, file.inode, uid, publishes=writable or file.key_state is None)
 
     async def _load(self, file: File) -> None:
         # Even a file that is about to be emptied: whether anything changes is decided against it.
-        if file.value is None and file.draft is None:
-            # checkpoint: another open may have pinned it, or a writer made a draft
+        if file.value is None and file.buffer is None:
+            # checkpoint: another open may have pinned it, or a writer made a write buffer
             value = await self._view.value(file)
             if file.value is None:
                 file.value = value
@@ -170,11 +170,11 @@ class OpenFiles:
         """
         opened = self._opened(handle)
         file = opened.file
-        is_alone = file.handles == 1 and opened.readable and file.draft is None
+        is_alone = file.handles == 1 and opened.readable and file.buffer is None
         is_alone = is_alone and opened.keeps_pages and not opened.is_direct
-        if file.stored or not is_alone or not file.value or len(file.value) > STORE_MAX:
+        if file.pages_pushed or not is_alone or not file.value or len(file.value) > STORE_MAX:
             return None
-        file.stored = True
+        file.pages_pushed = True
         return file.value
 
     # --- using ------------------------------------------------------------------------------
@@ -187,15 +187,15 @@ class OpenFiles:
         """
         self._view.check()
         file = self._opened(handle).file
-        if isinstance(file.draft, Draft):
-            return file.draft.read(offset, size)
+        if isinstance(file.buffer, WriteBuffer):
+            return file.buffer.read(offset, size)
         if file.value is None:
             msg = f"inode {file.inode} has no value loaded"
             raise BadHandleError(msg)
         return file.value[offset : offset + size]
 
     async def write(self, handle: int, offset: int, data: bytes) -> int:
-        """Write into the draft; nothing reaches etcd before flush or fsync.
+        """Write into the write buffer; nothing reaches etcd before flush or fsync.
 
         Raises:
             FileTooLargeError: The value would not fit into etcd; this write did nothing, and
@@ -209,37 +209,37 @@ class OpenFiles:
             raise BadHandleError(msg)
         file = opened.file
         async with self.locks.held(file):
-            draft = self._draft(file)
+            buffer = self._buffer(file)
             is_mapped = (
                 opened.append
                 and self._may_be_mapped(opened)
-                and _may_be_of_map(offset, len(data), len(draft))
+                and _may_be_of_map(offset, len(data), len(buffer))
             )
             append = opened.append and not is_mapped
-            end = draft.end_of_write(offset, len(data), append=append)
+            end = buffer.end_of_write(offset, len(data), append=append)
             try:
-                if end > len(draft):
-                    self._publisher.check_size(file, end)
+                if end > len(buffer):
+                    self._writeback.check_size(file, end)
                 self.buffers.take(file, opened.uid, end)
             except CallerError:
-                draft.is_torn = True
+                buffer.is_torn = True
                 raise
-            draft.write(
+            buffer.write(
                 offset,
                 data,
                 append=append,
                 now_ns=self._now(file),
                 blind=not opened.readable and not is_mapped,
             )
-            draft.untold.add(handle)
-        self._view.let_go(self._unseen(opened))
+            buffer.unreported.add(handle)
+        self._view.invalidate(self._unseen(opened))
         return len(data)
 
     def _unseen(self, opened: OpenFile) -> set[Cached]:
         """Return what the kernel does not know that a write through a handle has changed."""
         if not opened.is_direct:
             return set()
-        listing = self._view.switch.tree.listing_of(opened.file)
+        listing = self._view.update.tree.listing_of(opened.file)
         return {replace(listing, pages=True)}
 
     async def truncate(self, file: File, size: int, uid: int = 0, *, by_path: bool = False) -> None:
@@ -255,55 +255,55 @@ class OpenFiles:
         try:
             await self._load(file)
             async with self.locks.held(file):
-                self._publisher.check_size(file, size)
-                draft = self._draft(file)
-                is_alone = not self._has_writer(file) or (by_path and not draft.is_dirty)
+                self._writeback.check_size(file, size)
+                buffer = self._buffer(file)
+                is_alone = not self._has_writer(file) or (by_path and not buffer.is_dirty)
                 self.buffers.take(file, uid, size)
-                if size != len(draft) or draft.is_torn:
-                    draft.truncate(size, self._now(file))
+                if size != len(buffer) or buffer.is_torn:
+                    buffer.truncate(size, self._now(file))
             if is_alone:
-                await self._publish_alone(file)
+                await self._write_back_alone(file)
         finally:
             self._unpin(file)
 
-    async def _publish_alone(self, file: File) -> None:
+    async def _write_back_alone(self, file: File) -> None:
         try:
-            await self.publish(file)
+            await self.write_back(file)
         except EtcdfsError:
-            self._drop_draft(file)  # nobody is left who could try again
+            self._drop_buffer(file)  # nobody is left who could try again
             raise
 
     async def flush(self, handle: int, is_held: Callable[[], bool] = lambda: False) -> None:
         """Publish what was written, if anything was (close(2), fsync(2)).
 
         A shell's `echo x > file` opens, duplicates the descriptor, closes one and writes to the
-        other: as long as its opener still holds one (`is_held`), an empty draft is not yet what
+        other: as long as its opener still holds one (`is_held`), an empty write buffer is not yet what
         the file is meant to be.
 
         Raises:
-            EtcdfsError: As `Publisher.publish`.
+            EtcdfsError: As `Writeback.write_back`.
         """
         opened = self._opened(handle)
-        draft = opened.file.draft
-        if not opened.publishes or draft is None:
+        buffer = opened.file.buffer
+        if not opened.publishes or buffer is None:
             return  # a reader's close publishes nobody else's writes
-        if isinstance(draft, Draft) and not len(draft) and is_held():
+        if isinstance(buffer, WriteBuffer) and not len(buffer) and is_held():
             return
         try:
-            await self._publisher.publish(opened.file)
+            await self._writeback.write_back(opened.file)
         except EtcdfsError:
-            if isinstance(draft, Draft):
-                draft.is_refused = True
+            if isinstance(buffer, WriteBuffer):
+                buffer.is_refused = True
                 if not is_held():  # else it may be a child's close, who wrote nothing
-                    draft.untold.discard(handle)
+                    buffer.unreported.discard(handle)
             raise
-        self._drop_clean_draft(opened.file)
-        await self._view.let_go_first(self._unseen(opened))
+        self._drop_clean_buffer(opened.file)
+        await self._view.invalidate_first(self._unseen(opened))
 
     def may_wait_to_release(self, handle: int) -> bool:
         """Say whether a release may have something to publish."""
         opened = self._opened(handle)
-        return opened.publishes and opened.file.draft is not None
+        return opened.publishes and opened.file.buffer is not None
 
     async def release(self, handle: int) -> None:
         """Close for good; what a memory map wrote after the last flush is published now.
@@ -312,15 +312,15 @@ class OpenFiles:
         find it done after all.
 
         Raises:
-            EtcdfsError: As `Publisher.publish`; nobody is told by the kernel.
+            EtcdfsError: As `Writeback.write_back`; nobody is told by the kernel.
         """
         opened = self._opened(handle)
         del self._open[Handle(handle)]
         try:
             refused = _is_refused(opened.file)
-            if opened.publishes and not refused and not self._has_publisher(opened.file):
+            if opened.publishes and not refused and not self._has_writeback(opened.file):
                 self._leaving.add(opened.file)
-                await self.publish(opened.file)
+                await self.write_back(opened.file)
         finally:
             self._leaving.discard(opened.file)
             if opened.is_direct:
@@ -343,21 +343,21 @@ class OpenFiles:
 
         Its attributes are that version's as long as nobody has its own open.
         """
-        node = self._view.switch.tree.node(inode)
+        node = self._view.update.tree.node(inode)
         if isinstance(node, File):
             theirs = [o.file for o in self._open.values() if o.inode == inode and o.is_direct]
             node.reopened = theirs[-1] if theirs else None
 
-    async def publish(self, file: File) -> None:
-        """Publish a file's draft although nobody flushes it (before a rename)."""
-        await self._publisher.publish(file)
-        self._drop_clean_draft(file)
+    async def write_back(self, file: File) -> None:
+        """Publish a file's write buffer although nobody flushes it (before a rename)."""
+        await self._writeback.write_back(file)
+        self._drop_clean_buffer(file)
 
     def keep(self, file: File) -> None:
         """Keep the value of a file that is about to lose its name, while the kernel holds it."""
-        key = self._view.switch.tree.key_of(file)
-        if file.value is None and file.facts is not None and key is not None and file.lookups:
-            file.value = self._contents.get(key, file.facts.mod_revision)
+        key = self._view.update.tree.key_of(file)
+        if file.value is None and file.key_state is not None and key is not None and file.lookups:
+            file.value = self._value_cache.get(key, file.key_state.mod_revision)
 
     def give_up(
         self, keys: Collection[bytes | None], prefixes: Sequence[bytes | None] = ()
@@ -376,8 +376,8 @@ class OpenFiles:
 
     @property
     def max_file_size(self) -> int:
-        """See `Publisher.max_file_size`."""
-        return self._publisher.max_file_size
+        """See `Writeback.max_file_size`."""
+        return self._writeback.max_file_size
 
     def set_times(self, file: File, mtime_ns: int, atime_ns: int | None, *, keep: bool) -> None:
         """Show the times of unpublished writes as utimens(2) sets them.
@@ -385,12 +385,12 @@ class OpenFiles:
         With `keep` they go to etcd along with what was written.
         """
         file.mtime_ns = mtime_ns
-        if isinstance(file.draft, Draft):
-            file.draft.mtime_ns = mtime_ns
-            file.draft.times = (mtime_ns, atime_ns) if keep else None
+        if isinstance(file.buffer, WriteBuffer):
+            file.buffer.mtime_ns = mtime_ns
+            file.buffer.times = (mtime_ns, atime_ns) if keep else None
 
     async def flush_all(self) -> list[tuple[File, EtcdfsError]]:
-        """Publish every draft, as at unmount; return the failures.
+        """Publish every write buffer, as at unmount; return the failures.
 
         Not what a flush could not publish, as in `release`.
         """
@@ -399,15 +399,17 @@ class OpenFiles:
             if _is_refused(file):
                 continue
             try:
-                await self.publish(file)
+                await self.write_back(file)
             except EtcdfsError as exc:
                 failures.append((file, exc))
         return failures
 
     def unpublished(self) -> list[bytes]:
         """Return the keys that are open with writes of which neither etcd nor an errno told."""
-        lost = [f for f in self._published() if isinstance(f.draft, Draft) and f.draft.is_dirty]
-        keys = [self._view.switch.tree.key_of(f) for f in lost if not _is_refused(f)]
+        lost = [
+            f for f in self._published() if isinstance(f.buffer, WriteBuffer) and f.buffer.is_dirty
+        ]
+        keys = [self._view.update.tree.key_of(f) for f in lost if not _is_refused(f)]
         return sorted(key for key in keys if key is not None)
 
     # --- helpers ----------------------------------------------------------------------------
@@ -419,20 +421,20 @@ class OpenFiles:
             raise BadHandleError(msg)
         return opened
 
-    def _draft(self, file: File) -> Draft:
-        if not isinstance(file.draft, Draft):
-            file.draft = Draft(file.value or b"", whole=file.facts is None)
-        return file.draft
+    def _buffer(self, file: File) -> WriteBuffer:
+        if not isinstance(file.buffer, WriteBuffer):
+            file.buffer = WriteBuffer(file.value or b"", whole=file.key_state is None)
+        return file.buffer
 
-    def _drop_clean_draft(self, file: File) -> None:
-        if isinstance(file.draft, Draft) and not file.draft.is_dirty:
-            file.value = file.draft.base
-            file.draft = None
-            if self._view.switch.tree.key_of(file) is not None:
+    def _drop_clean_buffer(self, file: File) -> None:
+        if isinstance(file.buffer, WriteBuffer) and not file.buffer.is_dirty:
+            file.value = file.buffer.base
+            file.buffer = None
+            if self._view.update.tree.key_of(file) is not None:
                 self.buffers.give_back(file)  # else nobody but its openers has it
 
-    def _drop_draft(self, file: File) -> None:
-        file.draft = None
+    def _drop_buffer(self, file: File) -> None:
+        file.buffer = None
         self.buffers.give_back(file)
 
     def _published(self) -> set[File]:
@@ -442,7 +444,7 @@ class OpenFiles:
     def _has_writer(self, file: File) -> bool:
         return any(o.file is file and o.writable for o in self._open.values())
 
-    def _has_publisher(self, file: File) -> bool:
+    def _has_writeback(self, file: File) -> bool:
         return any(o.file is file and o.publishes for o in self._open.values())
 
     def _may_be_mapped(self, opened: OpenFile) -> bool:
@@ -455,27 +457,27 @@ class OpenFiles:
         return not opened.is_direct and any(o.readable and o.writable for o in others)
 
     def _now(self, file: File) -> int:
-        return max(self._view.switch.tree.clock(), file.mtime_ns + 1)
+        return max(self._view.update.tree.clock(), file.mtime_ns + 1)
 
     def _unpin(self, file: File, uid: int = 0) -> None:
         file.handles -= 1
         if file.handles:
             return
         if file.removed and file.lookups and self._keep_last(file, uid):
-            file.draft = None
+            file.buffer = None
         else:
             file.value = None
-            self._drop_draft(file)
-        self._view.switch.tree.prune(file)
+            self._drop_buffer(file)
+        self._view.update.tree.prune(file)
 
     def _keep_last(self, file: File, uid: int) -> bool:
         """Let a file without a name stay what was written last, while the kernel holds it.
 
         As long as there is room: whoever holds it by O_PATH may open it again.
         """
-        if isinstance(file.draft, Draft):
-            file.value = file.draft.value
-            file.facts = (file.facts or NOT_IN_ETCD)._replace(size=len(file.value))
+        if isinstance(file.buffer, WriteBuffer):
+            file.value = file.buffer.value
+            file.key_state = (file.key_state or NOT_IN_ETCD)._replace(size=len(file.value))
         try:
             self.buffers.take(file, uid, len(file.value or b""))
         except CallerError:
@@ -493,9 +495,9 @@ def may_change(flags: int) -> bool:
 
 
 def _is_refused(file: File) -> bool:
-    """Say whether a draft could not be published, and all who wrote to it were told."""
-    draft = file.draft
-    return isinstance(draft, Draft) and draft.is_refused and not draft.untold
+    """Say whether a write buffer could not be published, and all who wrote to it were told."""
+    buffer = file.buffer
+    return isinstance(buffer, WriteBuffer) and buffer.is_refused and not buffer.unreported
 
 
 def _may_be_of_map(offset: int, size: int, length: int) -> bool:

@@ -1,6 +1,6 @@
 """Which calls may change what belongs to a key, and when: one at a time, and not while it moves.
 
-What this room knows: who waits for whom. What it must not know: what is changed, and how.
+Knows: who waits for whom. Does not know: what is changed, and how.
 
 Two kinds of calls meet here. A call about *one node* (a publication, a write, chmod, a lease)
 holds the node's lock. A call that changes *names* (rename, exchange, unlink, the rename of a
@@ -52,7 +52,7 @@ class NodeLocks:
 
     @asynccontextmanager
     async def held(self, node: Node) -> AsyncIterator[None]:
-        """Hold a node's lock for a change that needs no key: a write to its draft.
+        """Hold a node's lock for a change that needs no key: a write to its write buffer.
 
         Raises:
             BusyError: It would have to wait, and too many do.

@@ -1,7 +1,7 @@
 """Open directories, and the names that each shows.
 
-What this room knows: that a listing is of one moment, however long it is read, and how the memory
-for that does not grow with those who read. What it must not know: the kernel, what names stand for.
+Knows: that a listing is of one moment, however long it is read, and how the memory for that does
+not grow with those who read. Does not know: the kernel, what names stand for.
 
 A listing is kept in pieces that all listings share: names of about `PIECE` each, cut where a name's
 hash says so, and not at a count, so that one more name changes one piece. Eight hundred handles of
@@ -33,7 +33,7 @@ class _Piece:
 
 
 @final
-class Listings:
+class OpenDirectories:
     """The open directories of a mount."""
 
     def __init__(self) -> None:

@@ -1,7 +1,7 @@
 """What goes along with a put of a file's value: its attributes, in the same transaction.
 
-What this room knows: which attributes a new key begins with, which times were set for the version
-that is about to be published, and which no longer hold. What it must not know: how it is sent.
+Knows: which attributes a new key begins with, which times were set for the version that is about to
+be published, and which no longer hold. Does not know: how it is sent.
 
 Concurrency: none; pure functions.
 """
@@ -9,7 +9,7 @@ Concurrency: none; pure functions.
 from dataclasses import dataclass, replace
 from typing import Final
 
-from etcdfs.files.write_buffer import Draft
+from etcdfs.files.write_buffer import WriteBuffer
 from etcdfs.keyspace.attribute_records import Record
 from etcdfs.keyspace.keys import MARKER_NAME
 from etcdfs.keyspace.store import Compare, Operation, Transaction, absent
@@ -19,8 +19,8 @@ from etcdfs.tree.tree import File, Tree
 
 
 @dataclass(frozen=True, slots=True)
-class Company:
-    """Operations on a side key. Both keep out of the way if somebody else was there first.
+class PutAttributes:
+    """Operations on a record key. Both keep out of the way if somebody else was there first.
 
     Attributes:
         changed: What goes along with a put.
@@ -31,25 +31,25 @@ class Company:
     same: tuple[Operation, ...] = ()
 
 
-ALONE: Final = Company()
+NO_ATTRIBUTES: Final = PutAttributes()
 
 
-def company_of(tree: Tree, file: File, draft: Draft, key: bytes) -> Company:
-    """Return what goes along with the publication of a draft; mostly nothing."""
-    record, times = record_of(file), draft.times_set
+def put_attributes_of(tree: Tree, file: File, buffer: WriteBuffer, key: bytes) -> PutAttributes:
+    """Return what goes along with the publication of a write buffer; mostly nothing."""
+    record, times = record_of(file), buffer.times_set
     if not tree.attributes or file.name == MARKER_NAME:  # a marker's are its directory's
-        return ALONE
-    if file.facts is None:
+        return NO_ATTRIBUTES
+    if file.key_state is None:
         changed = _timed(record, times, 0)
         # Not for a file that somebody else has made meanwhile.
-        return Company(_guarded((absent(key),), write_record(key, changed, 0)))
+        return PutAttributes(_guarded((absent(key),), write_record(key, changed, 0)))
     if times is None and record.mtime_ns is None:
-        return ALONE
-    known = 0 if file.side is None else file.side.facts.mod_revision
-    guard = same_record(key, known, file.facts.create_revision)
+        return NO_ATTRIBUTES
+    known = 0 if file.stored_record is None else file.stored_record.key_state.mod_revision
+    guard = same_record(key, known, file.key_state.create_revision)
     changed = _timed(record.without_mtime(), times, 0)
-    same = _timed(record, times, file.facts.mod_revision)
-    return Company(
+    same = _timed(record, times, file.key_state.mod_revision)
+    return PutAttributes(
         _guarded(guard, write_record(key, changed, known)),
         _guarded(guard, write_record(key, same, known)) if times is not None else (),
     )

@@ -1,7 +1,7 @@
 """A file being written: its bytes before they are published, and what kind of change they are.
 
-What this room knows: how writes and truncations change a value, and which of the three kinds of
-change they add up to. What it must not know: etcd, inodes, time.
+Knows: how writes and truncations change a value, and which of the three kinds of change they add up
+to. Does not know: etcd, inodes, time.
 
 The kind decides what happens when another client wrote the key meanwhile:
 
@@ -14,12 +14,12 @@ Concurrency: synchronous; one owner.
 
 How much of what is written and not yet published memory holds, for each user and in all.
 
-What this room knows: whose bytes they are, and that there is an end to them (`--write-buffer`).
-What it must not know: what is written, and how it is published.
+Knows: whose bytes they are, and that there is an end to them (`--write-buffer`). Does not know:
+what is written, and how it is published.
 
-A file's draft is whole, however little of it was changed, and it stays until the file is
+A file's write buffer is whole, however little of it was changed, and it stays until the file is
 published; of a file that has no name any more it stays until the last close. Whoever wrote first
-to a file answers for its draft.
+to a file answers for its write buffer.
 
 Concurrency: synchronous; one owner.
 """
@@ -43,25 +43,25 @@ class Kind(Enum):
 
 
 @final
-class Draft:
+class WriteBuffer:
     """The unpublished bytes of one file, shared by all its writers in this mount.
 
     Attributes:
-        base: The published value the draft starts from.
+        base: The published value the write buffer starts from.
         kind: What the changes since `base` amount to.
         changed_ns: When it was made or last changed.
         mtime_ns: The same, or what utimens(2) set since.
         times: What utimens(2) set mtime and atime to (None: not atime); they hold for the
             version that is yet to be published, unless it was changed after that.
         tries: What was sent to etcd without an answer, to be recognised later, each with all
-            that the draft was then (others' bytes may come before ours in what was sent).
+            that the write buffer was then (others' bytes may come before ours in what was sent).
         is_bare: Whether the file was only made, neither emptied nor written to: it must not
             replace what another client has made meanwhile.
         is_added: Whether the file was made and not emptied, and only O_APPEND wrote to it: its
             bytes are added to what another client has made meanwhile.
         is_refused: Whether the last attempt to publish what is here failed, and whoever flushed
             was told: a release, which can tell nobody, does not try again.
-        untold: Handles that have written what is not published, and were not told so.
+        unreported: Handles that have written what is not published, and were not told so.
         is_torn: Whether a write did not fit: what is here is half of what was meant, and must
             not be published. A truncation says that the writer has taken note.
     """
@@ -79,7 +79,7 @@ class Draft:
         "mtime_ns",
         "times",
         "tries",
-        "untold",
+        "unreported",
     )
 
     def __init__(self, base: bytes, *, whole: bool = False) -> None:
@@ -93,7 +93,7 @@ class Draft:
         self.is_bare = False
         self.is_refused = False
         self.is_torn = False
-        self.untold: set[int] = set()
+        self.unreported: set[int] = set()
         self._buffer = bytearray() if whole else bytearray(base)
         # INVARIANT: all old bytes before this offset have been replaced, blindly
         self._overwritten = 0
@@ -168,11 +168,11 @@ class Draft:
             self._buffer.extend(bytes(size - len(self._buffer)))
         self.changed_ns = self.mtime_ns = now_ns
 
-    def published(self, value: bytes) -> None:
-        """Note that `value`, the draft as it was when it was sent, has been published."""
+    def written_back(self, value: bytes) -> None:
+        """Note that `value`, the write buffer as it was when it was sent, has been published."""
         if len(value) == len(self._buffer) and value == self._buffer:
             self.kind = Kind.NONE
-            self.untold.clear()
+            self.unreported.clear()
         elif self.is_added:
             self.kind = Kind.APPEND  # to what is there by now
         self.base = value
@@ -207,7 +207,7 @@ SHARES: Final = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BufferStatistics:
+class QuotaStatistics:
     """What is written and not yet published.
 
     Attributes:
@@ -222,8 +222,8 @@ class BufferStatistics:
 
 
 @final
-class WriteBuffers:
-    """The drafts of all files, by size and by user."""
+class WriteBufferQuota:
+    """The write buffers of all files, by size and by user."""
 
     def __init__(self, limit: int, *, max_file_size: int) -> None:
         """Make room for so many bytes; a user has a part of it, and at least room for a file."""
@@ -238,12 +238,12 @@ class WriteBuffers:
         self._refused = 0
 
     def take(self, file: File, uid: int, size: int) -> None:
-        """Let a file's draft have so many bytes.
+        """Let a file's write buffer have so many bytes.
 
         Args:
             file: The file.
             uid: Who writes; whoever wrote to it first answers for it all.
-            size: Bytes of the draft; fewer than before are never refused.
+            size: Bytes of the write buffer; fewer than before are never refused.
 
         Raises:
             BufferShareError: The user has too many bytes unpublished.
@@ -264,13 +264,13 @@ class WriteBuffers:
         self._size += more
 
     def give_back(self, file: File) -> None:
-        """Note that a file has no draft any more."""
+        """Note that a file has no write buffer any more."""
         owner, held = self._held.pop(file, (0, 0))
         self._of_user[owner] -= held
         if not self._of_user[owner]:
             del self._of_user[owner]
         self._size -= held
 
-    def statistics(self) -> BufferStatistics:
+    def statistics(self) -> QuotaStatistics:
         """Say how much there is."""
-        return BufferStatistics(files=len(self._held), size=self._size, refused=self._refused)
+        return QuotaStatistics(files=len(self._held), size=self._size, refused=self._refused)

@@ -1,7 +1,7 @@
 """Publishing: how the bytes written to a file become one put in etcd.
 
-What this room knows: the transaction for each kind of change, what a lost race means for it, and
-how a put whose answer never came is resolved. What it must not know: handles, names, the kernel.
+Knows: the transaction for each kind of change, what a lost race means for it, and how a put whose
+answer never came is resolved. Does not know: handles, names, the kernel.
 
 Rules: one put per flush; nothing changed, nothing put; a key that was deleted or
 made anew by another client is never resurrected; a put without an answer is not sent again by
@@ -10,7 +10,7 @@ key, so that one which etcd carries out late undoes nothing; and what failed goe
 may be newer.
 
 Concurrency: trio thread. One publication of a file at a time, under the file's lock, which
-writers take too: a draft does not change while it is on its way.
+writers take too: a write buffer does not change while it is on its way.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from etcdfs.errors import (
     WriteConflictError,
 )
 from etcdfs.files.locks import NodeLocks
-from etcdfs.files.put_attributes import ALONE, Company, company_of
-from etcdfs.files.write_buffer import Draft, Kind
+from etcdfs.files.put_attributes import NO_ATTRIBUTES, PutAttributes, put_attributes_of
+from etcdfs.files.write_buffer import Kind, WriteBuffer
 from etcdfs.keyspace.keys import MARKER_NAME
 from etcdfs.keyspace.store import (
     Committed,
@@ -42,8 +42,8 @@ from etcdfs.keyspace.store import (
 )
 from etcdfs.keyspace.transaction_results import events_of, page_of
 from etcdfs.tree.changes import Intent
-from etcdfs.tree.tree import Cached, Entry, Facts, File, facts_of
-from etcdfs.tree.value_cache import Contents
+from etcdfs.tree.tree import Cached, Dentry, File, KeyState, key_state_of
+from etcdfs.tree.value_cache import ValueCache
 from etcdfs.tree.view import View
 
 MAX_REBASES: Final = 1000
@@ -56,8 +56,8 @@ header. Measured below 200 with etcd 3.4 and 3.5; etcd refuses by the size of th
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PublisherStatistics:
-    """What became of drafts since the start."""
+class WritebackStatistics:
+    """What became of write buffers since the start."""
 
     puts: int
     unchanged: int
@@ -71,36 +71,38 @@ class _Done:
     """A publication that reached etcd.
 
     Attributes:
-        facts: What etcd says of the key.
+        key state: What etcd says of the key.
         value: What it holds.
         merged: Whether that is not, or not only, what was published.
-        sides: What became of its attributes.
+        stored_records: What became of its attributes.
     """
 
-    facts: Facts
+    key_state: KeyState
     value: bytes
     merged: bool
-    sides: tuple[Event, ...] = ()
+    stored_records: tuple[Event, ...] = ()
 
 
 @final
-class Publisher:
-    """Publishes drafts through one store."""
+class Writeback:
+    """Publishes write buffers through one store."""
 
-    def __init__(self, store: Store, view: View, contents: Contents, *, max_file_size: int) -> None:
+    def __init__(
+        self, store: Store, view: View, value_cache: ValueCache, *, max_file_size: int
+    ) -> None:
         # --- dependencies
         self._store = store
         self._view = view
-        self._contents = contents
-        self.locks = NodeLocks(view.switch.tree)
+        self._value_cache = value_cache
+        self.locks = NodeLocks(view.update.tree)
         # --- constants
         self._max_file_size = max_file_size
         # --- mutable state
         self._puts = self._unchanged = self._rebased = self._dropped = self._resolved = 0
 
-    def statistics(self) -> PublisherStatistics:
-        """Count what became of drafts."""
-        return PublisherStatistics(
+    def statistics(self) -> WritebackStatistics:
+        """Count what became of write buffers."""
+        return WritebackStatistics(
             puts=self._puts,
             unchanged=self._unchanged,
             rebased_appends=self._rebased,
@@ -119,156 +121,176 @@ class Publisher:
         Raises:
             FileTooLargeError: It is over the limit.
         """
-        key = self._view.switch.tree.key_of(file) or b""
+        key = self._view.update.tree.key_of(file) or b""
         limit = self._max_file_size - REQUEST_OVERHEAD - 4 * len(key)
         if size > limit:
             msg = f"{size} bytes are more than the {limit} that fit under {key!r}"
             raise FileTooLargeError(msg)
 
-    async def publish(self, file: File) -> None:
-        """Bring a file's draft to etcd; return when it is there and visible here.
+    async def write_back(self, file: File) -> None:
+        """Bring a file's write buffer to etcd; return when it is there and visible here.
 
         Raises:
             WriteConflictError: Part of the file was overwritten and its key had changed.
             FileTooLargeError: It does not fit.
-            StoreError: etcd refused it, or could not be asked. The draft stays, and so does
+            StoreError: etcd refused it, or could not be asked. The write buffer stays, and so does
                 the published value; the path shows the published value again.
         """
         async with self.locks.settled(file):
-            draft = file.draft
-            if not isinstance(draft, Draft) or not draft.is_dirty:
+            buffer = file.buffer
+            if not isinstance(buffer, WriteBuffer) or not buffer.is_dirty:
                 return
-            key = self._view.switch.tree.key_of(file)
+            key = self._view.update.tree.key_of(file)
             if key is None:
                 self._dropped += 1
                 return
             try:
-                _check_whole(draft, key)
-                await self._publish(file, draft, key)
+                _check_whole(buffer, key)
+                await self._write_back(file, buffer, key)
             except (StoreError, WriteConflictError, FileTooLargeError):
                 await self._abandon(file)
                 raise
 
-    async def _publish(self, file: File, draft: Draft, key: bytes) -> None:
+    async def _write_back(self, file: File, buffer: WriteBuffer, key: bytes) -> None:
         # checkpoint: commit and settle; the file may be unlinked or superseded by another client
         # meanwhile, never renamed or written to (the locks).
-        with self._view.switch.intending(key, Intent(file=file)) as intent:
-            done = await self._recognise_earlier(file, draft, key)
+        with self._view.update.intending(key, Intent(file=file)) as intent:
+            done = await self._recognise_earlier(file, buffer, key)
             if done is None:
-                done = await self._accompanied(file, draft, key, intent)
+                done = await self._accompanied(file, buffer, key, intent)
             if done is None:
                 # The key was deleted or made anew: the file is as good as unlinked.
                 self._dropped += 1
-                _live_on(file, draft)
+                _live_on(file, buffer)
                 return
             if done.merged:
                 # What this file's readers have is not what the key holds now.
                 intent.file = None
-                _live_on(file, draft, done.facts)
+                _live_on(file, buffer, done.key_state)
             else:
-                draft.published(draft.value)
+                buffer.written_back(buffer.value)
                 file.value = done.value
-            self._contents.put(key, done.facts.mod_revision, done.value)
-            draft.times = None
-            self._view.switch.tree.revisions.learn(done.facts.mod_revision, draft.changed_ns)
-            events = (_event(key, done), *done.sides)
-            await self._view.settle(max(e.mod_revision for e in events), events)
+            self._value_cache.put(key, done.key_state.mod_revision, done.value)
+            buffer.times = None
+            self._view.update.tree.revisions.learn(done.key_state.mod_revision, buffer.changed_ns)
+            events = (_event(key, done), *done.stored_records)
+            await self._view.wait_until_visible(max(e.mod_revision for e in events), events)
         if not done.merged:
-            _keep_newer(file, done.facts)
-            file.mtime_ns = max(draft.mtime_ns, file.mtime_ns)
+            _keep_newer(file, done.key_state)
+            file.mtime_ns = max(buffer.mtime_ns, file.mtime_ns)
             file.ctime_ns = max(file.ctime_ns, file.mtime_ns)
 
     async def _accompanied(
-        self, file: File, draft: Draft, key: bytes, intent: Intent
+        self, file: File, buffer: WriteBuffer, key: bytes, intent: Intent
     ) -> _Done | None:
         """Publish with the attributes that go along; without, if etcd's roles say so."""
-        tree = self._view.switch.tree
-        company = company_of(tree, file, draft, key)
+        tree = self._view.update.tree
+        put_attributes = put_attributes_of(tree, file, buffer, key)
         try:
-            return await self._resolve(file, draft, key, intent, company)
+            return await self._resolve(file, buffer, key, intent, put_attributes)
         except StorePermissionError as exc:
-            if company == ALONE or not exc.is_of_role:
+            if put_attributes == NO_ATTRIBUTES or not exc.is_of_role:
                 raise
-            done = await self._resolve(file, draft, key, intent, ALONE)
+            done = await self._resolve(file, buffer, key, intent, NO_ATTRIBUTES)
             tree.rights.refuse_writing(exc)
             return done
 
     async def _resolve(
-        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+        self,
+        file: File,
+        buffer: WriteBuffer,
+        key: bytes,
+        intent: Intent,
+        put_attributes: PutAttributes,
     ) -> _Done | None:
         """Commit, and if no answer comes, read back what became of it."""
         try:
-            return await self._commit(file, draft, key, intent, company)
+            return await self._commit(file, buffer, key, intent, put_attributes)
         except OutcomeUnknownError as unknown:
-            if draft.adds:
+            if buffer.adds:
                 raise  # what was found could be another's, see `_check_tellable`
             try:
                 entries = (await self._store.range(key)).entries
             except StoreError as exc:
                 raise unknown from exc
-            if not entries or self._recognise(draft, entries[0]) != draft.value:
+            if not entries or self._recognise(buffer, entries[0]) != buffer.value:
                 raise
             self._resolved += 1
             return _Done(
-                facts_of(entries[0]), entries[0].value, merged=entries[0].value != draft.value
+                key_state_of(entries[0]), entries[0].value, merged=entries[0].value != buffer.value
             )
 
     async def _commit(
-        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+        self,
+        file: File,
+        buffer: WriteBuffer,
+        key: bytes,
+        intent: Intent,
+        put_attributes: PutAttributes,
     ) -> _Done | None:
-        match draft.kind:
-            case Kind.WHOLE if file.facts is None:
-                return await self._put_new(file, draft, key, intent, company)
+        match buffer.kind:
+            case Kind.WHOLE if file.key_state is None:
+                return await self._put_new(file, buffer, key, intent, put_attributes)
             case Kind.WHOLE:
-                return await self._replace(file, draft, key, intent, company)
+                return await self._replace(file, buffer, key, intent, put_attributes)
             case _:
-                return await self._change(file, draft, key, intent, company)
+                return await self._change(file, buffer, key, intent, put_attributes)
 
     async def _put_new(
-        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+        self,
+        file: File,
+        buffer: WriteBuffer,
+        key: bytes,
+        intent: Intent,
+        put_attributes: PutAttributes,
     ) -> _Done | None:
         """Publish a file made here: it takes the name, whoever else took it meanwhile.
 
         Unless nothing was written, for what O_CREAT finds stays as it is, or all was appended:
         then it is added to what is there.
         """
-        value = intent.value = draft.value
-        put = Transaction((absent(key),), (*_put(key, value), *company.changed), (Get(key),))
-        committed = await self._send(draft, put, value)
+        value = intent.value = buffer.value
+        put = Transaction((absent(key),), (*_put(key, value), *put_attributes.changed), (Get(key),))
+        committed = await self._send(buffer, put, value)
         if committed.succeeded:
             return _done(put, committed, value)
         (found,) = page_of(committed.results[0]).entries
         if file.name == MARKER_NAME:  # it is there with its directory, and means no file then
-            draft.is_bare = draft.is_added = False
-        if draft.is_bare:
-            return _Done(facts_of(found), found.value, merged=True)
-        _check_not_refused(draft, found)
-        return await self._change(file, draft, key, intent, company, found)
+            buffer.is_bare = buffer.is_added = False
+        if buffer.is_bare:
+            return _Done(key_state_of(found), found.value, merged=True)
+        _check_not_refused(buffer, found)
+        return await self._change(file, buffer, key, intent, put_attributes, found)
 
     async def _replace(
-        self, file: File, draft: Draft, key: bytes, intent: Intent, company: Company
+        self,
+        file: File,
+        buffer: WriteBuffer,
+        key: bytes,
+        intent: Intent,
+        put_attributes: PutAttributes,
     ) -> _Done | None:
         """Replace the whole value: the last writer wins, over the same incarnation."""
-        assert file.facts is not None
-        value = intent.value = draft.value
-        if value == draft.base:
+        assert file.key_state is not None
+        value = intent.value = buffer.value
+        if value == buffer.base:
             # Nothing changed, unless somebody else changed it: decided by etcd, not by us.
-            same = unchanged(key, file.facts.mod_revision)
-            nothing = Transaction((same,), company.same)
-            committed = await self._send(draft, nothing, value)
+            same = unchanged(key, file.key_state.mod_revision)
+            nothing = Transaction((same,), put_attributes.same)
+            committed = await self._send(buffer, nothing, value)
             if committed.succeeded:
                 self._unchanged += 1
-                sides = events_of(nothing, committed)
-                return _Done(file.facts, value, merged=False, sides=sides)
-        return await self._change(file, draft, key, intent, company)
+                stored_records = events_of(nothing, committed)
+                return _Done(file.key_state, value, merged=False, stored_records=stored_records)
+        return await self._change(file, buffer, key, intent, put_attributes)
 
     async def _change(
         self,
         file: File,
-        draft: Draft,
+        buffer: WriteBuffer,
         key: bytes,
         intent: Intent,
-        company: Company,
+        put_attributes: PutAttributes,
         others: KeyValue | None = None,
     ) -> _Done | None:
         """Append to the newest value, overwrite part of the one that was read, or replace any.
@@ -277,80 +299,80 @@ class Publisher:
         version of the key, the last one that we know: a request that etcd carries out when we
         have long given up on it must not undo what was written since.
         """
-        facts = file.facts if others is None else facts_of(others)
-        assert facts is not None
-        base, merged = (draft.base, False) if others is None else (others.value, draft.adds)
+        key_state = file.key_state if others is None else key_state_of(others)
+        assert key_state is not None
+        base, merged = (buffer.base, False) if others is None else (others.value, buffer.adds)
         for _ in range(MAX_REBASES):
-            value = intent.value = base + draft.tail if draft.adds else draft.value
+            value = intent.value = base + buffer.tail if buffer.adds else buffer.value
             self.check_size(file, len(value))
             if merged:
                 intent.file = None
             put = Transaction(
-                (unchanged(key, facts.mod_revision),),
-                (*_put(key, value, keeps=facts.lease), *company.changed),
+                (unchanged(key, key_state.mod_revision),),
+                (*_put(key, value, keeps=key_state.lease), *put_attributes.changed),
                 (Get(key),),
             )
-            committed = await self._send(draft, put, value)
+            committed = await self._send(buffer, put, value)
             if committed.succeeded:
                 self._rebased += merged
                 return _done(put, committed, value, merged=merged)
             current = page_of(committed.results[0]).entries
-            if not current or current[0].create_revision != facts.create_revision:
+            if not current or current[0].create_revision != key_state.create_revision:
                 return None
             found = current[0]
-            arrived = self._recognise(draft, found)
-            if arrived == draft.value:
-                _check_tellable(draft, found)
+            arrived = self._recognise(buffer, found)
+            if arrived == buffer.value:
+                _check_tellable(buffer, found)
                 self._resolved += 1
-                return _Done(facts_of(found), found.value, merged=found.value != arrived)
+                return _Done(key_state_of(found), found.value, merged=found.value != arrived)
             if arrived is not None:
-                _go_on_from(file, draft, arrived, found)
+                _go_on_from(file, buffer, arrived, found)
             if found.value != arrived:
-                _check_may_go_over(draft, found)
-            facts = facts_of(found)
-            base, merged = found.value, merged or (draft.adds and found.value != arrived)
+                _check_may_go_over(buffer, found)
+            key_state = key_state_of(found)
+            base, merged = found.value, merged or (buffer.adds and found.value != arrived)
         msg = f"{key!r}: lost the race {MAX_REBASES} times"
         raise WriteConflictError(msg)
 
-    async def _send(self, draft: Draft, transaction: Transaction, value: bytes) -> Committed:
+    async def _send(self, buffer: WriteBuffer, transaction: Transaction, value: bytes) -> Committed:
         try:
             committed = await self._store.commit(transaction)
         except OutcomeUnknownError:
-            draft.tries.append((value, draft.value))
+            buffer.tries.append((value, buffer.value))
             raise
         self._puts += 1
         return committed
 
-    async def _recognise_earlier(self, file: File, draft: Draft, key: bytes) -> _Done | None:
+    async def _recognise_earlier(self, file: File, buffer: WriteBuffer, key: bytes) -> _Done | None:
         """See whether an earlier try without an answer arrived after all.
 
-        If the draft has changed since, it goes on from there: only the rest is to be published.
+        If the write buffer has changed since, it goes on from there: only the rest is to be published.
         """
-        if not draft.tries:
+        if not buffer.tries:
             return None
         entries = (await self._store.range(key)).entries
-        arrived = self._recognise(draft, entries[0]) if entries else None
+        arrived = self._recognise(buffer, entries[0]) if entries else None
         if arrived is None:
             return None
         found = entries[0]
-        if arrived == draft.value:
-            _check_tellable(draft, found)
+        if arrived == buffer.value:
+            _check_tellable(buffer, found)
         self._resolved += 1
-        if arrived == draft.value:
-            return _Done(facts_of(found), found.value, merged=found.value != arrived)
-        _go_on_from(file, draft, arrived, found)
+        if arrived == buffer.value:
+            return _Done(key_state_of(found), found.value, merged=found.value != arrived)
+        _go_on_from(file, buffer, arrived, found)
         return None
 
-    def _recognise(self, draft: Draft, found: KeyValue) -> bytes | None:
-        """Return what the draft was when it was sent and, it seems, became what was found, or None.
+    def _recognise(self, buffer: WriteBuffer, found: KeyValue) -> bytes | None:
+        """Return what the write buffer was when it was sent and, it seems, became what was found, or None.
 
         Others may have appended to it since; and they may have appended the same, see
         `_check_tellable`. Its writer was told that this is not known, and goes on from there.
         """
-        for sent, meant in reversed(draft.tries):
+        for sent, meant in reversed(buffer.tries):
             if found.value == sent:
                 return meant
-            if draft.adds and found.value.startswith(sent):
+            if buffer.adds and found.value.startswith(sent):
                 return meant
         return None
 
@@ -358,28 +380,28 @@ class Publisher:
         """Show the last published value at the path again, under a fresh inode.
 
         The kernel's pages hold the failed attempt; they belong to the old inode and leave with
-        it. The old inode keeps its draft, so that a later flush of it can still succeed.
+        it. The old inode keeps its write buffer, so that a later flush of it can still succeed.
         """
         directory, name = file.directory, file.name
         if directory is None:
             return
-        switch, tree = self._view.switch, self._view.switch.tree
-        stale: set[Cached] = {Entry(directory.inode, name), tree.listing_of(file)}
-        if file.facts is None:
-            stale |= switch.withdraw(directory, name, gone=False)
+        update, tree = self._view.update, self._view.update.tree
+        stale: set[Cached] = {Dentry(directory.inode, name), tree.listing_of(file)}
+        if file.key_state is None:
+            stale |= update.withdraw(directory, name, gone=False)
         else:
             tree.detach(directory, name, gone=False)
-            tree.attach(directory, name, tree.new_version(file, file.facts))
-        await self._view.let_go_first(stale)
+            tree.attach(directory, name, tree.new_version(file, file.key_state))
+        await self._view.invalidate_first(stale)
 
 
-def _check_whole(draft: Draft, key: bytes) -> None:
-    if draft.is_torn:
+def _check_whole(buffer: WriteBuffer, key: bytes) -> None:
+    if buffer.is_torn:
         msg = f"{key!r}: a write did not fit, and half a value is not published"
         raise FileTooLargeError(msg)
 
 
-def _check_tellable(draft: Draft, found: KeyValue) -> None:
+def _check_tellable(buffer: WriteBuffer, found: KeyValue) -> None:
     """Refuse to take an append that was found for one's own: two may append the same bytes.
 
     Then one of them would be reported as done and be nowhere. No trace in etcd says whose put made
@@ -389,24 +411,24 @@ def _check_tellable(draft: Draft, found: KeyValue) -> None:
     Raises:
         OutcomeUnknownError: All that there is to publish are added bytes.
     """
-    if draft.adds:
+    if buffer.adds:
         msg = (
             f"{found.key!r}: the append may be there (revision {found.mod_revision}), or another's"
         )
         raise OutcomeUnknownError(msg)
 
 
-def _check_not_refused(draft: Draft, found: KeyValue) -> None:
+def _check_not_refused(buffer: WriteBuffer, found: KeyValue) -> None:
     """Refuse to go over a version that may be newer than an attempt which failed."""
-    if draft.is_refused and not draft.adds:
+    if buffer.is_refused and not buffer.adds:
         msg = f"{found.key!r} was changed (revision {found.mod_revision}) since it was written"
         raise WriteConflictError(msg)
 
 
-def _check_may_go_over(draft: Draft, found: KeyValue) -> None:
+def _check_may_go_over(buffer: WriteBuffer, found: KeyValue) -> None:
     """Refuse to overwrite what another client wrote, but for the last writer of a whole value."""
-    _check_not_refused(draft, found)
-    if not draft.adds and draft.kind is not Kind.WHOLE:
+    _check_not_refused(buffer, found)
+    if not buffer.adds and buffer.kind is not Kind.WHOLE:
         msg = f"{found.key!r} was changed by another client (revision {found.mod_revision})"
         raise WriteConflictError(msg)
 
@@ -418,55 +440,55 @@ def _put(key: bytes, value: bytes, *, keeps: int | None = None) -> tuple[Operati
 
 
 def _done(put: Transaction, committed: Committed, value: bytes, *, merged: bool = False) -> _Done:
-    own, *sides = events_of(put, committed)
+    own, *stored_records = events_of(put, committed)
     assert isinstance(own, KeyValue), "the put comes first"
-    return _Done(facts_of(own), value, merged=merged, sides=tuple(sides))
+    return _Done(key_state_of(own), value, merged=merged, stored_records=tuple(stored_records))
 
 
 def _event(key: bytes, done: _Done) -> KeyValue:
-    facts = done.facts
+    key_state = done.key_state
     return KeyValue(
         key,
         done.value,
-        facts.create_revision,
-        facts.mod_revision,
-        facts.version,
-        facts.lease,
+        key_state.create_revision,
+        key_state.mod_revision,
+        key_state.version,
+        key_state.lease,
     )
 
 
-def _live_on(file: File, draft: Draft, merged: Facts | None = None) -> None:
+def _live_on(file: File, buffer: WriteBuffer, merged: KeyState | None = None) -> None:
     """Let a file whose content is not what its key holds be read as it was written.
 
     One that was made here and `merged` into what another client had made is a version of that from
     then on: what is yet to be appended to it is added there, and does not take its place.
     """
-    draft.published(draft.value)
-    file.value = draft.base
-    if file.facts is None and merged is not None:
-        file.facts = _before(merged)
-    if file.facts is not None:
-        file.facts = file.facts._replace(size=len(draft))
+    buffer.written_back(buffer.value)
+    file.value = buffer.base
+    if file.key_state is None and merged is not None:
+        file.key_state = _before(merged)
+    if file.key_state is not None:
+        file.key_state = file.key_state._replace(size=len(buffer))
 
 
-def _go_on_from(file: File, draft: Draft, arrived: bytes, found: KeyValue) -> None:
-    """Leave of a draft what was written after a try that arrived, whatever was put over that."""
-    draft.published(arrived)
+def _go_on_from(file: File, buffer: WriteBuffer, arrived: bytes, found: KeyValue) -> None:
+    """Leave of a write buffer what was written after a try that arrived, whatever was put over that."""
+    buffer.written_back(arrived)
     if found.value == arrived:
-        file.facts = facts_of(found)
-    elif file.facts is None:
-        file.facts = _before(facts_of(found))
+        file.key_state = key_state_of(found)
+    elif file.key_state is None:
+        file.key_state = _before(key_state_of(found))
 
 
-def _before(facts: Facts) -> Facts:
-    """Return the facts of a version older than any that another client has made of a key.
+def _before(key_state: KeyState) -> KeyState:
+    """Return the key state of a version older than any that another client has made of a key.
 
     So it is a version of that key, and never taken for what the key holds.
     """
-    return facts._replace(mod_revision=Revision(facts.create_revision - 1))
+    return key_state._replace(mod_revision=Revision(key_state.create_revision - 1))
 
 
-def _keep_newer(file: File, facts: Facts) -> None:
-    """Take over facts that the tree did not: the file was superseded while it settled."""
-    if file.facts is None or file.facts.mod_revision < facts.mod_revision:
-        file.facts = facts
+def _keep_newer(file: File, key_state: KeyState) -> None:
+    """Take over key state that the tree did not: the file was superseded while it settled."""
+    if file.key_state is None or file.key_state.mod_revision < key_state.mod_revision:
+        file.key_state = key_state

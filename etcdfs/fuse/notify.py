@@ -1,7 +1,7 @@
 """Telling the kernel to let go of what it has cached, and what it may keep.
 
-What this room knows: pyfuse3's notifications, and that they block. What it must not know: why
-something is to be forgotten.
+Knows: pyfuse3's notifications, and that they block. Does not know: why something is to be
+forgotten.
 
 `invalidate_entry` waits for the directory's lock, which any LOOKUP, CREATE or READDIR in flight
 holds; called on the trio thread it would wait for a handler that only the trio thread can finish. So
@@ -41,7 +41,7 @@ from typing import Final, final
 import pyfuse3
 import trio
 
-from etcdfs.tree.tree import Cached, Entry, Expiry, Inode, Listing
+from etcdfs.tree.tree import Cached, CachedAttributes, Dentry, Expiry, Inode
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class KernelStatistics:
         finished: Those that are done, but for what was stuck.
         invalidated: Entries and attributes that the kernel has let go of.
         waiting: Those that it still has to.
-        stored: Values that it was given when their file was opened.
+        pages_pushed: Values that it was given when their file was opened.
         stuck: Directories whose lock somebody holds, so that the kernel cannot let go.
         stuck_ever: Times that one was stuck.
     """
@@ -202,7 +202,7 @@ class KernelCache:
         """Give the kernel all of a file's content; it does not ask for it then.
 
         Called on the trio thread, for it does not wait: nobody may be reading the inode
-        (`OpenFiles.to_store`), as a READ under way holds the lock of its page.
+        (`Handles.to_store`), as a READ under way holds the lock of its page.
         """
         try:
             pyfuse3.notify_store(pyfuse3.InodeT(inode), 0, value)
@@ -337,14 +337,14 @@ class KernelCache:
 
     def _invalidate(self, worker: _Worker, cached: Cached) -> None:
         match cached:
-            case Entry():
+            case Dentry():
                 self._call(worker, cached, cached.directory, partial(invalidate_entry, cached))
             case Expiry(within):
                 self._call(worker, cached, within.directory, partial(expire_entry, within))
-            case Listing():
+            case CachedAttributes():
                 self._invalidate_inode(worker, cached)
 
-    def _invalidate_inode(self, worker: _Worker, cached: Listing) -> None:
+    def _invalidate_inode(self, worker: _Worker, cached: CachedAttributes) -> None:
         invalidate = partial(invalidate_attributes, cached.inode, pages=cached.pages)
         # Attributes alone wait for nobody.
         lock = _pages_of(cached.inode) if cached.pages else 0
@@ -415,14 +415,14 @@ def invalidate_attributes(inode: int, *, pages: bool) -> bool:
     return True
 
 
-def invalidate_entry(entry: Entry) -> None:
+def invalidate_entry(entry: Dentry) -> None:
     """Have the kernel forget a name; waits for the lock of its directory."""
     # ENOENT: the kernel has already let go of it.
     with suppress(FileNotFoundError):
         pyfuse3.invalidate_entry(pyfuse3.InodeT(entry.directory), pyfuse3.FileNameT(entry.name))
 
 
-def expire_entry(entry: Entry) -> None:
+def expire_entry(entry: Dentry) -> None:
     """Have the kernel ask for a name again, without throwing it out; waits for the same lock.
 
     libfuse can send this since 3.12, pyfuse3 cannot; a notification is one write to the kernel

@@ -1,7 +1,7 @@
 """pyfuse3's requests, handed to the filesystem and back.
 
-What this room knows: pyfuse3's types and what the kernel makes of them. What it must not know:
-etcd, keys, what any call means. It is a thin wrapper on purpose.
+Knows: pyfuse3's types and what the kernel makes of them. Does not know: etcd, keys, what any call
+means. It is a thin wrapper on purpose.
 
 The one border: every handler wears `@handler`, which turns `EtcdfsError` into its errno and
 anything else into EIO and a logged traceback, so that no fault of ours takes the mount down
@@ -42,7 +42,7 @@ from pyfuse3 import (
 
 from etcdfs.admission import Admission, Request, current
 from etcdfs.errors import EtcdfsError, FuseRefusedError, NoAttributeError
-from etcdfs.files.handles import OpenFiles
+from etcdfs.files.handles import Handles
 from etcdfs.fuse.procfs import Openers, describe_shortage, is_shortage
 from etcdfs.vfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
 from etcdfs.vfs.filesystem import Filesystem
@@ -105,7 +105,7 @@ class Operations(pyfuse3.Operations):
     def __init__(
         self,
         filesystem: Filesystem,
-        files: OpenFiles,
+        files: Handles,
         xattrs: Xattrs,
         *,
         store: Callable[[int, bytes], None] | None,

@@ -1,7 +1,7 @@
 """Who opened a file for writing, and whether they have it open still.
 
-What this room knows: what /proc says of a process's descriptors and mounts (proc(5)). What it
-must not know: why anybody asks, pyfuse3.
+Knows: what /proc says of a process's descriptors and mounts (proc(5)). Does not know: why anybody
+asks, pyfuse3.
 
 Nothing here touches what a descriptor leads to: it may be a file of our own mount, whose daemon
 would wait for itself.
@@ -10,8 +10,7 @@ Concurrency: plain reads of /proc, on the trio thread.
 
 When memory runs out, and what is said then.
 
-What this room knows: how Python says that there is none, and where the limits are. What it must
-not know: who wanted it.
+Knows: how Python says that there is none, and where the limits are. Does not know: who wanted it.
 
 Only a limit of the process itself is heard of like this (`ulimit -v`, RLIMIT_AS). What exceeds
 that of a container is killed by the kernel, without a word; whoever waits for the process, and

@@ -1,10 +1,10 @@
-"""Side keys: where the attributes of a key are kept in etcd, and as what text.
+"""Record keys: where the attributes of a key are kept in etcd, and as what text.
 
-What this room knows: the mapping between keys and side keys, the record in a side key, and when a
-record is void. What it must not know: what attributes mean to a file system, and when they change.
+Knows: the mapping between keys and record keys, the record in a record key, and when a record is
+void. Does not know: what attributes mean to a file system, and when they change.
 
 A key has attributes of its own only where they differ from the mount's defaults; they are then the
-JSON object in its *side key*, which is `/.etcdfs/attrs/` and the key itself: `/.etcdfs/attrs//app/x`
+JSON object in its *record key*, which is `/.etcdfs/attrs/` and the key itself: `/.etcdfs/attrs//app/x`
 for `/app/x`, `/.etcdfs/attrs//app/` for the marker of the directory `/app`. Its fields, none of
 which need be there:
 
@@ -32,8 +32,8 @@ Concurrency: none; pure functions and frozen values.
 
 What etcd's roles let a mount do with records of attributes.
 
-What this room knows: whether records could be read and written when that was last tried, and
-since when. What it must not know: when it is tried again, what a record says.
+Knows: whether records could be read and written when that was last tried, and since when. Does not
+know: when it is tried again, what a record says.
 
 Nobody may be shown a file by default that a record would have kept from him. So while records
 cannot be read, what is known of them stays, and everything is shown without the rights of group
@@ -67,7 +67,7 @@ from etcdfs.keyspace.store import (
 )
 
 ATTRIBUTES: Final = b"/.etcdfs/attrs/"
-"""What all side keys begin with."""
+"""What all record keys begin with."""
 
 ATTRIBUTES_END: Final = range_end(ATTRIBUTES)
 
@@ -100,29 +100,29 @@ XATTR_RESERVED: Final = (b"user.etcd.", b"user.etcdfs.")
 # --- keys -----------------------------------------------------------------------------------
 
 
-def side_key(key: bytes) -> bytes:
-    """Return the side key of a key."""
+def record_key(key: bytes) -> bytes:
+    """Return the record key of a key."""
     return ATTRIBUTES + key
 
 
-def is_side_key(key: bytes) -> bool:
-    """Tell whether a key is a side key."""
+def is_record_key(key: bytes) -> bool:
+    """Tell whether a key is a record key."""
     return key.startswith(ATTRIBUTES)
 
 
-def owner_of(side: bytes) -> bytes:
-    """Return the key that a side key belongs to."""
-    assert is_side_key(side)
-    return side[len(ATTRIBUTES) :]
+def owner_of(stored_record: bytes) -> bytes:
+    """Return the key that a record key belongs to."""
+    assert is_record_key(stored_record)
+    return stored_record[len(ATTRIBUTES) :]
 
 
-def side_range(prefix: bytes) -> tuple[bytes, bytes]:
-    """Return start and end of the side keys of all keys that begin with `prefix`; none is empty."""
-    return side_key(prefix or b"\0"), range_end(side_key(prefix))
+def record_range(prefix: bytes) -> tuple[bytes, bytes]:
+    """Return start and end of the record keys of all keys that begin with `prefix`; none is empty."""
+    return record_key(prefix or b"\0"), range_end(record_key(prefix))
 
 
 def shown_ranges(start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
-    """Return the parts of a range of keys in which there are no side keys."""
+    """Return the parts of a range of keys in which there are no record keys."""
     if start >= ATTRIBUTES_END or (end <= ATTRIBUTES and end != END_OF_KEYS):
         return [(start, end)]
     parts = [(start, ATTRIBUTES), (ATTRIBUTES_END, end)]
@@ -133,7 +133,7 @@ def shown_ranges(start: bytes, end: bytes) -> list[tuple[bytes, bytes]]:
 
 
 class RecordError(ValueError):
-    """A side key's value is no record."""
+    """A record key's value is no record."""
 
 
 @final
@@ -216,11 +216,11 @@ def encode(record: Record) -> bytes:
 
 
 def decode(value: bytes, revision: int) -> Record:
-    """Return the record in a side key, field by field.
+    """Return the record in a record key, field by field.
 
     Args:
-        value: The side key's value.
-        revision: The side key's mod_revision.
+        value: The record key's value.
+        revision: The record key's mod_revision.
 
     Raises:
         RecordError: It is none.
@@ -237,10 +237,10 @@ def decode(value: bytes, revision: int) -> Record:
     return _Fields(found).record(revision)
 
 
-def read(side: KeyValue) -> Record:
-    """Return the record in a side key, `UNREADABLE` if it is none."""
+def read(stored_record: KeyValue) -> Record:
+    """Return the record in a record key, `UNREADABLE` if it is none."""
     try:
-        return decode(side.value, side.mod_revision)
+        return decode(stored_record.value, stored_record.mod_revision)
     except RecordError:
         return UNREADABLE
 
@@ -388,29 +388,29 @@ def _xattr(name: str, text: object) -> tuple[bytes, bytes] | None:
     return (own, value) if is_xattr_name(own) and len(value) <= XATTR_SIZE_MAX else None
 
 
-def is_void(side: KeyValue, create_revision: int) -> bool:
+def is_void(stored_record: KeyValue, create_revision: int) -> bool:
     """Tell whether a record is older than the key it belongs to, and says nothing of it."""
-    return side.mod_revision < create_revision
+    return stored_record.mod_revision < create_revision
 
 
-def moved(side: KeyValue, owner: KeyValue) -> bytes | None:
-    """Return what the side key of the new name is to hold when a key is renamed.
+def moved(stored_record: KeyValue, owner: KeyValue) -> bytes | None:
+    """Return what the record key of the new name is to hold when a key is renamed.
 
     The new key is to be put by the same transaction.
 
     Args:
-        side: The side key that the old name has.
+        stored_record: The record key that the old name has.
         owner: The key of the old name (its value is not looked at).
 
     Returns:
         None if there is nothing to take along.
     """
-    if is_void(side, owner.create_revision):
+    if is_void(stored_record, owner.create_revision):
         return None
     try:
-        record = decode(side.value, side.mod_revision)
+        record = decode(stored_record.value, stored_record.mod_revision)
     except RecordError:
-        return side.value  # whatever it is, it is not ours to drop
+        return stored_record.value  # whatever it is, it is not ours to drop
     holds = record.mtime_at(owner.mod_revision) is not None
     kept = replace(record, mtime_revision=0) if holds else record.without_mtime()
     return encode(kept) if kept else None
@@ -510,7 +510,7 @@ def _do_nothing() -> None:
 
 
 async def commit_with(
-    store: Store, rights: Rights, dressed: Transaction, bare: Transaction
+    store: Store, rights: Rights, with_record: Transaction, bare: Transaction
 ) -> tuple[Transaction, Committed]:
     """Commit with records; without, if that is what roles forbid: content still works.
 
@@ -521,13 +521,15 @@ async def commit_with(
         StoreError: The other one was refused as well, or etcd could not be asked.
     """
     try:
-        committed = await store.commit(dressed)
+        committed = await store.commit(with_record)
     except StorePermissionError as exc:
-        if dressed == bare or not exc.is_of_role:
+        if with_record == bare or not exc.is_of_role:
             raise
         committed = await store.commit(bare)
         rights.refuse_writing(exc)
         return bare, committed
-    if any(isinstance(each, (Put, Delete)) and is_side_key(each.key) for each in dressed.then):
+    if any(
+        isinstance(each, (Put, Delete)) and is_record_key(each.key) for each in with_record.then
+    ):
         rights.allow_writing()
-    return dressed, committed
+    return with_record, committed

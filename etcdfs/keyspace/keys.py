@@ -1,7 +1,7 @@
 """The mapping between etcd keys and the paths of the mount.
 
-What this room knows: which name stands for which part of a key, and which names are reserved.
-What it must not know: which keys exist (that is the tree's), nor how a path is written as text.
+Knows: which name stands for which part of a key, and which names are reserved. Does not know: which
+keys exist (that is the tree's), nor how a path is written as text.
 
 A key under the mount's prefix is split at every `/` into *components*; a path is a tuple of
 *names*. An ordinary component is its own name. The rest is escaped, so that every key has
@@ -30,7 +30,7 @@ A key that ends in `/` is the *marker* of a directory. Two reserved names reach 
 path of its own: `a/%value` is the value of the key `a` when `a/b` is a key too, and `a/%marker`
 is the value of the marker `a/` when it is not empty.
 
-Side keys (`etcdfs.keyspace.attribute_records`) are attributes of other keys. They are no files, and have no path.
+Record keys (`etcdfs.keyspace.attribute_records`) are attributes of other keys. They are no files, and have no path.
 
 Concurrency: none; pure functions and frozen values.
 """
@@ -40,7 +40,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from etcdfs.errors import InvalidRequestError, NameReservedError, NameTooLongError
-from etcdfs.keyspace.attribute_records import ATTRIBUTES, is_side_key
+from etcdfs.keyspace.attribute_records import ATTRIBUTES, is_record_key
 from etcdfs.keyspace.store import END_OF_KEYS, range_end
 
 VALUE_NAME: Final = b"%value"
@@ -151,8 +151,8 @@ class Keyspace:
         return key != b"" and key.startswith(self.prefix)
 
     @property
-    def holds_sides(self) -> bool:
-        """Whether the side keys are among the keys under the prefix."""
+    def holds_records(self) -> bool:
+        """Whether the record keys are among the keys under the prefix."""
         return ATTRIBUTES.startswith(self.prefix)
 
     def locate(self, key: bytes) -> Location:
@@ -260,7 +260,7 @@ class Keyspace:
 
 
 def _not_reserved(key: bytes) -> bytes:
-    if is_side_key(key):
+    if is_record_key(key):
         raise NameReservedError(f"{key!r} is kept for the attributes of other keys")
     return key
 

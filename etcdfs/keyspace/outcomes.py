@@ -1,7 +1,7 @@
 """Writes whose answer was lost, resolved by reading back what became of them.
 
-What this room knows: which traces of a transaction prove that it was carried out. What it must
-not know: what the transaction is for.
+Knows: which traces of a transaction prove that it was carried out. Does not know: what the
+transaction is for.
 
 A name that was to go and is gone, or that has moved with its value, is as the caller wanted it,
 whoever did it: that is success. A name that was claimed (its absence was a condition) and is
@@ -40,7 +40,7 @@ from etcdfs.keyspace.store import (
 
 
 @final
-class Certain:
+class ResolvingStore:
     """A store that looks after its writes. Otherwise the store that it is given."""
 
     def __init__(self, store: Store) -> None:

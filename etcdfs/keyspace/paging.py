@@ -1,7 +1,7 @@
 """How much to ask for at a time, when all of a range is to be read.
 
-What this room knows: that etcd bounds a page by keys only, and that memory is bounded in bytes.
-What it must not know: who asks, and what for.
+Knows: that etcd bounds a page by keys only, and that memory is bounded in bytes. Does not know: who
+asks, and what for.
 
 etcd makes a page in memory and sends it whole, whatever its size. So the next page has as many
 keys as come to about `most_bytes` if they are like those of the one before, and to begin with, few.
@@ -12,8 +12,8 @@ Concurrency: one owner.
 
 All of a range, page by page, at one revision.
 
-What this room knows: how pages follow one another, and that they must come to an end. What it must
-not know: what is done with them.
+Knows: how pages follow one another, and that they must come to an end. Does not know: what is done
+with them.
 
 Concurrency: trio thread; one owner.
 """

@@ -1,7 +1,7 @@
 """When revisions were made: etcd keeps no times, but revisions in order.
 
-What this room knows: the times of some revisions, what they say of all others, and the text that
-they are kept as. What it must not know: keys, nodes, etcd requests.
+Knows: the times of some revisions, what they say of all others, and the text that they are kept as.
+Does not know: keys, nodes, etcd requests.
 
 Whoever learns of a revision knows that it and all before it were made by then. So
 

@@ -1,7 +1,7 @@
 """The port to etcd: what the filesystem asks of a store, in etcd's own terms.
 
-What this room knows: revisions, keys, transactions and watches as etcd v3 defines them
-(https://etcd.io/docs/v3.5/learning/api/). What it must not know: gRPC, sockets, time.
+Knows: revisions, keys, transactions and watches as etcd v3 defines them
+(https://etcd.io/docs/v3.5/learning/api/). Does not know: gRPC, sockets, time.
 
 Keys and values are `bytes`, revisions are etcd's cluster-wide 64-bit counter. A range is
 `[start, end)`; `end=None` means the single key `start`, `end=END_OF_KEYS` means everything from

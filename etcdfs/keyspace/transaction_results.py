@@ -1,19 +1,19 @@
 """What a transaction's answer says, as the events that the watch will tell of it.
 
-What this room knows: the shape of the answers to `transactions`: each `Put` is followed by a
-`Get` of the same key, which tells its revisions; an inner transaction comes last. What it must
-not know: what the events are for.
+Knows: the shape of the answers to `transactions`: each `Put` is followed by a `Get` of the same
+key, which tells its revisions; an inner transaction comes last. Does not know: what the events are
+for.
 
 Concurrency: none; pure functions.
 
 Whether an answer of etcd's can be one to what was asked.
 
-What this room knows: what etcd guarantees of a range, of a transaction's results and of events,
-as far as one answer shows it. What it must not know: what is done about an answer that cannot be
-(the door refuses it), messages of gRPC, what the keys are for.
+Knows: what etcd guarantees of a range, of a transaction's results and of events, as far as one
+answer shows it. Does not know: what is done about an answer that cannot be (the door refuses it),
+messages of gRPC, what the keys are for.
 
 Whatever comes after this relies on it: keys are in the range that was asked for and in order, each
-page leads on, no revision is from the future. What only several answers show is the replica's.
+page leads on, no revision is from the future. What only several answers show is the state machine's.
 
 Concurrency: none; pure functions.
 """

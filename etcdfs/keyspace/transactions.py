@@ -1,8 +1,7 @@
 """The one etcd transaction behind each change of a name.
 
-What this room knows: which conditions make create, mkdir, unlink, rmdir and rename atomic across
-the cluster, and how a directory that loses its last entry stays. What it must not know: the tree,
-inodes, who asks.
+Knows: which conditions make create, mkdir, unlink, rmdir and rename atomic across the cluster, and
+how a directory that loses its last entry stays. Does not know: the tree, inodes, who asks.
 
 A directory is there while its marker or any key below it is. Removing its last entry through the
 mount must leave it, so each removal carries an inner transaction: *if
@@ -18,10 +17,10 @@ request (1.5 MiB, `--max-request-bytes`).
 
 Concurrency: none; pure functions.
 
-The etcd operations that write side keys.
+The etcd operations that write record keys.
 
-What this room knows: which conditions and operations keep the attributes of a key true across the
-cluster. What it must not know: the tree, inodes, what attributes mean.
+Knows: which conditions and operations keep the attributes of a key true across the cluster. Does
+not know: the tree, inodes, what attributes mean.
 
 Concurrency: none; pure functions.
 """
@@ -30,7 +29,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from etcdfs.keyspace.attribute_records import Record, encode, shown_ranges, side_key
+from etcdfs.keyspace.attribute_records import Record, encode, record_key, shown_ranges
 from etcdfs.keyspace.keys import MAX_DEPTH
 from etcdfs.keyspace.store import (
     Abort,
@@ -248,7 +247,7 @@ def stay_without(parent: bytes | None, prefix: bytes) -> tuple[Operation, ...]:
 
 
 def _nothing_below(prefix: bytes) -> tuple[Compare, ...]:
-    """Return the conditions that no key begins with a prefix, side keys aside."""
+    """Return the conditions that no key begins with a prefix, record keys aside."""
     return _nothing(prefix, range_end(prefix))
 
 
@@ -279,17 +278,17 @@ def write_record(key: bytes, record: Record, known: int) -> tuple[Operation, ...
     Args:
         key: The key it belongs to.
         record: What to write; one that says nothing is deleted.
-        known: The mod_revision of the side key, 0 if there is none.
+        known: The mod_revision of the record key, 0 if there is none.
     """
-    side = side_key(key)
+    stored_record = record_key(key)
     if record:
-        return (Put(side, encode(record)), Get(side, keys_only=True))
+        return (Put(stored_record, encode(record)), Get(stored_record, keys_only=True))
     return drop_record(key, known)
 
 
 def drop_record(key: bytes, known: int) -> tuple[Operation, ...]:
     """Return what deletes the record of a key, if there is one; arguments as above."""
-    return (Delete(side_key(key)),) if known else ()
+    return (Delete(record_key(key)),) if known else ()
 
 
 def same_record(key: bytes, known: int, create_revision: int) -> tuple[Compare, ...]:
@@ -297,13 +296,13 @@ def same_record(key: bytes, known: int, create_revision: int) -> tuple[Compare, 
 
     Args:
         key: The key it belongs to.
-        known: The mod_revision of the side key; 0 if the key has no record, or a void one.
+        known: The mod_revision of the record key; 0 if the key has no record, or a void one.
         create_revision: That of the key; 0 if it is not there, and its record void in any case.
     """
     if known:
-        return (unchanged(side_key(key), known),)
+        return (unchanged(record_key(key), known),)
     if create_revision:
-        return (Compare(side_key(key), "mod_revision", "<", create_revision),)
+        return (Compare(record_key(key), "mod_revision", "<", create_revision),)
     return ()
 
 
@@ -312,7 +311,7 @@ def change_record(
 ) -> Transaction:
     """Write the record of a key that is there; a directory without a marker gets one.
 
-    If it fails: a page of the key, one of its side key.
+    If it fails: a page of the key, one of its record key.
 
     Args:
         key: The key, or the marker of a directory.
@@ -333,4 +332,4 @@ def change_record(
         operations = (Put(key, b""), Get(key, keys_only=True), *operations)
     # The value of a marker is mostly empty, and needed by whoever takes it over.
     own = Get(key, keys_only=not key.endswith(b"/"))
-    return Transaction(conditions, operations, (own, Get(side_key(key))))
+    return Transaction(conditions, operations, (own, Get(record_key(key))))

@@ -1,7 +1,7 @@
 """Making the watch's batches visible, one after another, and catching up when they come too fast.
 
-What this room knows: in which order the tree and the kernel change, and how a backlog collapses.
-What it must not know: where events come from, pyfuse3.
+Knows: in which order the tree and the kernel change, and how a backlog collapses. Does not know:
+where events come from, pyfuse3.
 
 Each batch becomes visible by *switching*: the kernel lets go of what will be
 untrue while lookups still answer the old state with no lifetime; then the tree changes in one
@@ -14,7 +14,7 @@ that fell behind a hot key catches up with the next batch. A merged batch is cut
 nobody is answered meanwhile. When `WAITING_MAX` of them wait, the watch is not read any
 further, and what comes stays with etcd.
 
-A batch that would wait for a lock which a call of this mount holds (`letting`) is published at
+A batch that would wait for a lock which a call of this mount holds (`invalidator`) is published at
 once, and the kernel let go after.
 
 Concurrency: synchronous, on the trio thread: a batch goes on when the kernel has let go, or
@@ -32,13 +32,13 @@ from typing import Final, final
 import trio
 from cachetools import LRUCache
 
-from etcdfs.keyspace.attribute_records import is_side_key
+from etcdfs.keyspace.attribute_records import is_record_key
 from etcdfs.keyspace.store import Event, KeyValue, Revision
-from etcdfs.mirror.invalidator import KernelCache, Letting
+from etcdfs.mirror.invalidator import Invalidator, KernelCache
 from etcdfs.tree.changes import Plan
 from etcdfs.tree.tree import Cached, File
-from etcdfs.tree.update import Switch
-from etcdfs.tree.value_cache import Contents
+from etcdfs.tree.update import Update
+from etcdfs.tree.value_cache import ValueCache
 
 log = logging.getLogger(__name__)
 
@@ -120,16 +120,16 @@ class Applier:
 
     def __init__(
         self,
-        switch: Switch,
-        contents: Contents,
+        update: Update,
+        value_cache: ValueCache,
         kernel: KernelCache,
         failed: Callable[[], None],
     ) -> None:
         """Make an applier; `failed` is told when a batch cannot be applied."""
         # --- dependencies
-        self._switch = switch
-        self._contents = contents
-        self.letting = Letting(kernel, self._give_way)
+        self._update = update
+        self._value_cache = value_cache
+        self.invalidator = Invalidator(kernel, self._give_way)
         self._failed = failed
         # --- mutable state
         self.revision = 0
@@ -148,7 +148,7 @@ class Applier:
 
     # --- taking -----------------------------------------------------------------------------
 
-    async def take(self, events: Sequence[Event], sides: Sequence[Event] = ()) -> None:
+    async def take(self, events: Sequence[Event], stored_records: Sequence[Event] = ()) -> None:
         """Take whole revisions, oldest first, as soon as there is room.
 
         With them come the attributes of keys that are made in them.
@@ -159,7 +159,7 @@ class Applier:
         while len(self._waiting) >= WAITING_MAX and self._waiting[-1].is_full:
             await self._advanced.wait()
         was_idle = self._now is None
-        self._merge(events, sides)
+        self._merge(events, stored_records)
         self._begin()
         if was_idle:
             with trio.move_on_after(GRACE_S):
@@ -170,23 +170,23 @@ class Applier:
         """Make further events visible, in one step, after what was taken; return when they are."""
         batch = _Batch(force=force, is_closed=True)
         for event in events:
-            batch.add(event, is_own=event.key in self._switch.intents)
+            batch.add(event, is_own=event.key in self._update.intents)
         self._waiting.append(batch)
         self._begin()
         await batch.over.wait()
 
-    def _merge(self, events: Sequence[Event], sides: Sequence[Event]) -> None:
+    def _merge(self, events: Sequence[Event], stored_records: Sequence[Event]) -> None:
         if self._is_broken:
             return
-        intents = self._switch.intents
+        intents = self._update.intents
         for revision, group in groupby(events, _REVISION):
             if not self._waiting or self._waiting[-1].is_full:
                 self._waiting.append(_Batch())
             batch = self._waiting[-1]
-            for event in (*group, *sides):
+            for event in (*group, *stored_records):
                 batch.add(event, is_own=event.key in intents)
             batch.revision = revision
-            sides = ()  # they may well come before their keys
+            stored_records = ()  # they may well come before their keys
 
     async def replace(self, events: Sequence[Event], revision: int) -> None:
         """Show exactly what a new listing says, once nothing else is under way."""
@@ -202,7 +202,7 @@ class Applier:
     def adopt(self, revision: int) -> None:
         """Go on with a tree that was made anew; nothing else is under way."""
         self._is_broken = False
-        self._switch.relisted()
+        self._update.relisted()
         self.revision = revision
         self._wake()
 
@@ -218,7 +218,7 @@ class Applier:
     # --- switching --------------------------------------------------------------------------
 
     def _give_way(self) -> None:
-        if self._round and self._now is not None and self.letting.is_held():
+        if self._round and self._now is not None and self.invalidator.is_held():
             self.early += 1
             self._go_on(self._round, early=True)
 
@@ -230,8 +230,8 @@ class Applier:
         self._asked = set()
         self._rounds = 0
         for event in self._now.events.values():
-            if isinstance(event, KeyValue) and not is_side_key(event.key):
-                self._contents.put(event.key, event.mod_revision, event.value)
+            if isinstance(event, KeyValue) and not is_record_key(event.key):
+                self._value_cache.put(event.key, event.mod_revision, event.value)
         self._go_on(0)
 
     def _go_on(self, number: int, *, early: bool = False) -> None:
@@ -250,52 +250,52 @@ class Applier:
 
     def _step(self, batch: _Batch, *, early: bool) -> None:
         # Anything may have happened to the tree since the last step: it is planned again.
-        plan = self._switch.plan(batch.all(), force=batch.force)
-        stale = self._switch.invalidations(plan) - self._asked
+        plan = self._update.plan(batch.all(), force=batch.force)
+        stale = self._update.invalidations(plan) - self._asked
         if early:
-            self._switch.not_let_go(plan)
+            self._update.note_not_invalidated(plan)
         if not stale or self._rounds == SWITCH_ROUNDS:
-            self._publish(batch, plan, late=stale)
+            self._apply_batch(batch, plan, late=stale)
             return
-        self._switch.tree.switching |= self._switch.untold(plan)
-        self._switch.letting_go(plan, stale)
+        self._update.tree.switching |= self._update.uncacheable(plan)
+        self._update.note_invalidated(plan, stale)
         self._asked |= stale
         self._rounds += 1
         self._round = number = next(self._numbers)
-        self.letting.submit(stale, lambda: self._go_on(number))
+        self.invalidator.submit(stale, lambda: self._go_on(number))
         self._give_way()
 
-    def _publish(self, batch: _Batch, plan: Plan, *, late: set[Cached]) -> None:
+    def _apply_batch(self, batch: _Batch, plan: Plan, *, late: set[Cached]) -> None:
         before = self._versions(plan)
-        self._switch.publish(plan)
+        self._update.apply(plan)
         for file, key, revision in before:
             # Or a key that is always written would fill the memory with what nobody asks for.
             is_past = file.directory is None or revision != file.version
             if is_past and not file.handles:
-                self._let_go(key, revision)
-        self._switch.tree.switching.clear()
-        self.letting.submit(late | self._switch.tree.held.excess())
+                self._invalidate(key, revision)
+        self._update.tree.switching.clear()
+        self.invalidator.submit(late | self._update.tree.held.excess())
         self.batches += 1
         self.events += batch.count
         self.collapsed += batch.count - len(batch.events)
         if batch.revision is not None:
             self.revision = batch.revision
-            self._switch.reached(batch.revision)
+            self._update.reached(batch.revision)
         self._finish(batch)
 
-    def _let_go(self, key: bytes, revision: int) -> None:
+    def _invalidate(self, key: bytes, revision: int) -> None:
         """Let go of the value before the one that is past now: a call under way may want that."""
         before = self._past.pop(key, 0)
         if before:
-            self._contents.discard(key, Revision(before))
+            self._value_cache.discard(key, Revision(before))
         self._past[key] = revision
 
     def _versions(self, plan: Plan) -> list[tuple[File, bytes, int]]:
         """Return the files that a plan replaces or changes, their keys and mod_revisions."""
-        tree = self._switch.tree
+        tree = self._update.tree
         files = [before for _, _, before, _ in plan.changes() if isinstance(before, File)]
         known = plan.keys  # making keys of paths would take longer than all the rest
-        keys = ((f, known.get(f) or tree.key_of(f)) for f in (*files, *plan.facts))
+        keys = ((f, known.get(f) or tree.key_of(f)) for f in (*files, *plan.key_state))
         return [(file, key, file.version) for file, key in keys if key is not None]
 
     def _finish(self, batch: _Batch) -> None:
@@ -310,8 +310,8 @@ class Applier:
         self._advanced = trio.Event()
 
     def _fail(self, batch: _Batch) -> None:
-        self._switch.tree.switching.clear()
-        self._switch.tree.doubtful = True  # it may have been half-way
+        self._update.tree.switching.clear()
+        self._update.tree.doubtful = True  # it may have been half-way
         self._waiting = deque(other for other in self._waiting if other.is_closed)
         self._is_broken = True
         self._finish(batch)

@@ -1,14 +1,14 @@
-"""A mirror of the side keys, where they are not among the keys of the mount's own prefix.
+"""A mirror of the record keys, where they are not among the keys of the mount's own prefix.
 
-What this room knows: how the attributes of the keys under a prefix are followed by a watch of
-their own, and how a key is kept from being seen before its attributes. What it must not know: how
-changes become visible (the mirror's), system calls.
+Knows: how the attributes of the keys under a prefix are followed by a watch of their own, and how a
+key is kept from being seen before its attributes. Does not know: how changes become visible (the
+mirror's), system calls.
 
-Two watches are not in step. So before a batch with new keys is published, the side keys of these
-are read (`sides_of`): what was made with mode 0600 is never seen with the default mode. Later
-changes of attributes come by the watch of the side keys alone.
+Two watches are not in step. So before a batch with new keys is published, the record keys of these
+are read (`stored_records_of`): what was made with mode 0600 is never seen with the default mode. Later
+changes of attributes come by the watch of the record keys alone.
 
-Audits compare the side keys as they do the keys; what differs is listed again.
+Audits compare the record keys as they do the keys; what differs is listed again.
 
 etcd's roles may not allow it, at the start or later. Then what is known of attributes stays, all
 is shown closed (`rights`), and reading them is tried again after each backoff. Meanwhile nothing
@@ -27,13 +27,13 @@ from typing import Final, assert_never, final
 import trio
 
 from etcdfs.consistency.audit import Auditor
-from etcdfs.consistency.audit_index import HeldSides
-from etcdfs.consistency.staleness import UNLIMITED, Link
+from etcdfs.consistency.audit_index import HeldRecords
+from etcdfs.consistency.staleness import UNLIMITED, Staleness
 from etcdfs.errors import (
     StoreError,
     StorePermissionError,
 )
-from etcdfs.keyspace.attribute_records import side_key
+from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.keyspace.store import Event, Get, KeyValue, Store, Tombstone, Transaction
 from etcdfs.keyspace.transaction_results import page_of
 from etcdfs.mirror.messages import (
@@ -51,31 +51,31 @@ from etcdfs.mirror.messages import (
     Stage,
     Step,
 )
-from etcdfs.mirror.state_machine import Replica, State
-from etcdfs.mirror.watch_session import Watching, pause, read_page
-from etcdfs.tree.node_attributes import side_of
+from etcdfs.mirror.state_machine import State, StateMachine
+from etcdfs.mirror.watch_session import WatchSession, pause, read_page
+from etcdfs.tree.node_attributes import stored_record_of
 from etcdfs.tree.tree import Tree
-from etcdfs.tree.value_cache import Contents
+from etcdfs.tree.value_cache import ValueCache
 
 log = logging.getLogger(__name__)
 
 MAX_GETS: Final = 128
-"""Side keys read in one transaction (etcd's --max-txn-ops)."""
+"""Record keys read in one transaction (etcd's --max-txn-ops)."""
 
-Publish = Callable[[Sequence[Event], bool], Awaitable[None]]
+ApplyBatch = Callable[[Sequence[Event], bool], Awaitable[None]]
 """Makes changes visible; by force, if the bool says so."""
 
 
 @final
-class SideMirror:
-    """Follows the side keys of one prefix."""
+class AttributeMirror:
+    """Follows the record keys of one prefix."""
 
     def __init__(
         self,
         store: Store,
-        contents: Contents,
+        value_cache: ValueCache,
         tree: Tree,
-        publish: Publish,
+        apply: ApplyBatch,
         *,
         watch_timeout_s: float,
         answer_timeout_s: float,
@@ -84,22 +84,22 @@ class SideMirror:
         # --- dependencies
         self._store = store
         self._tree = tree
-        self._publish = publish
-        held = HeldSides(tree)
+        self._apply_batch = apply
+        held = HeldRecords(tree)
         self._keyspace = held.keyspace
-        self._link = Link(max_stale_s=UNLIMITED)
-        self._watching = Watching(
+        self._staleness = Staleness(max_stale_s=UNLIMITED)
+        self._watching = WatchSession(
             store,
             self._keyspace,
-            self._link,
+            self._staleness,
             watch_timeout_s=watch_timeout_s,
             answer_timeout_s=answer_timeout_s,
         )
         self.auditor = Auditor(
             store,
-            contents,
+            value_cache,
             tree,
-            self._link,
+            self._staleness,
             self,
             held,
             interval_s=audit_interval_s,
@@ -107,7 +107,7 @@ class SideMirror:
         )
         # --- mutable state
         self.revision = 0
-        self._replica = Replica(self._keyspace.start, self._keyspace.end)
+        self._state_machine = StateMachine(self._keyspace.start, self._keyspace.end)
         self._histories = 0  # how often another one was found
         self._staged: dict[bytes, KeyValue] = {}
         self._is_restored = self._is_started = False
@@ -120,12 +120,12 @@ class SideMirror:
         Raises:
             StoreError: The first listing failed. Later failures are retried for ever.
         """
-        replica = self._replica = Replica(self._keyspace.start, self._keyspace.end)
+        state_machine = self._state_machine = StateMachine(self._keyspace.start, self._keyspace.end)
         self._is_restored = self._is_started = False
         self._is_asking = True
         self._histories = 0
         async with aclosing(self._watching):
-            steps = replica.start()
+            steps = state_machine.start()
             while True:
                 try:
                     message: Message | None = None
@@ -135,35 +135,35 @@ class SideMirror:
                         self._is_started = True
                         task_status.started()
                         task_status = trio.TASK_STATUS_IGNORED
-                    steps = replica.receive(message or await self._watching.receive())
+                    steps = state_machine.receive(message or await self._watching.receive())
                 except Exception as exc:
                     if not self._is_started:
                         raise
                     # The border of this task, as the handlers have theirs: the mount goes on.
-                    log.exception("following the side keys went wrong; this is a bug of etcdfs")
-                    steps = replica.restart(f"what came could not be taken in: {exc!r}")
-                connected = replica.state is State.WATCHING
-                self._link.turn(connected=connected)
-                self.auditor.note(connected=connected, dropped=replica.dropped)
+                    log.exception("following the record keys went wrong; this is a bug of etcdfs")
+                    steps = state_machine.restart(f"what came could not be taken in: {exc!r}")
+                connected = state_machine.state is State.WATCHING
+                self._staleness.turn(connected=connected)
+                self.auditor.note(connected=connected, dropped=state_machine.dropped)
 
     async def reached(self, revision: int) -> None:
-        """Return once readers see what side keys were at a revision; the caller bounds it."""
+        """Return once readers see what record keys were at a revision; the caller bounds it."""
         while self.revision < revision and self._is_asking:
             await self._advanced.wait()
 
     async def audit(self) -> None:
-        """Compare the side keys with etcd now and then."""
+        """Compare the record keys with etcd now and then."""
         await self.auditor.run(self._doubt, self._deny)
 
     def _doubt(self, reason: str) -> None:
-        log.warning("side keys: %s; listing them again", reason)
+        log.warning("record keys: %s; listing them again", reason)
         self._watching.tell(Doubted(reason))
 
     def _deny(self, error: StorePermissionError) -> None:
         if error.is_of_role:
             self.refuse(error)
         else:
-            log.info("side keys could not be audited against: %s", error)
+            log.info("record keys could not be audited against: %s", error)
 
     def refuse(self, refusal: StorePermissionError) -> None:
         """Go on without the attributes of what is new: etcd does not let us read them.
@@ -177,7 +177,7 @@ class SideMirror:
             self._watching.tell(Doubted("etcd does not let us read them"))
             self._wake()
 
-    async def sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
+    async def stored_records_of(self, events: Sequence[Event]) -> Sequence[Event]:
         """Return the attributes of what is made in a batch.
 
         A revision that is nothing but one put over a key that was there brings no attributes:
@@ -196,17 +196,17 @@ class SideMirror:
             and (event.create_revision == event.mod_revision or sizes[event.mod_revision] > 1)
         }
         try:
-            sides = await self._read_sides(sorted(made))
+            stored_records = await self._read_records(sorted(made))
         except StorePermissionError as exc:
             self.refuse(exc)
             return ()
-        self.auditor.saw(sides)  # perhaps before the watch brings them
-        return sides
+        self.auditor.saw(stored_records)  # perhaps before the watch brings them
+        return stored_records
 
-    async def _read_sides(self, keys: list[bytes]) -> list[KeyValue]:
+    async def _read_records(self, keys: list[bytes]) -> list[KeyValue]:
         found: list[KeyValue] = []
         for first in range(0, len(keys), MAX_GETS):
-            gets = tuple(Get(side_key(key)) for key in keys[first : first + MAX_GETS])
+            gets = tuple(Get(record_key(key)) for key in keys[first : first + MAX_GETS])
             committed = await self._store.commit(Transaction((), gets))
             found.extend(entry for result in committed.results for entry in page_of(result).entries)
         return found
@@ -236,7 +236,7 @@ class SideMirror:
                 await self._watching.aclose()
             case BackOff():
                 level = logging.INFO if step.attempt.bit_count() <= 1 else logging.DEBUG
-                log.log(level, "side keys: %s (attempt %d)", step.reason, step.attempt + 1)
+                log.log(level, "record keys: %s (attempt %d)", step.reason, step.attempt + 1)
                 await pause(step.attempt)
             case _ as never:
                 assert_never(never)
@@ -265,27 +265,27 @@ class SideMirror:
         return ReadFailed(str(error))
 
     def _difference(self, revision: int) -> list[Event]:
-        """Return the events that make what the tree has of side keys what was listed.
+        """Return the events that make what the tree has of record keys what was listed.
 
-        What is newer than the listing came with its key (`sides_of`), and the watch will bring
+        What is newer than the listing came with its key (`stored_records_of`), and the watch will bring
         it; in another history it means nothing.
         """
-        found = self._replica.statistics()
+        found = self._state_machine.statistics()
         histories, self._histories = self._histories, found.refuted + found.regressions
         staged, self._staged = self._staged, {}
         events: list[Event] = []
-        for key, side in self._tree.sides.items():
-            entry = staged.pop(side_key(key), None)
-            if entry is not None and side_of(entry) != side:
+        for key, stored_record in self._tree.stored_records.items():
+            entry = staged.pop(record_key(key), None)
+            if entry is not None and stored_record_of(entry) != stored_record:
                 events.append(entry)
             elif entry is None and (
-                side.facts.mod_revision <= revision or self._histories > histories
+                stored_record.key_state.mod_revision <= revision or self._histories > histories
             ):
-                events.append(Tombstone(side_key(key), side.facts.mod_revision))
+                events.append(Tombstone(record_key(key), stored_record.key_state.mod_revision))
         return [*events, *staged.values()]
 
     async def _apply(self, events: Sequence[Event], revision: int, *, force: bool) -> None:
-        await self._publish(events, force)
+        await self._apply_batch(events, force)
         self.revision = revision
         self._wake()
 

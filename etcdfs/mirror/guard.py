@@ -1,7 +1,7 @@
 """What happens beside the watch: audits, and the end of showing what may not be shown.
 
-What this room knows: that the kernel has answers of its own, which must go when the mirror may
-no longer be shown. What it must not know: why it may not (`etcdfs.consistency.staleness`).
+Knows: that the kernel has answers of its own, which must go when the mirror may no longer be shown.
+Does not know: why it may not (`etcdfs.consistency.staleness`).
 
 While nothing may be shown each question that reaches us is refused, so that nothing new gets
 into the kernel's caches. Pages of files stay in its page cache: whoever has a file open has one
@@ -27,15 +27,15 @@ FORGET_SIZE: Final = 1000
 async def watch_over(mirror: Mirror) -> None:
     """Audit a mirror, and keep the kernel from showing what may not be shown; for ever."""
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(mirror.auditor.run, mirror.doubt, mirror.link.deny)
-        if mirror.sides is not None:
-            nursery.start_soon(mirror.sides.audit)
+        nursery.start_soon(mirror.auditor.run, mirror.doubt, mirror.staleness.deny)
+        if mirror.stored_records is not None:
+            nursery.start_soon(mirror.stored_records.audit)
             nursery.start_soon(_watch_rights, mirror)
         while True:
-            await mirror.link.until_refused()
-            log.warning("nothing is shown any more: %s", mirror.link.statistics().refused)
+            await mirror.staleness.until_refused()
+            log.warning("nothing is shown any more: %s", mirror.staleness.statistics().refused)
             await _forget_everything(mirror)
-            await mirror.link.until_shown()
+            await mirror.staleness.until_shown()
             log.info("the mirror is shown again, at revision %d", mirror.revision)
 
 
@@ -47,13 +47,13 @@ async def _watch_rights(mirror: Mirror) -> None:
         with suppress(trio.WouldBlock):  # one that waits will do
             turned.send_nowait(None)
 
-    mirror.switch.tree.rights.on_turn = on_turn
+    mirror.update.tree.rights.on_turn = on_turn
     async for _ in turns:
         await _forget_everything(mirror)
 
 
 async def _forget_everything(mirror: Mirror) -> None:
-    told = mirror.switch.tree.told()
+    told = mirror.update.tree.cached_by_kernel()
     for start in range(0, len(told), FORGET_SIZE):
-        mirror.let_go(told[start : start + FORGET_SIZE])
+        mirror.invalidate(told[start : start + FORGET_SIZE])
         await trio.lowlevel.checkpoint()

@@ -1,7 +1,7 @@
 """Having the kernel let go of what it has cached, without waiting for oneself.
 
-What this room knows: whose lock stands in the way of an invalidation. What it must not know: why
-something is to be forgotten, how the kernel is told.
+Knows: whose lock stands in the way of an invalidation. Does not know: why something is to be
+forgotten, how the kernel is told.
 
 A call of this mount that changes a name holds its directory's lock in the kernel until it
 returns, and it returns when the batch with its change is published. If that batch, or one before
@@ -13,8 +13,8 @@ Concurrency: synchronous, on the trio thread, but for `first`.
 
 Directories whose lock somebody holds, so that the kernel goes on showing older names of them.
 
-What this room knows: what must not be kept of such a directory, and who is told of it. What it must
-not know: how it is found out (`etcdfs.fuse.notify`).
+Knows: what must not be kept of such a directory, and who is told of it. Does not know: how it is
+found out (`etcdfs.fuse.notify`).
 
 What is published does not wait for a stuck directory: then one user could stop all others. The
 kernel may go on showing what it had cached of it: for as long as it is stuck, or until
@@ -33,9 +33,9 @@ from typing import Final, Protocol, final
 
 import trio
 
-from etcdfs.consistency.staleness import Link
+from etcdfs.consistency.staleness import Staleness
 from etcdfs.errors import StaleError
-from etcdfs.tree.tree import Cached, Entry, Inode, Tree
+from etcdfs.tree.tree import Cached, Dentry, Inode, Tree
 
 
 class KernelCache(Protocol):
@@ -54,7 +54,7 @@ class KernelCache(Protocol):
 
 
 @final
-class Letting:
+class Invalidator:
     """What the kernel has been asked to let go of, and who holds the locks it needs for that."""
 
     def __init__(self, kernel: KernelCache, on_hold: Callable[[], None]) -> None:
@@ -67,7 +67,7 @@ class Letting:
         self._wanted: Counter[int] = Counter()  # those whose lock the kernel needs, or will
 
     @contextmanager
-    def holding(self, locked: Sequence[Entry]) -> Iterator[None]:
+    def holding(self, locked: Sequence[Dentry]) -> Iterator[None]:
         """See `View.holding`."""
         held = {entry.directory for entry in locked}
         self._held.update(held)
@@ -114,7 +114,7 @@ class Letting:
 
 def _lock_of(cached: Cached) -> int:
     """Return the directory whose lock the kernel needs to let go of it; 0 for none."""
-    entry = cached if isinstance(cached, Entry) else cached.within
+    entry = cached if isinstance(cached, Dentry) else cached.within
     return 0 if entry is None else entry.directory
 
 
@@ -128,17 +128,17 @@ WARN_EVERY_S: Final = 60.0
 class StuckDirectories:
     """Hears of stuck directories. Owned by the mirror."""
 
-    def __init__(self, tree: Tree, link: Link, letting: Letting) -> None:
+    def __init__(self, tree: Tree, staleness: Staleness, invalidator: Invalidator) -> None:
         # --- dependencies
         self._tree = tree
-        self._link = link
-        self._letting = letting
+        self._staleness = staleness
+        self._invalidator = invalidator
         # --- mutable state
         self._quiet_until = float("-inf")
 
     def note(self, directory: Inode | None, since: float | None) -> None:
         """Note since when a directory is stuck, None: no longer. No directory stands for all."""
-        self._link.stick(directory, since=since)
+        self._staleness.stick(directory, since=since)
         if since is None:
             self._tree.stuck.discard(directory)
             log.info("%s: the kernel has let go of what was old", self._name(directory))
@@ -146,7 +146,7 @@ class StuckDirectories:
         self._tree.stuck.add(directory)
         now = trio.current_time()
         # A call of ours that holds the lock waits for etcd, for as long as --timeout allows it.
-        is_expected = self._letting.holds(directory) or now < self._quiet_until
+        is_expected = self._invalidator.holds(directory) or now < self._quiet_until
         level = logging.INFO if is_expected else logging.WARNING
         if level == logging.WARNING:
             self._quiet_until = now + WARN_EVERY_S

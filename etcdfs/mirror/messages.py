@@ -1,14 +1,14 @@
-"""The words between the replica and the mirror: messages in, steps out.
+"""The words between the state machine and the mirror: messages in, steps out.
 
-What this room knows: what can happen to a listing or a watch, and what can be done about it.
-What it must not know: what is done when; that is the replica's.
+Knows: what can happen to a listing or a watch, and what can be done about it. Does not know: what
+is done when; that is the state machine's.
 
 Concurrency: none; frozen values.
 
 What is read back after a break to see whether the history is still the one we know.
 
-What this room knows: what must hold at a revision if a change was the last of its key. What it
-must not know: when that is looked at, and what follows (the replica's).
+Knows: what must hold at a revision if a change was the last of its key. Does not know: when that is
+looked at, and what follows (the state machine's).
 
 Concurrency: none; pure functions and frozen values.
 """
@@ -163,7 +163,7 @@ Step = Read | Stage | Restore | OpenWatch | CloseWatch | Apply | BackOff
 
 
 @dataclass(frozen=True, slots=True)
-class Check:
+class HistoryCheck:
     """What a read must give if the history is the one we know.
 
     Attributes:
@@ -185,15 +185,15 @@ class Check:
         return bool(page.entries) and self.entry in (None, page.entries[0])
 
 
-def checks_on(witness: Event, revision: Revision) -> tuple[Check, ...]:
-    """Return what must hold at `revision` if `witness` is the last change of its key."""
-    now = Read(witness.key, None, revision, 1)
-    match witness:
+def history_checks(change: Event, revision: Revision) -> tuple[HistoryCheck, ...]:
+    """Return what must hold at `revision` if `change` is the last change of its key."""
+    now = Read(change.key, None, revision, 1)
+    match change:
         case KeyValue():
-            return (Check(now, present=True, entry=witness),)
+            return (HistoryCheck(now, present=True, entry=change),)
         case Tombstone():
             # That a key is not there says little. That it was there until just then says a lot.
-            before = Read(witness.key, None, Revision(witness.mod_revision - 1), 1)
-            return (Check(before, present=True), Check(now, present=False))
+            before = Read(change.key, None, Revision(change.mod_revision - 1), 1)
+            return (HistoryCheck(before, present=True), HistoryCheck(now, present=False))
         case _:
-            assert_never(witness)
+            assert_never(change)

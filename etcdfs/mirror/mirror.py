@@ -1,7 +1,7 @@
 """The view with a mirror: the tree holds every key and follows the watch (`--cache`).
 
-What this room knows: how to carry out the steps of the replica's state machine. What it must not
-know: system calls, gRPC, pyfuse3, and how a batch becomes visible (`applier`).
+Knows: how to carry out the steps of the state machine's state machine. Does not know: system calls,
+gRPC, pyfuse3, and how a batch becomes visible (`applier`).
 
 Concurrency: trio thread; one task lists, watches and hands batches on, in order.
 """
@@ -19,18 +19,18 @@ import trio
 from etcdfs.consistency.audit import Auditor
 from etcdfs.consistency.audit_index import HeldKeys, Staging, TooDifferentError
 from etcdfs.consistency.orphan_records import Sweeper
-from etcdfs.consistency.read_barrier import Barrier
-from etcdfs.consistency.staleness import UNLIMITED, Link
+from etcdfs.consistency.read_barrier import ReadBarrier
+from etcdfs.consistency.staleness import UNLIMITED, Staleness
 from etcdfs.errors import (
     StoreError,
     StorePermissionError,
     StoreProtocolError,
     WatchLostError,
 )
-from etcdfs.keyspace.attribute_records import is_side_key, owner_of
+from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Store
 from etcdfs.mirror.applier import Applier
-from etcdfs.mirror.attribute_mirror import SideMirror
+from etcdfs.mirror.attribute_mirror import AttributeMirror
 from etcdfs.mirror.invalidator import KernelCache, StuckDirectories
 from etcdfs.mirror.messages import (
     Apply,
@@ -46,14 +46,14 @@ from etcdfs.mirror.messages import (
     Step,
     WatchLost,
 )
-from etcdfs.mirror.state_machine import Replica, State
-from etcdfs.mirror.watch_session import Watching, back_off, read_page
+from etcdfs.mirror.state_machine import State, StateMachine
+from etcdfs.mirror.watch_session import WatchSession, back_off, read_page
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.tree.bulk_load import date, load, rebuild
-from etcdfs.tree.node_attributes import dress, side_of
-from etcdfs.tree.tree import Cached, Directory, Entry, File, Node, Tree
-from etcdfs.tree.update import Switch
-from etcdfs.tree.value_cache import Contents, entry_size, value_of
+from etcdfs.tree.node_attributes import bind_all, stored_record_of
+from etcdfs.tree.tree import Cached, Dentry, Directory, File, Node, Tree
+from etcdfs.tree.update import Update
+from etcdfs.tree.value_cache import ValueCache, entry_size, value_of
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class Mirror:
     def __init__(
         self,
         store: Store,
-        contents: Contents,
+        value_cache: ValueCache,
         tree: Tree,
         kernel: KernelCache,
         *,
@@ -113,41 +113,41 @@ class Mirror:
         linearizable: bool = False,
         tidies: bool = True,
     ) -> None:
-        """Make a mirror; nothing is listed yet. One that `tidies` deletes void side keys."""
+        """Make a mirror; nothing is listed yet. One that `tidies` deletes void record keys."""
         # --- dependencies
         self._store = store
-        self._contents = contents
-        self.switch = Switch(tree)
-        self._applier = Applier(self.switch, contents, kernel, self._on_failure)
-        self._letting = self._applier.letting
-        self.link = Link(max_stale_s=max_stale_s)
-        kernel.listen(StuckDirectories(tree, self.link, self._letting).note)
+        self._value_cache = value_cache
+        self.update = Update(tree)
+        self._applier = Applier(self.update, value_cache, kernel, self._on_failure)
+        self._invalidator = self._applier.invalidator
+        self.staleness = Staleness(max_stale_s=max_stale_s)
+        kernel.listen(StuckDirectories(tree, self.staleness, self._invalidator).note)
         self.auditor = Auditor(
             store,
-            contents,
+            value_cache,
             tree,
-            self.link,
+            self.staleness,
             self,
             HeldKeys(tree),
             interval_s=audit_interval_s,
             patience_s=timeout_s,
             sweeper=Sweeper(store, tree) if tidies else None,
         )
-        self.barrier = Barrier(store, tree, self, timeout_s=timeout_s) if linearizable else None
-        self._watching = Watching(
+        self.barrier = ReadBarrier(store, tree, self, timeout_s=timeout_s) if linearizable else None
+        self._watching = WatchSession(
             store,
             tree.keyspace,
-            self.link,
+            self.staleness,
             watch_timeout_s=watch_timeout_s,
             answer_timeout_s=timeout_s,
         )
-        # Where side keys come by the mirror's own watch, they need none of theirs.
-        self.sides = (
+        # Where record keys come by the mirror's own watch, they need none of theirs.
+        self.stored_records = (
             None
-            if tree.keyspace.holds_sides or not tree.attributes
-            else SideMirror(
+            if tree.keyspace.holds_records or not tree.attributes
+            else AttributeMirror(
                 store,
-                contents,
+                value_cache,
                 tree,
                 self._show,
                 watch_timeout_s=watch_timeout_s,
@@ -158,7 +158,7 @@ class Mirror:
         # --- constants
         self._settle_timeout_s = settle_timeout_s
         # --- mutable state
-        self.replica: Replica | None = None
+        self.state_machine: StateMachine | None = None
         self._is_restored = False
         self._staging: Staging | None = None
         self._fresh: Tree | None = None  # what is listed, if the tree has to be made anew
@@ -176,57 +176,59 @@ class Mirror:
 
     def check(self) -> None:
         """See `View.check`."""
-        self.link.check()
+        self.staleness.check()
 
-    async def entry(self, directory: Directory, name: bytes) -> None:
+    async def revalidate_name(self, directory: Directory, name: bytes) -> None:
         """See `View.entry`: the tree is true already, as far as the watch has come."""
-        self.link.check()
+        self.staleness.check()
         if self.barrier is not None:
-            await self.barrier.entry(directory, name)
+            await self.barrier.revalidate_name(directory, name)
 
-    async def listing(self, directory: Directory) -> None:
+    async def revalidate_directory(self, directory: Directory) -> None:
         """See `View.listing`: likewise."""
-        self.link.check()
+        self.staleness.check()
         if self.barrier is not None:
-            await self.barrier.listing(directory)
+            await self.barrier.revalidate_directory(directory)
 
-    async def refresh(self, node: Node) -> None:
+    async def revalidate_node(self, node: Node) -> None:
         """See `View.refresh`: likewise. The root is there whatever is known, or df(1) failed."""
-        if node is self.switch.tree.root:
+        if node is self.update.tree.root:
             return
-        self.link.check()
+        self.staleness.check()
         if self.barrier is not None and isinstance(node, File):
             await self.barrier.file(node)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
-        self.link.check()
-        return await value_of(self._store, self._contents, self.switch.tree, file)
+        self.staleness.check()
+        return await value_of(self._store, self._value_cache, self.update.tree, file)
 
-    async def settle(
-        self, revision: int, events: Sequence[Event], locked: Sequence[Entry] = ()
+    async def wait_until_visible(
+        self, revision: int, events: Sequence[Event], locked: Sequence[Dentry] = ()
     ) -> None:
-        """See `View.settle`: wait for the watch, so that revisions are seen in order."""
-        self.switch.tree.revisions.learn(revision, self.switch.tree.clock())
+        """See `View.wait_until_visible`: wait for the watch, so that revisions are seen in order."""
+        self.update.tree.revisions.learn(revision, self.update.tree.clock())
         with self.holding(locked), trio.move_on_after(self._settle_timeout_s):
-            if self.sides is None or any(not is_side_key(event.key) for event in events):
+            if self.stored_records is None or any(not is_record_key(event.key) for event in events):
                 await self.reached(revision)
-            if self.sides is not None and any(is_side_key(event.key) for event in events):
-                await self.sides.reached(revision)
+            if self.stored_records is not None and any(
+                is_record_key(event.key) for event in events
+            ):
+                await self.stored_records.reached(revision)
             return
         self._ahead += 1
         self.auditor.saw(events)
-        if self.sides is not None:
-            self.sides.auditor.saw(events)
+        if self.stored_records is not None:
+            self.stored_records.auditor.saw(events)
         log.info(
             "the watch is over %.1f s late: revision %d is shown before it brings it",
             self._settle_timeout_s,
             revision,
         )
         for event in events:
-            if isinstance(event, KeyValue) and not is_side_key(event.key):
-                self._contents.put(event.key, event.mod_revision, event.value)
-        self._letting.submit(self.switch.apply_ahead(events, remember=True))
+            if isinstance(event, KeyValue) and not is_record_key(event.key):
+                self._value_cache.put(event.key, event.mod_revision, event.value)
+        self._invalidator.submit(self.update.apply_ahead(events, remember=True))
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`; the caller bounds it."""
@@ -237,34 +239,34 @@ class Mirror:
         """Return when readers see a newer revision."""
         await self._applier.advanced()
 
-    def refuse_sides(self, refusal: StorePermissionError) -> None:
-        """Go on without the attributes of what is new; see `SideMirror.refuse`.
+    def refuse_records(self, refusal: StorePermissionError) -> None:
+        """Go on without the attributes of what is new; see `AttributeMirror.refuse`.
 
         Raises:
             StorePermissionError: They are among the keys, and so are those refused.
         """
-        if self.sides is None:
+        if self.stored_records is None:
             raise refusal
-        self.sides.refuse(refusal)
+        self.stored_records.refuse(refusal)
 
-    async def let_go_first(self, stale: Collection[Cached]) -> None:
-        """See `View.let_go_first`."""
-        await self._letting.first(stale, timeout_s=self._settle_timeout_s)
+    async def invalidate_first(self, stale: Collection[Cached]) -> None:
+        """See `View.invalidate_first`."""
+        await self._invalidator.first(stale, timeout_s=self._settle_timeout_s)
 
-    def let_go(self, stale: Collection[Cached]) -> None:
-        """See `View.let_go`."""
-        self._letting.submit(stale)
+    def invalidate(self, stale: Collection[Cached]) -> None:
+        """See `View.invalidate`."""
+        self._invalidator.submit(stale)
 
-    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
+    def holding(self, locked: Sequence[Dentry]) -> AbstractContextManager[None]:
         """See `View.holding`."""
-        return self._letting.holding(locked)
+        return self._invalidator.holding(locked)
 
     def statistics(self) -> MirrorStatistics:
         """Say how far the mirror is."""
         return MirrorStatistics(
             revision=self.revision,
             listed_keys=self._staged_keys,
-            connected=self.link.connected,
+            connected=self.staleness.connected,
             batches=self._applier.batches,
             events=self._applier.events,
             collapsed=self._applier.collapsed,
@@ -289,34 +291,34 @@ class Mirror:
         Raises:
             StoreError: The first listing failed. Later failures are retried for ever.
         """
-        keyspace = self.switch.tree.keyspace
-        replica = self.replica = Replica(keyspace.start, keyspace.end)
+        keyspace = self.update.tree.keyspace
+        state_machine = self.state_machine = StateMachine(keyspace.start, keyspace.end)
         async with aclosing(self._watching):
-            steps = replica.start()
+            steps = state_machine.start()
             while True:
                 try:
                     message = await self._carry_out_all(steps, progress)
                     if self._is_restored:
                         task_status.started()
                         task_status = trio.TASK_STATUS_IGNORED
-                    steps = replica.receive(message or await self._watching.receive())
+                    steps = state_machine.receive(message or await self._watching.receive())
                 except TooDifferentError as exc:
                     # A tree of its own takes no values, and does not change meanwhile.
-                    self.switch.tree.doubtful = True
-                    steps = replica.restart(str(exc))
+                    self.update.tree.doubtful = True
+                    steps = state_machine.restart(str(exc))
                 except Exception as exc:
                     if not self._is_restored:
                         raise
                     # The border of this task, as the handlers have theirs: the mount goes on.
                     log.exception("following etcd went wrong; this is a bug of etcdfs")
-                    steps = replica.restart(f"what came could not be taken in: {exc!r}")
-                self._note(replica)
+                    steps = state_machine.restart(f"what came could not be taken in: {exc!r}")
+                self._note(state_machine)
 
-    def _note(self, replica: Replica) -> None:
+    def _note(self, state_machine: StateMachine) -> None:
         """Tell the others whether the watch is confirmed, and can be believed."""
-        connected = replica.state is State.WATCHING and not self.switch.tree.doubtful
-        self.link.turn(connected=connected)
-        self.auditor.note(connected=connected, dropped=replica.dropped)
+        connected = state_machine.state is State.WATCHING and not self.update.tree.doubtful
+        self.staleness.turn(connected=connected)
+        self.auditor.note(connected=connected, dropped=state_machine.dropped)
 
     def doubt(self, reason: str) -> None:
         """Have everything listed again: what is here is not what etcd has."""
@@ -341,7 +343,7 @@ class Mirror:
             case Stage():
                 await self._stage(step, progress)
             case Restore(revision):
-                if self.switch.tree.doubtful and self._fresh is None:
+                if self.update.tree.doubtful and self._fresh is None:
                     return Doubted("the listing was made before the tree was found to be wrong")
                 return await self._try_to_apply(self._restore(revision))
             case Apply(events):
@@ -360,7 +362,7 @@ class Mirror:
         return None
 
     async def _open(self, from_revision: int) -> Message:
-        keyspace = self.switch.tree.keyspace
+        keyspace = self.update.tree.keyspace
         watch = self._store.watch(keyspace.start, keyspace.end, from_revision)
         message = await self._watching.open(watch)
         if isinstance(message, WatchLost) and not self._is_restored:
@@ -374,7 +376,7 @@ class Mirror:
             if not self._is_restored:
                 raise
             if isinstance(exc, StorePermissionError):
-                self.link.deny(exc)
+                self.staleness.deny(exc)
             return ReadFailed(str(exc))
 
     async def _stage_and_read_on(
@@ -424,14 +426,14 @@ class Mirror:
             self._staged_keys = self._staged_bytes = 0
             self._fresh = self._staging = None
             if not self._is_restored:
-                self.switch.tree.clear()
+                self.update.tree.clear()
                 self._loaded.clear()
-                self._room = self._contents.capacity
-            elif self.switch.tree.doubtful:
+                self._room = self._value_cache.capacity
+            elif self.update.tree.doubtful:
                 self._fresh = self._make_tree()
             else:
-                most = max(self._contents.capacity, STAGED_BYTES)
-                self._staging = Staging(self.switch.tree, self._contents, most_bytes=most)
+                most = max(self._value_cache.capacity, STAGED_BYTES)
+                self._staging = Staging(self.update.tree, self._value_cache, most_bytes=most)
         for start in range(0, len(stage.entries), STAGE_SIZE):
             self._stage_some(stage.entries[start : start + STAGE_SIZE])
             await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
@@ -446,7 +448,7 @@ class Mirror:
         """
         while self._loaded:
             for entry in self._loaded.popleft():
-                if not self._contents.put_if_room(entry.key, entry.mod_revision, entry.value):
+                if not self._value_cache.put_if_room(entry.key, entry.mod_revision, entry.value):
                     self._loaded.clear()
                     return
             await trio.lowlevel.checkpoint()
@@ -460,7 +462,7 @@ class Mirror:
         if self._staging is not None:
             self._staging.add(entries)
             return
-        load(self.switch.tree, entries)
+        load(self.update.tree, entries)
         # Those that fit, or all values would be in memory until the mount is usable.
         if self._room > 0:
             self._room -= sum(entry_size(entry.value) for entry in entries)
@@ -473,8 +475,8 @@ class Mirror:
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:
             self._is_restored = True
-            date(self.switch.tree)
-            dress(self.switch.tree)
+            date(self.update.tree)
+            bind_all(self.update.tree)
             self._applier.revision = revision
             log.info("synced %d keys at revision %d", self._staged_keys, revision)
             return
@@ -487,13 +489,13 @@ class Mirror:
         self._staging = None
         log.info("listed again at revision %d: %d keys differ", revision, len(events))
         # By force: in another history a newer state may have older revisions.
-        self.switch.relisted()
-        self.switch.tree.revisions.forget_after(revision)
-        await self._applier.replace((*events, *await self._sides_of(events)), revision)
+        self.update.relisted()
+        self.update.tree.revisions.forget_after(revision)
+        await self._applier.replace((*events, *await self._stored_records_of(events)), revision)
 
     def _make_tree(self) -> Tree:
         """Return an empty tree that may take the place of the one there is."""
-        tree = self.switch.tree
+        tree = self.update.tree
         fresh = Tree(tree.keyspace, tree.clock, complete=True, attributes=tree.attributes)
         fresh.numbers = tree.numbers
         fresh.revisions = tree.revisions
@@ -505,20 +507,26 @@ class Mirror:
         Raises:
             StoreError: The attributes of keys could not be read.
         """
-        tree = self.switch.tree
-        sides: Sequence[Event] = ()
-        if self.sides is not None:
-            keys = ((key, facts) for key, facts in fresh.facts() if tree.find(key) is None)
-            sides = await self._sides_of([KeyValue(key, b"", *facts[:4]) for key, facts in keys])
-        await self._letting.first(tree.told(), timeout_s=self._settle_timeout_s)
+        tree = self.update.tree
+        stored_records: Sequence[Event] = ()
+        if self.stored_records is not None:
+            keys = (
+                (key, key_state) for key, key_state in fresh.key_state() if tree.find(key) is None
+            )
+            stored_records = await self._stored_records_of(
+                [KeyValue(key, b"", *key_state[:4]) for key, key_state in keys]
+            )
+        await self._invalidator.first(tree.cached_by_kernel(), timeout_s=self._settle_timeout_s)
         # checkpoint: the tree may be another, and is not believed either; nothing is cached of it
-        if self.sides is not None:
-            fresh.sides = tree.sides
-            for side in sides:
-                if isinstance(side, KeyValue):
-                    fresh.sides[owner_of(side.key)] = side_of(side)
+        if self.stored_records is not None:
+            fresh.stored_records = tree.stored_records
+            for stored_record in stored_records:
+                if isinstance(stored_record, KeyValue):
+                    fresh.stored_records[owner_of(stored_record.key)] = stored_record_of(
+                        stored_record
+                    )
         date(fresh)
-        dress(fresh)
+        bind_all(fresh)
         rebuild(tree, fresh)
         self._fresh = None
         self._applier.adopt(revision)
@@ -529,10 +537,14 @@ class Mirror:
 
     async def _take(self, events: Sequence[Event]) -> None:
         """Have a batch made visible, with the attributes of what is new in it."""
-        await self._applier.take(events, await self._sides_of(events))
+        await self._applier.take(events, await self._stored_records_of(events))
 
-    async def _sides_of(self, events: Sequence[Event]) -> Sequence[Event]:
-        return () if self.sides is None else await self.sides.sides_of(events)
+    async def _stored_records_of(self, events: Sequence[Event]) -> Sequence[Event]:
+        return (
+            ()
+            if self.stored_records is None
+            else await self.stored_records.stored_records_of(events)
+        )
 
     async def _show(self, events: Sequence[Event], force: bool) -> None:
         """Make a change of attributes visible that came by a watch of their own."""

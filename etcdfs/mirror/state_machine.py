@@ -1,8 +1,8 @@
 """How a copy of a keyspace is made, kept and mended: the one place that decides it.
 
-What this room knows: when to list, watch, resume and list again. Messages go in, steps come
-out; the mirror carries out the steps and says what came of them.
-What it must not know: how anything is carried out, what the entries are for, what time it is.
+Knows: when to list, watch, resume and list again. Messages go in, steps come out; the mirror
+carries out the steps and says what came of them. Does not know: how anything is carried out, what
+the entries are for, what time it is.
 
 ::
 
@@ -58,10 +58,10 @@ from etcdfs.keyspace.store import (
 from etcdfs.mirror.messages import (
     Apply,
     BackOff,
-    Check,
     Close,
     CloseWatch,
     Doubted,
+    HistoryCheck,
     Message,
     OpenWatch,
     PageArrived,
@@ -76,7 +76,7 @@ from etcdfs.mirror.messages import (
     Step,
     WatchLost,
     WatchMessage,
-    checks_on,
+    history_checks,
 )
 
 # Keys per page, if they are small (`paging`): 5000 keys of 200 bytes are 1.5 MB and about 60 ms,
@@ -98,7 +98,7 @@ class State(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplicaStatistics:
+class StateMachineStatistics:
     """Where a replica is, and what it went through.
 
     Attributes:
@@ -131,7 +131,7 @@ class ReplicaStatistics:
 
 
 _MOD_REVISION: Final = attrgetter("mod_revision")
-_COUNTED: Final = [field.name for field in fields(ReplicaStatistics)][2:]
+_COUNTED: Final = [field.name for field in fields(StateMachineStatistics)][2:]
 
 _ANY: Final = frozenset(State) - {State.CLOSED}
 _WATCH: Final = frozenset((State.OPENING, State.CONFIRMING, State.WATCHING))
@@ -153,7 +153,7 @@ _IN_TURN: Final[dict[type[Message], frozenset[State]]] = {
 
 
 @final
-class Replica:
+class StateMachine:
     """Decides how the entries of a range are listed, watched, and listed again.
 
     Carry out the steps of `start` and of each `receive` in their order, and give the answer to
@@ -190,9 +190,9 @@ class Replica:
         # Keys of that listing that are still to come, if the store counts them.
         self._remaining: int | None = None
         # The changes, last of their keys, to be read back after a break; none: there was nothing.
-        self._witnesses: tuple[Event, ...] = ()
+        self._last_changes: tuple[Event, ...] = ()
         # INVARIANT: there are some exactly in CONFIRMING, and the first one's read is `_read`.
-        self._checks: tuple[Check, ...] = ()
+        self._checks: tuple[HistoryCheck, ...] = ()
         # The last change applied, the last bookmark, and the keys that changed at the former.
         # INVARIANT: applied <= known.
         self._applied = Revision(0)
@@ -207,7 +207,7 @@ class Replica:
 
     @property
     def state(self) -> State:
-        """Where the replica is."""
+        """Where the state machine is."""
         return self._state
 
     @property
@@ -257,10 +257,10 @@ class Replica:
         self._counts["doubts"] += 1
         return self._relist(reason)
 
-    def statistics(self) -> ReplicaStatistics:
+    def statistics(self) -> StateMachineStatistics:
         """Count what has happened."""
         counts = {name: self._counts[name] for name in _COUNTED}
-        return ReplicaStatistics(state=self._state.value, revision=self._known, **counts)
+        return StateMachineStatistics(state=self._state.value, revision=self._known, **counts)
 
     def check_invariants(self) -> None:
         """Assert what always holds."""
@@ -286,7 +286,7 @@ class Replica:
             case PageArrived(page) if self._state is State.LISTING:
                 return self._on_page(self._read, page)
             case PageArrived(page):
-                return self._on_witness(page)
+                return self._on_history_check(page)
             case PageTooLarge() if self._paging.shrink():
                 self._read = replace(self._read, limit=self._paging.limit)
                 return (self._read,)
@@ -303,17 +303,17 @@ class Replica:
         first = not read.revision
         if first:
             self._pinned = page.revision
-            self._witnesses = ()
+            self._last_changes = ()
             self._counts["regressions"] += page.revision < self._known
         wrong = self._find_fault(read, page)
         if wrong is not None:
             return self._violate(wrong)
         # The newest of the first page that has any, and the newest of all later ones: should
         # those be of another history, then the first page's is not in it.
-        candidates: tuple[Event, ...] = self._witnesses[1:] + page.entries
+        candidates: tuple[Event, ...] = self._last_changes[1:] + page.entries
         if candidates:
             newest = max(candidates, key=_MOD_REVISION)
-            self._witnesses = (*self._witnesses[:1], newest)
+            self._last_changes = (*self._last_changes[:1], newest)
         stage = Stage(page.entries, first)
         self._paging.took(page)
         if page.more:
@@ -351,15 +351,15 @@ class Replica:
         # Its own revision may be below ours: this member may be behind, and that is no fault.
         self._reached = revision
         at = Revision(self._from - 1)
-        checks = [check for witness in self._witnesses for check in checks_on(witness, at)]
+        checks = [check for change in self._last_changes for check in history_checks(change, at)]
         # Without any change to go by: there was nothing in the range then, and must not be.
-        nothing = Check(Read(self._start, self._end, at, 1), present=False)
+        nothing = HistoryCheck(Read(self._start, self._end, at, 1), present=False)
         self._checks = tuple(checks) or (nothing,)
         self._state = State.CONFIRMING
         self._read = self._checks[0].read
         return (self._read,)
 
-    def _on_witness(self, page: Page) -> tuple[Step, ...]:
+    def _on_history_check(self, page: Page) -> tuple[Step, ...]:
         check, *others = self._checks
         if not check.holds(page):
             return self._refute(f"{check.read.start!r} was not so at revision {self._from - 1}")
@@ -412,7 +412,7 @@ class Replica:
         self._applied = self._known = last.mod_revision
         self._applied_keys = {e.key for e in fresh if e.mod_revision == last.mod_revision}
         self._reached = max(self._reached, last.mod_revision)
-        self._witnesses = (last,)
+        self._last_changes = (last,)
         self._attempt = 0
         self._counts["applied_events"] += len(fresh)
         return (Apply(fresh, last.mod_revision),)

@@ -1,9 +1,8 @@
 """The one watch that stands, and how a silent etcd is told from one that has nothing to say.
 
-What this room knows: how a watch of the store is opened, listened to and left, when its silence
-is too long (`--watch-timeout`), how long to wait after a loss, and how a page is read for whoever
-lists before it watches. What it must not know: what messages mean for the copy (the replica's), the
-tree.
+Knows: how a watch of the store is opened, listened to and left, when its silence is too long
+(`--watch-timeout`), how long to wait after a loss, and how a page is read for whoever lists before
+it watches. Does not know: what messages mean for the copy (the state machine's), the tree.
 
 After a silence etcd is asked for a progress notice. The notice is a sign of life and no more:
 releases before 3.4.25 and 3.5.8 name revisions in it that they have not delivered (etcd issue
@@ -21,7 +20,7 @@ from typing import Final, final
 
 import trio
 
-from etcdfs.consistency.staleness import UNLIMITED, Link
+from etcdfs.consistency.staleness import UNLIMITED, Staleness
 from etcdfs.errors import (
     AnswerTooLargeError,
     CompactedError,
@@ -59,14 +58,14 @@ BACKOFF_DOUBLINGS: Final = 16  # more than enough for the cap; 2**1024 is no flo
 
 
 @final
-class Watching:
+class WatchSession:
     """The watch of one keyspace, if any. Owned by `Mirror.run`, whose stack it lives on."""
 
     def __init__(
         self,
         store: Store,
         keyspace: Keyspace,
-        link: Link,
+        staleness: Staleness,
         *,
         watch_timeout_s: float,
         answer_timeout_s: float,
@@ -74,10 +73,10 @@ class Watching:
         # --- dependencies
         self._store = store
         self._keyspace = keyspace
-        self._link = link
+        self._staleness = staleness
         # --- constants
         # Asked early enough that a quiet etcd is not taken for a lost one by `--max-stale`.
-        half = link.max_stale_s / 2 if link.max_stale_s != UNLIMITED else watch_timeout_s
+        half = staleness.max_stale_s / 2 if staleness.max_stale_s != UNLIMITED else watch_timeout_s
         self._silence_s = min(watch_timeout_s, half)
         self._answer_timeout_s = min(answer_timeout_s, self._silence_s / 2)
         # --- mutable state
@@ -148,13 +147,13 @@ class Watching:
         """
         with trio.move_on_after(self._silence_s):
             return await self._listen(watch)
-        self._link.asked()
+        self._staleness.asked()
         await watch.request_progress()
         with trio.move_on_after(self._answer_timeout_s):
             return await self._listen(watch)
         newest = await self._ask_directly()
         if newest <= self._reached:
-            self._link.heard()
+            self._staleness.heard()
             return None
         # It may be on its way just now.
         with trio.move_on_after(self._answer_timeout_s):
@@ -166,7 +165,7 @@ class Watching:
     async def _listen(self, watch: Watch) -> WatchMessage | None:
         with trio.CancelScope() as self._interruptible:
             message = await watch.receive()
-            self._link.heard()
+            self._staleness.heard()
             return message
         return None
 
@@ -190,7 +189,7 @@ class Watching:
         try:
             await self._first_key()
         except StorePermissionError as exc:
-            self._link.deny(exc)
+            self._staleness.deny(exc)
         except StoreError:
             return
 

@@ -1,7 +1,7 @@
 """The parent of the daemon: tells it its options, waits for its word, and leaves it alone.
 
-What this room knows: how the start of a daemon can end. What it must not know: what the daemon
-does (it must not even import it: the command line stays quick).
+Knows: how the start of a daemon can end. Does not know: what the daemon does (it must not even
+import it: the command line stays quick).
 
 Concurrency: plain blocking code in a process of its own.
 """

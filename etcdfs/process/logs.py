@@ -1,6 +1,6 @@
 """Where the daemon's log goes, and what a line of it looks like.
 
-What this room knows: the three places a log can go to. What it must not know: who logs what.
+Knows: the three places a log can go to. Does not know: who logs what.
 
 * `--log-file FILE`: appended to; reopened when logrotate moves it away. What cannot be written
   is lost. It is made for its owner alone: it names files of directories that others may not read.

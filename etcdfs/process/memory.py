@@ -1,7 +1,7 @@
 """Giving memory back to the system.
 
-What this room knows: what glibc's allocator does with memory that is free again. What it must not
-know: what the memory was for.
+Knows: what glibc's allocator does with memory that is free again. Does not know: what the memory
+was for.
 
 By default glibc takes larger and larger blocks from its heap, as it sees such blocks freed, and a
 heap gives back only what is free at its end: one page of large values in the middle of a start and

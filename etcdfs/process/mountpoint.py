@@ -1,7 +1,7 @@
 """The directory that is mounted over: whether it can be, what is there, how it is taken away.
 
-What this room knows: /proc/self/mountinfo, fusermount3, and when a mount counts as dead. What it
-must not know: pyfuse3, and what the mount shows.
+Knows: /proc/self/mountinfo, fusermount3, and when a mount counts as dead. Does not know: pyfuse3,
+and what the mount shows.
 
 A mount whose daemon hangs blocks whoever touches it, for good: nothing here touches a mounted
 directory before it is known that no daemon of ours serves it. The daemon is watched through a

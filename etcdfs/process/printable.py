@@ -1,8 +1,8 @@
 """Foreign text on its way to a terminal or into a log.
 
-What this room knows: which characters only stand for themselves. What it must not know: whose text
-it is. Names of files, and what etcd says, may hold anything: an escape sequence would rule the
-terminal, and a newline would begin a line of the log that nobody logged.
+Knows: which characters only stand for themselves. Does not know: whose text it is. Names of files,
+and what etcd says, may hold anything: an escape sequence would rule the terminal, and a newline
+would begin a line of the log that nobody logged.
 
 Concurrency: none; pure functions.
 """

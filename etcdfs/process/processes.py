@@ -1,7 +1,7 @@
 """Which process serves a mount, among all that there are.
 
-What this room knows: /proc, and by what a daemon of ours is known there. What it must not know:
-how mounts are made and taken away.
+Knows: /proc, and by what a daemon of ours is known there. Does not know: how mounts are made and
+taken away.
 
 A daemon is found by its command line, which needs no runtime files that could be stale. Anybody
 can start a process that has the same. So whoever is to be waited for, or believed to live, must

@@ -1,8 +1,8 @@
 """Starting the daemon's process, before anything else is loaded.
 
-What this room knows: the command line of the daemon and the three descriptors between it and its
-parent. What it must not know: the options, which come later, and anything that takes time to
-import: `os` and `sys` are there in every Python (so no `typing` either, nor `subprocess`).
+Knows: the command line of the daemon and the three descriptors between it and its parent. Does not
+know: the options, which come later, and anything that takes time to import: `os` and `sys` are
+there in every Python (so no `typing` either, nor `subprocess`).
 
 A daemon takes most of its start to load its modules. So its process is started as early as
 possible, loads them, and waits for its options (`handshake`); a pipe that ends without any
@@ -32,7 +32,7 @@ class Spawned:
         options: Where its options are written to; a descriptor.
         reports: Where its reports are read from; a descriptor.
         errors: What it writes to stdout and stderr; a descriptor of a file in memory.
-        told: Whether it was told its options, or that it is not wanted.
+        kernel_may_cache: Whether it was told its options, or that it is not wanted.
         released: Whether it is to stay when this process ends.
         returncode: As of `subprocess.Popen`; None while it is not known to have ended.
     """

@@ -1,8 +1,7 @@
 """The words between `etcdfs mount` and the daemon it starts.
 
-What this room knows: what the daemon is handed (its options, through one file descriptor) and
-what it reports back (one JSON line each, through another). What it must not know: who starts
-whom, and what a mount is.
+Knows: what the daemon is handed (its options, through one file descriptor) and what it reports back
+(one JSON line each, through another). Does not know: who starts whom, and what a mount is.
 
     parent                                child (python -m etcdfs.daemon.main)
       |                                      |   loads its modules

@@ -1,14 +1,14 @@
 """Filling a new tree with a complete listing.
 
-What this room knows: that a listing comes in key order, so that neighbours share their directory.
-What it must not know: where it comes from.
+Knows: that a listing comes in key order, so that neighbours share their directory. Does not know:
+where it comes from.
 
 Concurrency: synchronous; the tree's owner calls it before anybody sees the tree.
 
 A tree made anew from a complete listing, after something went wrong with it.
 
-What this room knows: which nodes of a tree can stay when nothing else of it is believed. What it
-must not know: what went wrong, where the listing comes from, how the kernel is told.
+Knows: which nodes of a tree can stay when nothing else of it is believed. Does not know: what went
+wrong, where the listing comes from, how the kernel is told.
 
 A change that fails half-way leaves a tree of which nobody knows what is true. What the kernel
 holds, and what is not in etcd yet, is the only thing worth keeping of it: a directory that is in
@@ -20,13 +20,13 @@ Concurrency: synchronous; used on the trio thread only.
 from collections.abc import Iterable
 from functools import partial
 
-from etcdfs.keyspace.attribute_records import is_side_key, owner_of
+from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, is_plain
 from etcdfs.keyspace.store import KeyValue
-from etcdfs.tree.node_attributes import side_of, type_of
-from etcdfs.tree.tree import Directory, Facts, File, Inode, Node, Tree, facts_of
+from etcdfs.tree.node_attributes import stored_record_of, type_of
+from etcdfs.tree.tree import Directory, File, Inode, KeyState, Node, Tree, key_state_of
 
-_make_facts = partial(tuple.__new__, Facts)  # what `Facts._make` does, less a call
+_make_key_state = partial(tuple.__new__, KeyState)  # what `KeyState._make` does, less a call
 
 
 def load(tree: Tree, entries: Iterable[KeyValue]) -> None:
@@ -58,9 +58,9 @@ def date(tree: Tree) -> None:
         for child in directory.children.values():
             if isinstance(child, Directory):
                 entries.append(made.pop(child))
-            elif child.facts is not None:
-                entries.append(child.facts.create_revision)
-                child.mtime_ns = child.ctime_ns = time_of(child.facts.mod_revision)
+            elif child.key_state is not None:
+                entries.append(child.key_state.create_revision)
+                child.mtime_ns = child.ctime_ns = time_of(child.key_state.mod_revision)
         made[directory] = min(entries, default=0) if marker is None else marker.create_revision
         changed = max(*entries, 0 if marker is None else marker.mod_revision, 0)
         if changed:
@@ -69,8 +69,10 @@ def date(tree: Tree) -> None:
 
 def _newest(directory: Directory) -> int:
     """Return the newest revision of what is in a directory, 0 if there is nothing."""
-    facts = [child.facts for child in directory.children.values() if isinstance(child, File)]
-    known = [found.mod_revision for found in (*facts, directory.marker) if found is not None]
+    key_state = [
+        child.key_state for child in directory.children.values() if isinstance(child, File)
+    ]
+    known = [found.mod_revision for found in (*key_state, directory.marker) if found is not None]
     return max(known, default=0)
 
 
@@ -92,8 +94,8 @@ class _Loader:
             name = key[cut:]
             children = self._directory.children
             if key[:cut] == self._stem and is_plain(name) and name not in children:
-                facts = _make_facts((created, modified, version, lease, len(value)))
-                file = File(Inode(next(numbers)), facts, now)
+                key_state = _make_key_state((created, modified, version, lease, len(value)))
+                file = File(Inode(next(numbers)), key_state, now)
                 file.directory = self._directory
                 file.name = name
                 children[name] = file
@@ -103,7 +105,7 @@ class _Loader:
     def _find_directory(self, entry: KeyValue, stem: bytes, name: bytes) -> None:
         """Place the first key of a directory, or one whose name is not plain."""
         self._stem = None
-        if is_side_key(entry.key):
+        if is_record_key(entry.key):
             self._put_aside(entry)
             return
         names, is_marker = self._tree.keyspace.locate(entry.key)
@@ -111,25 +113,25 @@ class _Loader:
             self._mark(self.walk(names), entry)
             return
         self._directory = self.walk(names[:-1])
-        self._place(self._directory, names[-1], facts_of(entry))
+        self._place(self._directory, names[-1], key_state_of(entry))
         if is_plain(name) and name == names[-1]:
             self._stem = stem
 
     def _put_aside(self, entry: KeyValue) -> None:
         owner = owner_of(entry.key)
         if self._tree.attributes and owner in self._tree.keyspace:
-            self._tree.sides[owner] = side_of(entry)
+            self._tree.stored_records[owner] = stored_record_of(entry)
 
     def _mark(self, directory: Directory, entry: KeyValue) -> None:
-        directory.marker = facts_of(entry)
+        directory.marker = key_state_of(entry)
         if entry.value:
             self._place(directory, MARKER_NAME, directory.marker)
 
-    def _place(self, directory: Directory, name: bytes, facts: Facts) -> None:
+    def _place(self, directory: Directory, name: bytes, key_state: KeyState) -> None:
         child = directory.children.get(name)
         if isinstance(child, Directory):
             directory, name = child, VALUE_NAME
-        file = File(Inode(next(self._tree.numbers)), facts, self._now)
+        file = File(Inode(next(self._tree.numbers)), key_state, self._now)
         file.directory = directory
         file.name = name
         directory.children[name] = file
@@ -157,8 +159,8 @@ def rebuild(tree: Tree, fresh: Tree) -> None:
     """Make a tree what a new one is, whatever state it is in; the new one is of no use after."""
     kept = _kept(tree)
     for names, node in kept.items():
-        if _is_draft(node) and _at(fresh, names) is None:
-            directory_at(fresh, names[:-1])  # it is what the draft's directory is there for
+        if _is_new_here(node) and _at(fresh, names) is None:
+            directory_at(fresh, names[:-1])  # it is what the write buffer's directory is there for
     staying = {names: node for names, node in kept.items() if _may_stay(node, _at(fresh, names))}
     for names, node in reversed(kept.items()):  # a file's key is made from its whole path
         parent = node.directory
@@ -184,7 +186,7 @@ def _kept(tree: Tree) -> dict[Names, Node]:
             if child.directory is not directory or child.name != name:
                 continue  # it is not believed to be here itself
             path = (*names, name)
-            if child.lookups or _is_draft(child):
+            if child.lookups or _is_new_here(child):
                 found[path] = child
             if isinstance(child, Directory) and child not in seen:
                 seen.add(child)
@@ -192,19 +194,19 @@ def _kept(tree: Tree) -> dict[Names, Node]:
     return found
 
 
-def _is_draft(node: Node) -> bool:
-    return isinstance(node, File) and node.facts is None
+def _is_new_here(node: Node) -> bool:
+    return isinstance(node, File) and node.key_state is None
 
 
 def _may_stay(node: Node, there: Node | None) -> bool:
     if isinstance(node, Directory):
         return isinstance(there, Directory)
-    if node.facts is None:
+    if node.key_state is None:
         return there is None
     return (
         isinstance(there, File)
-        and there.facts == node.facts
-        and type_of(there.side) == type_of(node.side)
+        and there.key_state == node.key_state
+        and type_of(there.stored_record) == type_of(node.stored_record)
     )
 
 

@@ -1,9 +1,9 @@
 """What a batch of etcd's events makes of the tree, worked out without touching it.
 
-What this room knows: how events change names, and how changes that this mount made itself are
-recognised, so that its nodes stay: by the *intent* of a key, the value put there and the file that
-carries it; by the *relocation* of nodes that change their place with whatever is below them. What
-it must not know: how a plan is carried out, and who is told.
+Knows: how events change names, and how changes that this mount made itself are recognised, so that
+its nodes stay: by the *intent* of a key, the value put there and the file that carries it; by the
+*relocation* of nodes that change their place with whatever is below them. Does not know: how a plan
+is carried out, and who is told.
 
 Concurrency: synchronous; used on the trio thread only.
 """
@@ -12,11 +12,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from etcdfs.keyspace.attribute_records import is_side_key, owner_of
+from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME
 from etcdfs.keyspace.store import Event, KeyValue, Tombstone
-from etcdfs.tree.node_attributes import holds, is_news, side_of, type_of
-from etcdfs.tree.tree import NOT_IN_ETCD, Directory, Facts, File, Node, Side, Tree, facts_of
+from etcdfs.tree.node_attributes import holds, is_news, stored_record_of, type_of
+from etcdfs.tree.tree import (
+    NOT_IN_ETCD,
+    Directory,
+    File,
+    KeyState,
+    Node,
+    StoredRecord,
+    Tree,
+    key_state_of,
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,25 +82,25 @@ class Plan:
 
     Attributes:
         entries: For each directory, what each changed name becomes (None: nothing).
-        facts: Files that keep their inode, or come back, and get new facts.
+        key state: Files that keep their inode, or come back, and get new key state.
         markers: Directories whose marker key changes.
         renewed: Those of them that become another client's version: nobody has them open.
         deleted: Files whose key is deleted, not only superseded.
         removed: Those of them that this mount deletes or replaces.
-        sides: What becomes of the side keys, by the key that each belongs to.
-        dressed: Nodes whose own attributes change, and to what.
+        stored_records: What becomes of the record keys, by the key that each belongs to.
+        with_record: Nodes whose own attributes change, and to what.
         moved: Directories that change their place, and keep what is below them.
         keys: Of files that go or are replaced, the key each has until then, if it is known.
     """
 
     entries: dict[Directory, dict[bytes, Node | None]] = field(default_factory=dict)
-    facts: dict[File, Facts] = field(default_factory=dict)
-    markers: dict[Directory, Facts | None] = field(default_factory=dict)
+    key_state: dict[File, KeyState] = field(default_factory=dict)
+    markers: dict[Directory, KeyState | None] = field(default_factory=dict)
     renewed: set[File] = field(default_factory=set)
     deleted: set[Node] = field(default_factory=set)
     removed: set[Node] = field(default_factory=set)
-    sides: dict[bytes, Side | None] = field(default_factory=dict)
-    dressed: dict[Node, Side | None] = field(default_factory=dict)
+    stored_records: dict[bytes, StoredRecord | None] = field(default_factory=dict)
+    with_record: dict[Node, StoredRecord | None] = field(default_factory=dict)
     moved: set[Node] = field(default_factory=set)
     keys: dict[File, bytes] = field(default_factory=dict)
 
@@ -138,8 +147,8 @@ class Planner:
 
     def add(self, event: Event) -> None:
         """Plan what an event does."""
-        if is_side_key(event.key):
-            self._side(event)
+        if is_record_key(event.key):
+            self._stored_record(event)
             return
         location = self._tree.keyspace.locate(event.key)
         if location.is_marker:
@@ -158,8 +167,8 @@ class Planner:
         if self._tree.complete:
             while self._doubtful:
                 self._vanish_if_empty(self._doubtful.pop())
-        for key in (*self._plan.sides, *self._undressed):
-            self._dress(key)
+        for key in (*self._plan.stored_records, *self._undressed):
+            self._bind(key)
         return self._plan
 
     # --- events -----------------------------------------------------------------------------
@@ -172,23 +181,23 @@ class Planner:
             directory, name = child, VALUE_NAME
             child = self._child(directory, name)
         old = child if isinstance(child, File) else None
-        if old is not None and self._is_behind(event, (old.facts or NOT_IN_ETCD).mod_revision):
+        if old is not None and self._is_behind(event, (old.key_state or NOT_IN_ETCD).mod_revision):
             return
         if old is not None:
             self._plan.keys[old] = event.key
-        facts = facts_of(event)
+        key_state = key_state_of(event)
         intent = self._own_intent(event, directory, name)
         if intent is not None and intent.file is not None:
             file = intent.file
-            self._plan.facts[file] = facts
+            self._plan.key_state[file] = key_state
             if old is not None and intent.replaces:
                 self._remove(old)
         else:
-            file = self._version_of_others(directory, name, facts)
+            file = self._version_of_others(directory, name, key_state)
         self._set(directory, name, file)
         self._undress(event.key, file)
 
-    def _version_of_others(self, directory: Directory, name: bytes, facts: Facts) -> File:
+    def _version_of_others(self, directory: Directory, name: bytes, key_state: KeyState) -> File:
         """Return the file for what another client wrote: the one that is there, if it may follow.
 
         Or the one that the kernel still holds of a key that comes back, or else a new one.
@@ -196,8 +205,8 @@ class Planner:
         there = self._child(directory, name)
         file = self._tree.returning(directory, name) if there is None else there
         if not isinstance(file, File) or not self._tree.may_follow(file):
-            return self._tree.new_version(there if isinstance(there, File) else None, facts)
-        self._plan.facts[file] = facts
+            return self._tree.new_version(there if isinstance(there, File) else None, key_state)
+        self._plan.key_state[file] = key_state
         self._plan.renewed.add(file)
         return file
 
@@ -238,7 +247,7 @@ class Planner:
         if isinstance(node, Directory):
             node = self._child(node, VALUE_NAME)
         if isinstance(node, File) and self._is_version(node, origin):
-            self._plan.facts[node] = facts_of(event)
+            self._plan.key_state[node] = key_state_of(event)
             self._undress(event.key, node)
         elif self._tree.complete or node is not None:
             self._put(event, names)
@@ -250,14 +259,14 @@ class Planner:
         if directory is None or (event.value and not is_known):
             self._marker(event, names)
             return
-        self._plan.markers[directory] = facts_of(event)
+        self._plan.markers[directory] = key_state_of(event)
         self._undress(event.key, directory)
         if isinstance(shown, File) and is_known:
-            self._plan.facts[shown] = facts_of(event)
+            self._plan.key_state[shown] = key_state_of(event)
 
     def _is_version(self, file: File, mod_revision: int) -> bool:
-        facts = self._facts_of(file)
-        return facts is not None and facts.mod_revision == mod_revision
+        key_state = self._key_state_of(file)
+        return key_state is not None and key_state.mod_revision == mod_revision
 
     def _own_intent(self, event: KeyValue, directory: Directory, name: bytes) -> Intent | None:
         """Return the intent that a put fulfils, if this mount made it.
@@ -286,9 +295,9 @@ class Planner:
             child = self._child(directory, name)
         if not isinstance(child, File):
             return
-        if child.facts is None and event.key not in self._own_puts:
+        if child.key_state is None and event.key not in self._own_puts:
             return  # made here and not yet published: not what was deleted
-        if self._is_behind(event, (child.facts or NOT_IN_ETCD).mod_revision):
+        if self._is_behind(event, (child.key_state or NOT_IN_ETCD).mod_revision):
             return
         intent = self._intents.get(event.key)
         if intent is None:
@@ -312,65 +321,71 @@ class Planner:
         directory = self._ensure(names)
         if self._is_behind(event, self._marker_revision(directory)):
             return
-        facts = self._plan.markers[directory] = facts_of(event)
+        key_state = self._plan.markers[directory] = key_state_of(event)
         self._undress(event.key, directory)
         intent = self._own_intent(event, directory, MARKER_NAME)
         if not event.value:
             self._drop_marker_file(directory, None if intent is None else intent.file)
             return
         if intent is not None and intent.file is not None:
-            self._plan.facts[intent.file] = facts
+            self._plan.key_state[intent.file] = key_state
             self._set(directory, MARKER_NAME, intent.file)
         else:
-            made = self._version_of_others(directory, MARKER_NAME, facts)
+            made = self._version_of_others(directory, MARKER_NAME, key_state)
             self._set(directory, MARKER_NAME, made)
 
     def _drop_marker_file(self, directory: Directory, own: File | None = None) -> None:
         shown = self._child(directory, MARKER_NAME)
-        if isinstance(shown, File) and (shown.facts is not None or shown is own):
+        if isinstance(shown, File) and (shown.key_state is not None or shown is own):
             self._plan.deleted.add(shown)
             self._set(directory, MARKER_NAME, None)
 
     # --- attributes -------------------------------------------------------------------------
 
-    def _side(self, event: Event) -> None:
+    def _stored_record(self, event: Event) -> None:
         owner = owner_of(event.key)
         if not self._tree.attributes or owner not in self._tree.keyspace:
             return
-        known = self._tree.sides.get(owner)
-        if known is not None and self._is_behind(event, known.facts.mod_revision):
+        known = self._tree.stored_records.get(owner)
+        if known is not None and self._is_behind(event, known.key_state.mod_revision):
             return
-        self._plan.sides[owner] = side_of(event) if isinstance(event, KeyValue) else None
+        self._plan.stored_records[owner] = (
+            stored_record_of(event) if isinstance(event, KeyValue) else None
+        )
 
     def _undress(self, key: bytes, node: Node) -> None:
         """Have `finish` look which attributes hold now; most keys have none."""
-        if node.side is not None or key in self._tree.sides:
+        if node.stored_record is not None or key in self._tree.stored_records:
             self._undressed.add(key)
 
-    def _dress(self, key: bytes) -> None:
+    def _bind(self, key: bytes) -> None:
         node = self._node_of(key)
         if node is None:
             return
-        facts = self._facts_of(node)
-        side = self._side_of(key, node)
-        if side is not None and not holds(side, facts):
-            side = None
-        if isinstance(node, File) and facts is not None and type_of(side) != type_of(node.side):
-            node = self._of_another_type(node, key, facts)
-        if is_news(side, node, facts):
-            self._plan.dressed[node] = side
+        key_state = self._key_state_of(node)
+        stored_record = self._stored_record_of(key, node)
+        if stored_record is not None and not holds(stored_record, key_state):
+            stored_record = None
+        if (
+            isinstance(node, File)
+            and key_state is not None
+            and type_of(stored_record) != type_of(node.stored_record)
+        ):
+            node = self._of_another_type(node, key, key_state)
+        if is_news(stored_record, node, key_state):
+            self._plan.with_record[node] = stored_record
 
-    def _side_of(self, key: bytes, node: Node) -> Side | None:
-        if key in self._plan.sides:
-            return self._plan.sides[key]
-        return self._tree.sides.get(key) if self._tree.complete else node.side
+    def _stored_record_of(self, key: bytes, node: Node) -> StoredRecord | None:
+        if key in self._plan.stored_records:
+            return self._plan.stored_records[key]
+        return self._tree.stored_records.get(key) if self._tree.complete else node.stored_record
 
-    def _facts_of(self, node: Node) -> Facts | None:
+    def _key_state_of(self, node: Node) -> KeyState | None:
         if isinstance(node, Directory):
             return self._plan.markers.get(node, node.marker)
-        return self._plan.facts.get(node, node.facts)
+        return self._plan.key_state.get(node, node.key_state)
 
-    def _of_another_type(self, file: File, key: bytes, facts: Facts) -> File:
+    def _of_another_type(self, file: File, key: bytes, key_state: KeyState) -> File:
         """Give a file that becomes a symbolic link, say, a new inode if the kernel knows it."""
         if file.lookups == 0:
             return file
@@ -381,8 +396,8 @@ class Planner:
         if isinstance(child, Directory):
             directory, name = child, VALUE_NAME
         self._plan.renewed.discard(file)
-        self._plan.facts.pop(file, None)
-        made = self._tree.new_version(file, facts)
+        self._plan.key_state.pop(file, None)
+        made = self._tree.new_version(file, key_state)
         self._set(directory, name, made)
         return made
 

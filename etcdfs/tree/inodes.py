@@ -1,32 +1,32 @@
 """What the tree consists of: files, each one version of a key at a time, and directories.
 
-What this room knows: what is noted of each. What it must not know: how they hang together.
+Knows: what is noted of each. Does not know: how they hang together.
 
 Concurrency: owned by the tree, on the trio thread.
 
 What the kernel may hold cached, and must be told to let go of.
 
-What this room knows: inode numbers and names. What it must not know: nodes, keys.
+Knows: inode numbers and names. Does not know: nodes, keys.
 
 Concurrency: none; frozen values.
 
 What etcd says of a key, without its value, and the attributes a key has of its own.
 
-What this room knows: the form of both. What it must not know: nodes, which of them it is about.
+Knows: the form of both. Does not know: nodes, which of them it is about.
 
 Concurrency: none; frozen values.
 
 Nodes that no name leads to any more, and that the kernel holds all the same.
 
-What this room knows: where each was, and is to be found when it comes back. What it must not
-know: who holds them: a bind mount, a working directory, an O_PATH descriptor, the lower layer of
-an overlay, or merely the kernel's memory.
+Knows: where each was, and is to be found when it comes back. Does not know: who holds them: a bind
+mount, a working directory, an O_PATH descriptor, the lower layer of an overlay, or merely the
+kernel's memory.
 
 Concurrency: owned by the tree, on the trio thread.
 
 When things changed that the kernel has let go of, and the tree with it.
 
-What this room knows: names, and the times that they had. What it must not know: nodes, keys.
+Knows: names, and the times that they had. Does not know: nodes, keys.
 
 etcd keeps no times, so without a mirror a time is that of the moment when this mount saw a version
 first. It is to stay the same when the kernel, short of memory, forgets the inode and asks again.
@@ -47,7 +47,7 @@ Inode = NewType("Inode", int)
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class Dentry:
     """A name in a directory, as the kernel may have it cached."""
 
     directory: Inode
@@ -61,26 +61,26 @@ class Expiry:
     Linux unmounts whatever is mounted on, or below, a name that is thrown out.
     """
 
-    within: Entry
+    within: Dentry
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class CachedAttributes:
     """The attributes of an inode; `within` is its entry, None for the root.
 
     With `pages`, the content of a file as well.
     """
 
     inode: Inode
-    within: Entry | None
+    within: Dentry | None
     pages: bool = False
 
 
-Cached = Entry | Expiry | Listing
+Cached = Dentry | Expiry | CachedAttributes
 """What the kernel must be told to let go of."""
 
 
-class Facts(NamedTuple):  # as `KeyValue`: one per key
+class KeyState(NamedTuple):  # as `KeyValue`: one per key
     """What etcd says of a key, without its value. `size` in bytes."""
 
     create_revision: Revision
@@ -90,56 +90,56 @@ class Facts(NamedTuple):  # as `KeyValue`: one per key
     size: int
 
 
-def facts_of(entry: KeyValue) -> Facts:
-    """Return the facts of a key that was read with its value."""
-    return Facts(
+def key_state_of(entry: KeyValue) -> KeyState:
+    """Return the key state of a key that was read with its value."""
+    return KeyState(
         entry.create_revision, entry.mod_revision, entry.version, entry.lease, len(entry.value)
     )
 
 
-class Side(NamedTuple):
-    """Attributes of a key's own, and what etcd says of the side key that has them."""
+class StoredRecord(NamedTuple):
+    """Attributes of a key's own, and what etcd says of the record key that has them."""
 
     record: Record
-    facts: Facts
+    key_state: KeyState
 
 
-NOT_IN_ETCD: Final = Facts(Revision(0), Revision(0), 0, 0, 0)  # not yet, or no longer
+NOT_IN_ETCD: Final = KeyState(Revision(0), Revision(0), 0, 0, 0)  # not yet, or no longer
 
 
 @final
 class File:
-    """One version of a key. Owned by `Tree`; `handles`, `value` and `draft` by the services.
+    """One version of a key. Owned by `Tree`; `handles`, `value` and `write buffer` by the services.
 
     While nobody has it open, it follows its key: it becomes the version that another client
     writes. `pages` is the version whose content the kernel may have cached.
     """
 
     __slots__ = (
+        "buffer",
         "ctime_ns",
         "directory",
-        "draft",
-        "facts",
         "gone",
         "handles",
         "inode",
+        "kernel_may_cache",
+        "key_state",
         "lookups",
         "lost_key",
         "mtime_ns",
         "name",
         "pages",
+        "pages_invalidated",
+        "pages_pushed",
         "removed",
         "reopened",
-        "side",
-        "stored",
-        "told",
-        "unpaged",
+        "stored_record",
         "value",
     )
 
-    def __init__(self, inode: Inode, facts: Facts | None, now_ns: int) -> None:
+    def __init__(self, inode: Inode, key_state: KeyState | None, now_ns: int) -> None:
         self.inode = inode
-        self.facts = facts  # None: created here, not yet in etcd
+        self.key_state = key_state  # None: created here, not yet in etcd
         self.directory: Directory | None = None
         self.name = b""
         self.lost_key: bytes | None = None  # the key it had when its name was taken away
@@ -147,21 +147,21 @@ class File:
         self.removed = False  # by this mount: for the kernel it is deleted, and never comes back
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
-        self.side: Side | None = None
+        self.stored_record: StoredRecord | None = None
         self.lookups = 0
-        self.told = False  # the kernel may have the name cached
+        self.kernel_may_cache = False  # the kernel may have the name cached
         self.reopened: File | None = None  # the version that newcomers have open in its place
-        self.stored = False  # the kernel was given the content
+        self.pages_pushed = False  # the kernel was given the content
         self.pages: int | None = None  # None: the kernel has none
-        self.unpaged = False  # not opened since the kernel was told to let go of them
+        self.pages_invalidated = False  # not opened since the kernel was told to let go of them
         self.handles = 0
         self.value: bytes | None = None  # pinned while there are handles
-        self.draft: object | None = None
+        self.buffer: object | None = None
 
     @property
     def version(self) -> int:
         """The key's mod_revision, 0 if it is not in etcd yet."""
-        return 0 if self.facts is None else self.facts.mod_revision
+        return 0 if self.key_state is None else self.key_state.mod_revision
 
 
 @final
@@ -176,17 +176,17 @@ class Directory:
         "children",
         "ctime_ns",
         "directory",
+        "evidence_key",
         "inode",
+        "kernel_may_cache",
         "lookups",
         "marker",
         "mtime_ns",
         "name",
         "removed",
-        "side",
+        "stored_record",
         "subdirectories",
-        "told",
         "was_in",
-        "witness",
     )
 
     def __init__(self, inode: Inode, now_ns: int) -> None:
@@ -196,14 +196,14 @@ class Directory:
         self.removed = False  # by this mount: for the kernel it is dead, and never comes back
         self.was_in: Directory | None = None  # while it is not there
         self.children: dict[bytes, Node] = {}
-        self.marker: Facts | None = None
+        self.marker: KeyState | None = None
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns
-        self.side: Side | None = None
-        self.witness: bytes | None = None  # a key below it, when etcd was last asked
+        self.stored_record: StoredRecord | None = None
+        self.evidence_key: bytes | None = None  # a key below it, when etcd was last asked
         self.subdirectories = 0
         self.lookups = 0
-        self.told = False
+        self.kernel_may_cache = False
 
     version: Final = 0
 
@@ -220,7 +220,7 @@ def is_local(node: Node) -> bool:
             if node.marker is NOT_IN_ETCD:
                 return True
             pending.extend(node.children.values())
-        elif node.facts is None:
+        elif node.key_state is None:
             return True
     return False
 
@@ -244,14 +244,14 @@ class Held:
 
     def __init__(self) -> None:
         # INVARIANT: each has lookups, and is in no directory
-        self._nodes: dict[Entry, Node] = {}
-        self._where: dict[Node, Entry] = {}
-        self._vanished: OrderedDict[Directory, Entry] = OrderedDict()
+        self._nodes: dict[Dentry, Node] = {}
+        self._where: dict[Node, Dentry] = {}
+        self._vanished: OrderedDict[Directory, Dentry] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._where)
 
-    def add(self, where: Entry, node: Node) -> None:
+    def add(self, where: Dentry, node: Node) -> None:
         """Take in a node that was under a name, and is to be there again when that is."""
         before = self._nodes.get(where)
         if before is not None:
@@ -269,11 +269,11 @@ class Held:
         if isinstance(node, Directory):
             self._vanished.pop(node, None)
 
-    def find(self, where: Entry) -> Node | None:
+    def find(self, where: Dentry) -> Node | None:
         """Return the node that was last under a name."""
         return self._nodes.get(where)
 
-    def excess(self) -> set[Entry]:
+    def excess(self) -> set[Dentry]:
         """Return, once, names of vanished directories that are too many to be kept."""
         many = len(self._vanished) - MAX_VANISHED
         return {self._vanished.popitem(last=False)[1] for _ in range(many)}

@@ -1,7 +1,7 @@
 """The tree of inodes: which names there are, what the kernel knows of them, what each one is.
 
-What this room knows: directories, files, inode numbers, lookup counts, cached names. What it must
-not know: etcd requests, FUSE, time (the clock is handed in).
+Knows: directories, files, inode numbers, lookup counts, cached names. Does not know: etcd requests,
+FUSE, time (the clock is handed in).
 
 A *node* is a `Directory` or a `File`. A `File` object (one inode number) is one version of a key
 for as long as somebody has it open: when another client writes the key meanwhile, the name gets a
@@ -35,21 +35,21 @@ from etcdfs.keyspace.attribute_records import Rights
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, Keyspace
 from etcdfs.keyspace.revision_times import RevisionTimes
 from etcdfs.keyspace.store import Clock
-from etcdfs.tree.inodes import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes' facts come with them
+from etcdfs.tree.inodes import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes' key state come with them
 from etcdfs.tree.inodes import Cached as Cached  # noqa: PLC0414 - they go with the nodes
+from etcdfs.tree.inodes import CachedAttributes as CachedAttributes  # noqa: PLC0414
+from etcdfs.tree.inodes import Dentry as Dentry  # noqa: PLC0414
 from etcdfs.tree.inodes import Directory as Directory  # noqa: PLC0414
-from etcdfs.tree.inodes import Entry as Entry  # noqa: PLC0414
 from etcdfs.tree.inodes import Expiry as Expiry  # noqa: PLC0414
-from etcdfs.tree.inodes import Facts as Facts  # noqa: PLC0414
 from etcdfs.tree.inodes import File as File  # noqa: PLC0414
 from etcdfs.tree.inodes import Held, Times
 from etcdfs.tree.inodes import Inode as Inode  # noqa: PLC0414
-from etcdfs.tree.inodes import Listing as Listing  # noqa: PLC0414
+from etcdfs.tree.inodes import KeyState as KeyState  # noqa: PLC0414
 from etcdfs.tree.inodes import Node as Node  # noqa: PLC0414
-from etcdfs.tree.inodes import Side as Side  # noqa: PLC0414
-from etcdfs.tree.inodes import facts_of as facts_of  # noqa: PLC0414
+from etcdfs.tree.inodes import StoredRecord as StoredRecord  # noqa: PLC0414
 from etcdfs.tree.inodes import is_local as is_local  # noqa: PLC0414
 from etcdfs.tree.inodes import is_within as is_within  # noqa: PLC0414
+from etcdfs.tree.inodes import key_state_of as key_state_of  # noqa: PLC0414
 
 ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
 MAX_NEGATIVES: Final = 65_536
@@ -94,7 +94,7 @@ class Tree:
             monotonic: Nanoseconds that pass and never jump; None: as `clock`. For what lasts.
             complete: Whether the tree will hold every key (a mirror), so that the kernel may
                 cache what it says and an empty directory without a marker is known to be gone.
-            attributes: Whether keys have attributes of their own, in side keys.
+            attributes: Whether keys have attributes of their own, in record keys.
         """
         # --- dependencies
         self.keyspace = keyspace
@@ -105,11 +105,11 @@ class Tree:
         self.attributes = attributes
         # --- mutable state
         self.rights = Rights()  # to read and write them
-        # Side keys by the key each belongs to, void ones too; only in a complete tree.
-        self.sides: dict[bytes, Side] = {}
+        # Record keys by the key each belongs to, void ones too; only in a complete tree.
+        self.stored_records: dict[bytes, StoredRecord] = {}
         self.root = Directory(ROOT_INODE, clock())
         self.root.lookups = 1
-        self.root.told = True
+        self.root.kernel_may_cache = True
         # Never reused in a mount's life: the kernel marks an inode bad when its number comes
         # back with another type (fs/fuse/inode.c, fuse_iget).
         self.numbers = count(ROOT_INODE + 1)
@@ -122,7 +122,7 @@ class Tree:
         self.held = Held()
         # Missing names as told to the kernel, until when; those that end first come first, as
         # all are told for the same time.
-        self._negatives: OrderedDict[Entry, int] = OrderedDict()
+        self._negatives: OrderedDict[Dentry, int] = OrderedDict()
         self.switching: set[Cached] = set()
         # Whether something went wrong with the tree, so that it must be made anew (`take_over`).
         self.doubtful = False
@@ -201,16 +201,16 @@ class Tree:
 
         Not what somebody has open: a reader would see the old size with new bytes.
         """
-        return not (file.handles or file.removed or file.facts is None)
+        return not (file.handles or file.removed or file.key_state is None)
 
     def returning(self, directory: Directory, name: bytes) -> Node | None:
         """Return the node that the kernel holds of a name which comes back, if it can be that."""
-        node = self.held.find(Entry(directory.inode, name)) if self.held else None
+        node = self.held.find(Dentry(directory.inode, name)) if self.held else None
         if isinstance(node, File):
             return node if self.may_follow(node) else None
         return node
 
-    def find(self, key: bytes) -> tuple[Node, Facts] | None:
+    def find(self, key: bytes) -> tuple[Node, KeyState] | None:
         """Return who stands for a key, a file or the marker's directory, and what is known."""
         names, is_marker = self.keyspace.locate(key)
         node: Node | None = self.root
@@ -222,9 +222,9 @@ class Tree:
             if is_marker:
                 return None if node.marker is None else (node, node.marker)
             node = node.children.get(VALUE_NAME)
-        if is_marker or not isinstance(node, File) or node.facts is None:
+        if is_marker or not isinstance(node, File) or node.key_state is None:
             return None
-        return node, node.facts
+        return node, node.key_state
 
     def names(self, node: Node, *more: bytes) -> tuple[bytes, ...]:
         """Return the path of an attached node as names, and `more` below it."""
@@ -270,9 +270,9 @@ class Tree:
             return
         node.lookups = max(0, node.lookups - count)
         if node.lookups == 0:
-            node.told = False
+            node.kernel_may_cache = False
             if isinstance(node, File):
-                node.stored = False
+                node.pages_pushed = False
                 node.pages = None
             del self._known[node.inode]
             self.held.drop(node)
@@ -295,16 +295,16 @@ class Tree:
         return is_sure and what not in self.switching and not self._is_stuck(what)
 
     def _is_stuck(self, what: Cached) -> bool:
-        if isinstance(what, Listing) and what.inode in self.stuck:
+        if isinstance(what, CachedAttributes) and what.inode in self.stuck:
             return True
-        entry = what if isinstance(what, Entry) else what.within
+        entry = what if isinstance(what, Dentry) else what.within
         return bool(self.stuck) and (
             None in self.stuck or (entry is not None and entry.directory in self.stuck)
         )
 
     def tell_negative(self, directory: Directory, name: bytes, lifetime_ns: int) -> bool:
         """Note that the kernel is told a name is missing; False: it must not cache that."""
-        entry = Entry(directory.inode, name)
+        entry = Dentry(directory.inode, name)
         if not self.may_cache(entry):
             return False
         now = self._monotonic()
@@ -319,67 +319,74 @@ class Tree:
         negatives.move_to_end(entry)
         return True
 
-    def is_told(self, directory: Directory, name: bytes) -> bool:
+    def may_be_cached(self, directory: Directory, name: bytes) -> bool:
         """Return whether the kernel may hold a cached answer about this name."""
         if directory.lookups == 0:
             return False
         child = directory.children.get(name)
         # What is there is no missing name.
-        return Entry(directory.inode, name) in self._negatives if child is None else child.told
+        return (
+            Dentry(directory.inode, name) in self._negatives
+            if child is None
+            else child.kernel_may_cache
+        )
 
-    def listing_of(self, node: Node) -> Listing:
+    def listing_of(self, node: Node) -> CachedAttributes:
         """Return how to tell the kernel of a node's changed attributes."""
         parent = node.directory
-        within = None if parent is None else Entry(parent.inode, node.name)
-        return Listing(node.inode, within)
+        within = None if parent is None else Dentry(parent.inode, node.name)
+        return CachedAttributes(node.inode, within)
 
-    def told(self) -> list[Cached]:
+    def cached_by_kernel(self) -> list[Cached]:
         """Return everything that the kernel may have cached, attributes of open files too."""
         told: list[Cached] = list(self._negatives)
         for node in self._known.values():
             parent = node.directory
             if parent is not None:
-                told.append(Entry(parent.inode, node.name))
+                told.append(Dentry(parent.inode, node.name))
             if isinstance(node, Directory):
                 told.append(self.listing_of(node))
             elif node.handles:
-                told.append(Listing(node.inode, None))
+                told.append(CachedAttributes(node.inode, None))
         return told
 
     # --- changing ---------------------------------------------------------------------------
 
-    def new_file(self, facts: Facts | None, now_ns: int | None = None) -> File:
+    def new_file(self, key_state: KeyState | None, now_ns: int | None = None) -> File:
         """Make a file with a new inode number, attached nowhere yet."""
         now_ns = self.clock() if now_ns is None else now_ns
-        if facts is not None:
-            now_ns = self.revisions.learn(facts.mod_revision, now_ns)
-        return File(self._new_number(), facts, now_ns)
+        if key_state is not None:
+            now_ns = self.revisions.learn(key_state.mod_revision, now_ns)
+        return File(self._new_number(), key_state, now_ns)
 
-    def new_version(self, old: File | None, facts: Facts) -> File:
+    def new_version(self, old: File | None, key_state: KeyState) -> File:
         """Make the file for a version that another client wrote over `old`.
 
         Its mtime is later than the old one's even if the clock went back; its attributes stay
         as long as it is the same incarnation of the key.
         """
-        file = self.new_file(facts)
+        file = self.new_file(key_state)
         if old is not None:
             if file.mtime_ns <= old.mtime_ns:
                 file.mtime_ns = file.ctime_ns = old.mtime_ns + 1
-            same = old.facts is not None and old.facts.create_revision == facts.create_revision
-            file.side = old.side if same else None
+            same = (
+                old.key_state is not None
+                and old.key_state.create_revision == key_state.create_revision
+            )
+            file.stored_record = old.stored_record if same else None
         return file
 
-    def renew(self, file: File, facts: Facts) -> None:
+    def renew(self, file: File, key_state: KeyState) -> None:
         """Make of a file that nobody has open the version that another client wrote.
 
         What was cached of it must have been let go of, or be let go of when it is opened.
         """
-        made = self.new_version(file, facts)
-        file.facts, file.side = facts, made.side
+        made = self.new_version(file, key_state)
+        file.key_state, file.stored_record = key_state, made.stored_record
         file.mtime_ns, file.ctime_ns = made.mtime_ns, made.ctime_ns
-        file.stored = False
+        file.pages_pushed = False
         file.value = None
-        if file.unpaged:
+        if file.pages_invalidated:
             file.pages = None
 
     def new_directory(self) -> Directory:
@@ -408,12 +415,12 @@ class Tree:
             self._numbered[node.inode] = node
         if isinstance(node, Directory):
             if node.was_in is not None:  # it is there again, and its attributes are not
-                node.was_in = node.side = None
+                node.was_in = node.stored_record = None
             directory.subdirectories += 1
         else:
             node.lost_key = None
             node.gone = False
-        self._negatives.pop(Entry(directory.inode, name), None)
+        self._negatives.pop(Dentry(directory.inode, name), None)
         if not as_version:
             self._touch(directory)
 
@@ -455,7 +462,7 @@ class Tree:
         if self._numbered is not None and not is_moved:
             self._numbered.pop(node.inode, None)
         if node.lookups and not (node.removed or is_moved):
-            self.held.add(Entry(directory.inode, name), node)
+            self.held.add(Dentry(directory.inode, name), node)
             if isinstance(node, Directory):
                 node.was_in = directory
         if not as_version:
@@ -470,12 +477,12 @@ class Tree:
         self.root.marker = None
         self.held.clear()
         self._numbered = None
-        self.sides.clear()
+        self.stored_records.clear()
 
     def take_over(self, fresh: "Tree") -> None:
         """Become what another tree is, at once, once the kernel was told to forget everything."""
         self.stand_in(self.root, fresh.root)
-        self.sides = fresh.sides
+        self.stored_records = fresh.stored_records
         self._numbered = None
         self._negatives.clear()
         self.switching.clear()
@@ -483,7 +490,7 @@ class Tree:
 
     def stand_in(self, node: Node, there: Node) -> None:
         """Put a node in the place of one of its kind, with what that one has."""
-        node.side = there.side
+        node.stored_record = there.stored_record
         if isinstance(node, Directory) and isinstance(there, Directory):
             node.children = there.children
             node.subdirectories = there.subdirectories
@@ -495,7 +502,7 @@ class Tree:
             node.name = there.name
             node.directory.children[node.name] = node
 
-    def facts(self, top: Directory | None = None) -> Iterator[tuple[bytes, Facts]]:
+    def key_state(self, top: Directory | None = None) -> Iterator[tuple[bytes, KeyState]]:
         """Iterate over all keys of the tree, markers included, and what is known of each.
 
         Or only over those in and below the directory `top`.
@@ -507,8 +514,8 @@ class Tree:
             for name, child in directory.children.items():
                 if name == MARKER_NAME or isinstance(child, Directory):
                     continue
-                if child.facts is not None:
-                    yield self.keyspace.file_key((*names, name)), child.facts
+                if child.key_state is not None:
+                    yield self.keyspace.file_key((*names, name)), child.key_state
 
     def _attached(self) -> Iterator[Node]:
         for directory in self.directories():
@@ -541,7 +548,7 @@ class Tree:
                 assert child.directory is directory
                 assert child.name == name
                 assert (child.inode in self._known) == (child.lookups > 0)
-                assert Entry(directory.inode, name) not in self._negatives
+                assert Dentry(directory.inode, name) not in self._negatives
                 subdirectories += isinstance(child, Directory)
             assert subdirectories == directory.subdirectories
             if self.complete and directory is not self.root:
@@ -556,4 +563,4 @@ class Tree:
 
 
 def _type(file: File) -> str | None:
-    return None if file.side is None else file.side.record.type
+    return None if file.stored_record is None else file.stored_record.record.type

@@ -1,11 +1,11 @@
 """Turning a batch of etcd's events into one step of the tree.
 
-What this room knows: how events change names, and which of the kernel's cached answers that
-makes untrue. What it must not know: how the kernel is told, where events come from.
+Knows: how events change names, and which of the kernel's cached answers that makes untrue. Does not
+know: how the kernel is told, where events come from.
 
 `plan` works out, without touching the tree, what every name becomes once the batch is applied.
 The plan is exact: a name whose node stays the same is not in it, so the kernel is told of nothing
-that did not change. `publish` carries a plan out. Between the two the caller tells the kernel
+that did not change. `apply` carries a plan out. Between the two the caller tells the kernel
 (*switching*, see `etcdfs.mirror.applier`); since anything may happen to the tree meanwhile, it plans again
 right before it publishes, with no `await` in between.
 
@@ -22,12 +22,12 @@ from typing import final
 
 from etcdfs.keyspace.store import Event, KeyValue
 from etcdfs.tree.changes import Intent, Plan, Planner, Relocation
-from etcdfs.tree.node_attributes import put_on
-from etcdfs.tree.tree import Cached, Directory, Entry, Expiry, File, Listing, Node, Tree
+from etcdfs.tree.node_attributes import bind
+from etcdfs.tree.tree import Cached, CachedAttributes, Dentry, Directory, Expiry, File, Node, Tree
 
 
 @final
-class Switch:
+class Update:
     """Plans and publishes batches on one tree, and keeps the intents of this mount."""
 
     def __init__(self, tree: Tree) -> None:
@@ -38,7 +38,7 @@ class Switch:
         self.relocations: list[Relocation] = []
         # Names whose directory the kernel holds locked for a call of this mount: it puts them
         # right by itself when the call returns, and waits for nobody until then.
-        self.locked: dict[Entry, int] = {}
+        self.locked: dict[Dentry, int] = {}
         # Changes of this mount that were applied before the watch brought them, by key.
         self._ahead: dict[bytes, int] = {}
 
@@ -93,12 +93,12 @@ class Switch:
             at = at.directory
         return at is not None
 
-    def untold(self, plan: Plan) -> set[Cached]:
-        """Return what must not be answered with a lifetime while the switch is under way."""
+    def uncacheable(self, plan: Plan) -> set[Cached]:
+        """Return what must not be answered with a lifetime while the update is under way."""
         touched: set[Cached] = set()
         directories: set[Directory] = set()  # one may have 200 000 changes in it
         for directory, name, before, after in plan.changes():
-            touched |= {Entry(directory.inode, name), _of_name(directory, name, before, after)}
+            touched |= {Dentry(directory.inode, name), _of_name(directory, name, before, after)}
             if not plan.is_version(before, after):
                 directories.add(directory)
             touched |= _orphaned(plan, before)
@@ -107,7 +107,7 @@ class Switch:
         touched.update(map(self.tree.listing_of, directories))
         for file in plan.renewed:
             touched |= self._of_version(file)
-        for node in plan.dressed:
+        for node in plan.with_record:
             listing = self.tree.listing_of(node)
             touched.add(listing)
             if listing.within is not None:
@@ -120,16 +120,18 @@ class Switch:
         directories: set[Directory] = set()
         for directory, name, before, after in plan.changes():
             stale |= _orphaned(plan, before)
-            if self.locked and Entry(directory.inode, name) in self.locked:
+            if self.locked and Dentry(directory.inode, name) in self.locked:
                 continue
-            if self.tree.is_told(directory, name):
+            if self.tree.may_be_cached(directory, name):
                 stale.add(_of_name(directory, name, before, after))
-            if directory.told and not plan.is_version(before, after):
+            if directory.kernel_may_cache and not plan.is_version(before, after):
                 directories.add(directory)
         stale.update(map(self.tree.listing_of, directories))
         for file in plan.renewed:
             stale |= self._of_version(file) - {self.tree.listing_of(file).within}
-        stale.update(self.tree.listing_of(node) for node in plan.dressed if node.told)
+        stale.update(
+            self.tree.listing_of(node) for node in plan.with_record if node.kernel_may_cache
+        )
         return stale
 
     def _of_version(self, file: File) -> set[Cached]:
@@ -137,20 +139,20 @@ class Switch:
         if not file.lookups:
             return set()
         within = self.tree.listing_of(file).within
-        listing = Listing(file.inode, within, pages=file.pages is not None)
+        listing = CachedAttributes(file.inode, within, pages=file.pages is not None)
         return {listing} if within is None else {listing, within}
 
-    def letting_go(self, plan: Plan, stale: Collection[Cached]) -> None:
+    def note_invalidated(self, plan: Plan, stale: Collection[Cached]) -> None:
         """Note that the kernel is told to let go of what a plan makes untrue."""
         for file in plan.renewed:
-            file.unpaged |= not self._of_version(file).isdisjoint(stale)
+            file.pages_invalidated |= not self._of_version(file).isdisjoint(stale)
 
-    def not_let_go(self, plan: Plan) -> None:
+    def note_not_invalidated(self, plan: Plan) -> None:
         """Note that it may have pages of old versions still when the plan is made true."""
         for file in plan.renewed:
-            file.unpaged = False
+            file.pages_invalidated = False
 
-    def publish(self, plan: Plan) -> None:
+    def apply(self, plan: Plan) -> None:
         """Make the plan true. No `await` may lie between `plan` and this."""
         tree = self.tree
         changes = list(plan.changes())
@@ -160,15 +162,15 @@ class Switch:
                 tree.attach(directory, name, after, as_version=plan.is_version(before, after))
         for directory, marker in plan.markers.items():
             directory.marker = marker
-        for file, facts in plan.facts.items():
+        for file, key_state in plan.key_state.items():
             if file in plan.renewed:
-                tree.renew(file, facts)
-                put_on(file, file.side)
+                tree.renew(file, key_state)
+                bind(file, file.stored_record)
                 continue
             # What the kernel has cached of it is what this mount made of it.
-            file.pages = facts.mod_revision if file.pages == file.version else file.pages
-            file.facts = facts
-        self._dress(plan)
+            file.pages = key_state.mod_revision if file.pages == file.version else file.pages
+            file.key_state = key_state
+        self._bind(plan)
 
     def _take_away(
         self, plan: Plan, changes: list[tuple[Directory, bytes, Node | None, Node | None]]
@@ -187,15 +189,15 @@ class Switch:
                         as_version=plan.is_version(before, after),
                     )
 
-    def _dress(self, plan: Plan) -> None:
+    def _bind(self, plan: Plan) -> None:
         if self.tree.complete:
-            for key, side in plan.sides.items():
-                if side is None:
-                    self.tree.sides.pop(key, None)
+            for key, stored_record in plan.stored_records.items():
+                if stored_record is None:
+                    self.tree.stored_records.pop(key, None)
                 else:
-                    self.tree.sides[key] = side
-        for node, side in plan.dressed.items():
-            put_on(node, side)
+                    self.tree.stored_records[key] = stored_record
+        for node, stored_record in plan.with_record.items():
+            bind(node, stored_record)
             node.ctime_ns = max(self.tree.clock(), node.ctime_ns + 1)
 
     def apply_ahead(self, events: Iterable[Event], *, remember: bool) -> set[Cached]:
@@ -210,7 +212,7 @@ class Switch:
         own = list(events)
         plan = self.plan(own)
         stale = self.invalidations(plan)
-        self.publish(plan)
+        self.apply(plan)
         if remember:
             for event in own:
                 self._ahead[event.key] = max(event.mod_revision, self._ahead.get(event.key, 0))
@@ -227,7 +229,7 @@ class Switch:
         planner.doubt(directory)
         plan = planner.finish()
         stale = self.invalidations(plan)
-        self.publish(plan)
+        self.apply(plan)
         return stale
 
     @contextmanager
@@ -258,7 +260,7 @@ def _of_name(directory: Directory, name: bytes, before: Node | None, after: Node
 
     A directory that is gone may be there again soon, and something may be mounted on it.
     """
-    entry = Entry(directory.inode, name)
+    entry = Dentry(directory.inode, name)
     return Expiry(entry) if isinstance(before, Directory) and after is None else entry
 
 
@@ -269,5 +271,5 @@ def _orphaned(plan: Plan, node: Node | None) -> set[Cached]:
     """
     if node is None or node in plan.moved:
         return set()
-    is_in_use = isinstance(node, Directory) or node.told or node.handles
-    return {Listing(node.inode, None)} if is_in_use else set()
+    is_in_use = isinstance(node, Directory) or node.kernel_may_cache or node.handles
+    return {CachedAttributes(node.inode, None)} if is_in_use else set()

@@ -1,15 +1,15 @@
 """The values held in memory: least recently used first out, bounded by bytes.
 
-What this room knows: the value of a key as it was written at one mod_revision. Such a value
-never changes, so nothing in here is ever stale; it can only be missing.
-What it must not know: which version is the current one (the tree's), where to get one again.
+Knows: the value of a key as it was written at one mod_revision. Such a value never changes, so
+nothing in here is ever stale; it can only be missing. Does not know: which version is the current
+one (the tree's), where to get one again.
 
 Concurrency: owned by the trio thread; no operation waits.
 
 Reading from etcd: the value of one version of a key, and several answers of one moment.
 
-What this room knows: how to get a value again that memory has let go of, and how to ask a full
-etcd. What it must not know: who reads it.
+Knows: how to get a value again that memory has let go of, and how to ask a full etcd. Does not
+know: who reads it.
 
 Concurrency: trio thread.
 """
@@ -39,7 +39,7 @@ def entry_size(value: bytes) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ContentsStatistics:
+class ValueCacheStatistics:
     """What is held now, and what has happened since the start.
 
     Attributes:
@@ -70,7 +70,7 @@ class _CountingLru(LRUCache[_Version, bytes]):
 
 
 @final
-class Contents:
+class ValueCache:
     """A cache of values by key and mod_revision, bounded by the memory they take.
 
     Args:
@@ -130,9 +130,9 @@ class Contents:
         """Let go of a value, if it is held: its version can no longer be asked for."""
         self._lru.pop((key, mod_revision), None)
 
-    def statistics(self) -> ContentsStatistics:
+    def statistics(self) -> ValueCacheStatistics:
         """Count what is held and what has happened."""
-        return ContentsStatistics(
+        return ValueCacheStatistics(
             entries=len(self._lru),
             size=int(self._lru.currsize),
             capacity=self._capacity,
@@ -148,7 +148,7 @@ class Contents:
         assert size == self._lru.currsize <= self._capacity
 
 
-async def value_of(store: Store, contents: Contents, tree: Tree, file: File) -> bytes:
+async def value_of(store: Store, value_cache: ValueCache, tree: Tree, file: File) -> bytes:
     """Return the value of the version that `file` is, from memory or at its own revision.
 
     Raises:
@@ -159,26 +159,28 @@ async def value_of(store: Store, contents: Contents, tree: Tree, file: File) -> 
     if file.value is not None:
         return file.value
     # Of what is deleted, history has the value for a while.
-    key, facts = tree.key_of(file) or file.lost_key, file.facts
-    if facts is None:
+    key, key_state = tree.key_of(file) or file.lost_key, file.key_state
+    if key_state is None:
         return b""
-    if key is None or not facts.mod_revision:
+    if key is None or not key_state.mod_revision:
         msg = f"inode {file.inode} was deleted and its value not kept"
         raise StaleError(msg)
-    kept = contents.get(key, facts.mod_revision)
+    kept = value_cache.get(key, key_state.mod_revision)
     if kept is not None:
         return kept
     try:
-        page = await _version(store, key, facts.mod_revision)
+        page = await _version(store, key, key_state.mod_revision)
     except StoreError as exc:
         if file.directory is not None:
             raise
-        msg = f"revision {facts.mod_revision} of {key!r} is old, and etcd does not tell it: {exc}"
+        msg = (
+            f"revision {key_state.mod_revision} of {key!r} is old, and etcd does not tell it: {exc}"
+        )
         raise StaleError(msg) from exc
-    if not page.entries or page.entries[0].mod_revision != facts.mod_revision:
-        msg = f"revision {facts.mod_revision} of {key!r} has been compacted away"
+    if not page.entries or page.entries[0].mod_revision != key_state.mod_revision:
+        msg = f"revision {key_state.mod_revision} of {key!r} has been compacted away"
         raise StaleError(msg)
-    contents.put(key, facts.mod_revision, page.entries[0].value)
+    value_cache.put(key, key_state.mod_revision, page.entries[0].value)
     return page.entries[0].value
 
 

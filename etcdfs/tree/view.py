@@ -1,7 +1,7 @@
 """What the filesystem asks of whoever keeps the tree true: the mirror, or etcd directly.
 
-What this room knows: the port between the system calls and the two ways of knowing what etcd
-holds. What it must not know: how either does it.
+Knows: the port between the system calls and the two ways of knowing what etcd holds. Does not know:
+how either does it.
 
 Concurrency: declarations only. All methods run on the trio thread.
 """
@@ -11,15 +11,15 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from etcdfs.keyspace.store import Event
-from etcdfs.tree.tree import Cached, Directory, Entry, File, Node
-from etcdfs.tree.update import Switch
+from etcdfs.tree.tree import Cached, Dentry, Directory, File, Node
+from etcdfs.tree.update import Update
 
 
 class View(Protocol):
     """Keeps one tree in step with etcd, each in its own way."""
 
     @property
-    def switch(self) -> Switch:
+    def update(self) -> Update:
         """The tree's one door for changes."""
         ...
 
@@ -31,7 +31,7 @@ class View(Protocol):
         """
         ...
 
-    async def entry(self, directory: Directory, name: bytes) -> None:
+    async def revalidate_name(self, directory: Directory, name: bytes) -> None:
         """Make what the tree has under `name` true as of now.
 
         Raises:
@@ -39,12 +39,12 @@ class View(Protocol):
         """
         ...
 
-    async def listing(self, directory: Directory) -> None:
+    async def revalidate_directory(self, directory: Directory) -> None:
         """Make all of a directory's names true as of now."""
         ...
 
-    async def refresh(self, node: Node) -> None:
-        """Make an attached node's own facts true as of now; it may be superseded by that."""
+    async def revalidate_node(self, node: Node) -> None:
+        """Make an attached node's own key state true as of now; it may be superseded by that."""
         ...
 
     async def value(self, file: File) -> bytes:
@@ -56,8 +56,8 @@ class View(Protocol):
         """
         ...
 
-    async def settle(
-        self, revision: int, events: Sequence[Event], locked: Sequence[Entry] = ()
+    async def wait_until_visible(
+        self, revision: int, events: Sequence[Event], locked: Sequence[Dentry] = ()
     ) -> None:
         """Return once this mount's own change is in the tree.
 
@@ -69,7 +69,7 @@ class View(Protocol):
         """
         ...
 
-    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
+    def holding(self, locked: Sequence[Dentry]) -> AbstractContextManager[None]:
         """Say that a call waits which holds the locks of these names' directories.
 
         For as long as the context lasts. Whatever it waits for must not wait for these locks.
@@ -80,13 +80,13 @@ class View(Protocol):
         """Return once readers see `revision`, or something newer."""
         ...
 
-    async def let_go_first(self, stale: Collection[Cached]) -> None:
+    async def invalidate_first(self, stale: Collection[Cached]) -> None:
         """Have the kernel forget, and return when it has; at once if a waiting call is in its way.
 
-        Bounded by `--settle-timeout`.
+        Bounded by `--wait_until_visible-timeout`.
         """
         ...
 
-    def let_go(self, stale: Collection[Cached]) -> None:
+    def invalidate(self, stale: Collection[Cached]) -> None:
         """Have the kernel forget cached names soon, without waiting for it."""
         ...

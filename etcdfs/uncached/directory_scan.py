@@ -1,7 +1,7 @@
 """One directory's level of the keyspace, as it is found page by page.
 
-What this room knows: which keys are entries of the level, how to jump over what is below them,
-and how far to look at a time. What it must not know: how etcd is asked, the tree.
+Knows: which keys are entries of the level, how to jump over what is below them, and how far to look
+at a time. Does not know: how etcd is asked, the tree.
 
 Whatever the limit, etcd walks its index of all keys in a range that is asked for, to count them
 (3.4: mvcc/index.go, Revisions; 3.5 and later: server/storage/mvcc/index.go). A level that asked
@@ -15,7 +15,7 @@ Concurrency: none; one owner.
 from dataclasses import dataclass, field
 from typing import final
 
-from etcdfs.keyspace.attribute_records import ATTRIBUTES_END, is_side_key, owner_of, side_key
+from etcdfs.keyspace.attribute_records import ATTRIBUTES_END, is_record_key, owner_of, record_key
 from etcdfs.keyspace.keys import Keyspace, is_part
 from etcdfs.keyspace.store import END_OF_KEYS, KeyValue, Page, range_end
 
@@ -37,8 +37,8 @@ class Level:
         kept: Files whose version is known already.
         runs: Files that follow one another.
         markers: The subdirectories' markers.
-        witnesses: Of each subdirectory, a key below it.
-        sides: Side keys, by name and whether it is the marker's.
+        evidence_keys: Of each subdirectory, a key below it.
+        stored_records: Record keys, by name and whether it is the marker's.
         has_sides: Whether they were read.
     """
 
@@ -53,9 +53,9 @@ class Level:
     kept: set[bytes] = field(default_factory=set)
     runs: list[list[tuple[bytes, KeyValue]]] = field(default_factory=list)
     markers: dict[bytes, KeyValue] = field(default_factory=dict)
-    witnesses: dict[bytes, bytes] = field(default_factory=dict)
-    sides: dict[tuple[bytes, bool], KeyValue] = field(default_factory=dict)
-    has_sides: bool = False
+    evidence_keys: dict[bytes, bytes] = field(default_factory=dict)
+    stored_records: dict[tuple[bytes, bool], KeyValue] = field(default_factory=dict)
+    has_records: bool = False
     _jumped: bytes = b""  # the last subdirectory's prefix, without its `/`
     _alike: int = 0  # so many bytes of it bound the next range; 0: nothing does
     _usual: int = 0  # so many mostly do
@@ -130,22 +130,22 @@ class Level:
         if self.found.get(names[-1]) is not None:
             self.found[names[-1]] = entry
 
-    def take_side(self, entry: KeyValue) -> bytes:
-        """Take over a side key; return the next one of interest."""
+    def take_record(self, entry: KeyValue) -> bytes:
+        """Take over a record key; return the next one of interest."""
         names, is_marker = self.keyspace.locate(owner_of(entry.key))
         depth = len(self.names)
         after = entry.key + b"\0"
         if names[:depth] != self.names or len(names) == depth:
             return after
         if len(names) == depth + 1:
-            self.sides[names[depth], is_marker] = entry
+            self.stored_records[names[depth], is_marker] = entry
         elif not is_part(names[depth]):
             below = self.keyspace.directory_prefix(names[: depth + 1])
-            return range_end(side_key(below))
+            return range_end(record_key(below))
         return after
 
     def _sort(self, entry: KeyValue, *, unbroken: bool) -> bool:
-        if is_side_key(entry.key):
+        if is_record_key(entry.key):
             self.next_start = ATTRIBUTES_END
             return False
         names, is_marker = self.keyspace.locate(entry.key)
@@ -158,7 +158,7 @@ class Level:
         name = names[depth]
         if is_marker or len(names) > depth + 1:
             self.found[name] = None
-            self.witnesses.setdefault(name, entry.key)
+            self.evidence_keys.setdefault(name, entry.key)
             if is_marker and len(names) == depth + 1:
                 self.markers[name] = entry
             if not is_part(name):

@@ -1,7 +1,7 @@
 """The view without a mirror: every question goes to etcd (`--no-cache`).
 
-What this room knows: which ranges answer "what is under this name" and "what is in this
-directory", without reading what lies deeper. What it must not know: system calls, the kernel.
+Knows: which ranges answer "what is under this name" and "what is in this directory", without
+reading what lies deeper. Does not know: system calls, the kernel.
 
 The tree holds only what the kernel refers to; each call first makes the part it needs true.
 This is the slow, strict reference that the mirror is compared with.
@@ -19,14 +19,14 @@ from typing import Final, final
 import trio
 
 from etcdfs.errors import CallerError, CompactedError, StorePermissionError
-from etcdfs.keyspace.attribute_records import RECHECK_S, side_key, side_range
+from etcdfs.keyspace.attribute_records import RECHECK_S, record_key, record_range
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
 from etcdfs.keyspace.paging import Pages, Paging, check_nearer
 from etcdfs.keyspace.store import Event, KeyValue, Store, range_end
-from etcdfs.tree.node_attributes import facts_of_node, holds, put_on, side_of, type_of
-from etcdfs.tree.tree import Cached, Directory, Entry, File, Node, Tree, facts_of, is_local
-from etcdfs.tree.update import Switch
-from etcdfs.tree.value_cache import Contents, read_together, value_of
+from etcdfs.tree.node_attributes import bind, holds, key_state_of_node, stored_record_of, type_of
+from etcdfs.tree.tree import Cached, Dentry, Directory, File, Node, Tree, is_local, key_state_of
+from etcdfs.tree.update import Update
+from etcdfs.tree.value_cache import ValueCache, read_together, value_of
 from etcdfs.uncached.directory_scan import Level
 from etcdfs.uncached.path_query import Found, Question, answers_to, is_below, questions_about
 
@@ -39,23 +39,23 @@ MAX_LISTINGS: Final = 3
 
 
 @final
-class Direct:
+class Uncached:
     """Answers from etcd, one linearizable read per question."""
 
-    def __init__(self, store: Store, contents: Contents, tree: Tree) -> None:
+    def __init__(self, store: Store, value_cache: ValueCache, tree: Tree) -> None:
         # --- dependencies
         self._store = store
-        self._contents = contents
-        self.switch = Switch(tree)
+        self._value_cache = value_cache
+        self.update = Update(tree)
         # --- mutable state
-        self._sides_refused_until = 0.0
+        self._records_refused_until = 0.0
 
     def check(self) -> None:
         """See `View.check`: what is held is what an open file was when it was opened."""
 
-    async def entry(self, directory: Directory, name: bytes) -> None:
+    async def revalidate_name(self, directory: Directory, name: bytes) -> None:
         """See `View.entry`: one request."""
-        tree = self.switch.tree
+        tree = self.update.tree
         if not tree.is_attached(directory):
             await self._look_for(directory)
         if not tree.is_attached(directory):
@@ -67,78 +67,88 @@ class Direct:
             return
         names = tree.names(directory, name)
         known = directory.children.get(name)
-        found = await self._ask(names, known.witness if isinstance(known, Directory) else None)
+        found = await self._ask(names, known.evidence_key if isinstance(known, Directory) else None)
         # checkpoint: the directory may have gone, or have been moved by this mount
         if found is None or not tree.is_attached(directory):
             return
         if tree.names(directory, name) != names:
-            await self.entry(directory, name)
+            await self.revalidate_name(directory, name)
             return
         value = found.value
         if name == MARKER_NAME and value is not None and not value.value:
             value = None
         self._observe(directory, name, value, found.revision, is_directory=found.below)
-        self._witness(directory, name, found.witness)
+        self._note_evidence(directory, name, found.evidence_key)
         if name != MARKER_NAME:  # the marker's attributes are its directory's
-            side = found.directory_side if found.below else found.file_side
-            answer = _Answer(side, found.marker, found.revision, has_side=found.has_sides)
-            self._dress(directory, name, answer)
+            stored_record = found.directory_record if found.below else found.file_record
+            answer = _Answer(
+                stored_record, found.marker, found.revision, has_record=found.has_records
+            )
+            self._bind(directory, name, answer)
 
-    async def _ask(self, names: tuple[bytes, ...], witness: bytes | None = None) -> Found | None:
+    async def _ask(
+        self, names: tuple[bytes, ...], evidence_key: bytes | None = None
+    ) -> Found | None:
         """Ask what is at a path; None if nothing can be. First ask for the witness, if any."""
-        tree = self.switch.tree
-        if witness is not None and is_below(witness, tree.keyspace, names):
-            found = await self._ask_for(names, witness)
+        tree = self.update.tree
+        if evidence_key is not None and is_below(evidence_key, tree.keyspace, names):
+            found = await self._ask_for(names, evidence_key)
             if found is None or found.below:
                 return found
         return await self._ask_for(names, None)
 
-    async def _ask_for(self, names: tuple[bytes, ...], witness: bytes | None) -> Found | None:
-        tree = self.switch.tree
-        ask = partial(questions_about, tree.keyspace, names, witness=witness)
-        sides = self._may_ask_for_sides()
-        if not ask(sides=sides):
+    async def _ask_for(self, names: tuple[bytes, ...], evidence_key: bytes | None) -> Found | None:
+        tree = self.update.tree
+        ask = partial(questions_about, tree.keyspace, names, evidence_key=evidence_key)
+        stored_records = self._may_ask_for_records()
+        if not ask(stored_records=stored_records):
             return None
         try:
-            found = await self._answers(ask(sides=sides), sides=sides)
+            found = await self._answers(
+                ask(stored_records=stored_records), stored_records=stored_records
+            )
         except StorePermissionError as exc:
-            if not sides:
+            if not stored_records:
                 raise
-            found = await self._answers(ask(sides=False), sides=False)
-            self._refuse_sides(exc)
+            found = await self._answers(ask(stored_records=False), stored_records=False)
+            self._refuse_records(exc)
             return found
-        if sides:
-            self._allow_sides()
+        if stored_records:
+            self._allow_records()
         elif tree.attributes and tree.rights.readable:
-            return await self._ask_for(names, witness)  # else it would be shown without a doubt
+            return await self._ask_for(
+                names, evidence_key
+            )  # else it would be shown without a doubt
         return found
 
-    async def _answers(self, questions: list[Question], *, sides: bool) -> Found:
+    async def _answers(self, questions: list[Question], *, stored_records: bool) -> Found:
         gets = [get for _, get in questions]
-        return answers_to(questions, await read_together(self._store, gets), sides=sides)
+        return answers_to(
+            questions, await read_together(self._store, gets), stored_records=stored_records
+        )
 
-    def _may_ask_for_sides(self) -> bool:
-        """Say whether to ask for side keys: always, but not again just after a refusal."""
-        return self.switch.tree.attributes and trio.current_time() >= self._sides_refused_until
+    def _may_ask_for_records(self) -> bool:
+        """Say whether to ask for record keys: always, but not again just after a refusal."""
+        return self.update.tree.attributes and trio.current_time() >= self._records_refused_until
 
-    def _allow_sides(self) -> None:
-        """Note that side keys could be read; unless others, asked for meanwhile, were refused.
+    def _allow_records(self) -> None:
+        """Note that record keys could be read; unless others, asked for meanwhile, were refused.
 
         Until these are asked for again, nothing is known of what they keep from whom.
         """
-        if self._may_ask_for_sides():
-            self.switch.tree.rights.allow_reading()
+        if self._may_ask_for_records():
+            self.update.tree.rights.allow_reading()
 
-    def _refuse_sides(self, refusal: StorePermissionError) -> None:
-        self.switch.tree.rights.refuse_reading(refusal)
-        self._sides_refused_until = trio.current_time() + RECHECK_S
+    def _refuse_records(self, refusal: StorePermissionError) -> None:
+        self.update.tree.rights.refuse_reading(refusal)
+        self._records_refused_until = trio.current_time() + RECHECK_S
 
-    async def listing(self, directory: Directory) -> None:
+    async def revalidate_directory(self, directory: Directory) -> None:
         """See `View.listing`: as many requests as the level has entries, whatever is below."""
         await self._list(directory)
 
     async def _list(self, directory: Directory, only: bytes | None = None) -> None:
-        tree = self.switch.tree
+        tree = self.update.tree
         if not tree.is_attached(directory):
             await self._look_for(directory)
         if not tree.is_attached(directory):
@@ -162,25 +172,25 @@ class Direct:
         value = scan.found[name]
         if value is None or name not in scan.kept:
             self._observe(directory, name, value, scan.revision, is_directory=value is None)
-        self._witness(directory, name, scan.witnesses.get(name))
+        self._note_evidence(directory, name, scan.evidence_keys.get(name))
         if name != MARKER_NAME:
-            side = scan.sides.get((name, value is None))
+            stored_record = scan.stored_records.get((name, value is None))
             marker = scan.markers.get(name)
-            answer = _Answer(side, marker, scan.revision, has_side=scan.has_sides)
-            self._dress(directory, name, answer)
+            answer = _Answer(stored_record, marker, scan.revision, has_record=scan.has_records)
+            self._bind(directory, name, answer)
 
-    async def refresh(self, node: Node) -> None:
+    async def revalidate_node(self, node: Node) -> None:
         """See `View.refresh`."""
         if node.directory is not None:
-            await self.entry(node.directory, node.name)
-        elif node is self.switch.tree.root:
-            await self._refresh_root(self.switch.tree.root)
+            await self.revalidate_name(node.directory, node.name)
+        elif node is self.update.tree.root:
+            await self._refresh_root(self.update.tree.root)
         else:
             await self._look_for(node)
 
     async def _look_for(self, node: Node) -> None:
         """Look whether what no name leads to is there again, or what has superseded it."""
-        tree = self.switch.tree
+        tree = self.update.tree
         if isinstance(node, File):
             if node.removed or node.lost_key is None:
                 return
@@ -196,52 +206,52 @@ class Direct:
                 return
             names, directory = tuple(reversed(missing)), above
         for name in (*names, VALUE_NAME) if isinstance(node, File) else names:
-            await self.entry(directory, name)
+            await self.revalidate_name(directory, name)
             child = directory.children.get(name)
             if not isinstance(child, Directory):
                 return
             directory = child
 
     async def _refresh_root(self, root: Directory) -> None:
-        if not self.switch.tree.attributes or not self.switch.tree.keyspace.prefix:
+        if not self.update.tree.attributes or not self.update.tree.keyspace.prefix:
             return
         found = await self._ask(())
         if found is not None:
-            side, marker = found.directory_side, found.marker
-            answer = _Answer(side, marker, found.revision, has_side=found.has_sides)
+            stored_record, marker = found.directory_record, found.marker
+            answer = _Answer(stored_record, marker, found.revision, has_record=found.has_records)
             self._dress_node(root, answer)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
-        return await value_of(self._store, self._contents, self.switch.tree, file)
+        return await value_of(self._store, self._value_cache, self.update.tree, file)
 
-    async def settle(
-        self, revision: int, events: Sequence[Event], locked: Sequence[Entry] = ()
+    async def wait_until_visible(
+        self, revision: int, events: Sequence[Event], locked: Sequence[Dentry] = ()
     ) -> None:
-        """See `View.settle`: nothing to wait for."""
-        self.switch.tree.revisions.learn(revision, self.switch.tree.clock())
-        self.switch.apply_ahead(events, remember=False)
+        """See `View.wait_until_visible`: nothing to wait for."""
+        self.update.tree.revisions.learn(revision, self.update.tree.clock())
+        self.update.apply_ahead(events, remember=False)
 
-    def holding(self, locked: Sequence[Entry]) -> AbstractContextManager[None]:
+    def holding(self, locked: Sequence[Dentry]) -> AbstractContextManager[None]:
         """See `View.holding`: nobody waits for the kernel."""
         return nullcontext()
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`: each call asks etcd anyway."""
 
-    async def let_go_first(self, stale: Collection[Cached]) -> None:
-        """See `View.let_go_first`: the kernel was told to cache nothing."""
+    async def invalidate_first(self, stale: Collection[Cached]) -> None:
+        """See `View.invalidate_first`: the kernel was told to cache nothing."""
 
-    def let_go(self, stale: Collection[Cached]) -> None:
-        """See `View.let_go`: the kernel was told to cache nothing."""
+    def invalidate(self, stale: Collection[Cached]) -> None:
+        """See `View.invalidate`: the kernel was told to cache nothing."""
 
     # --- reading one level ------------------------------------------------------------------
 
     async def _read_level(self, directory: Directory, attempts: int) -> Level:
         try:
-            scan = await self._scan(self.switch.tree.names(directory))
+            scan = await self._scan(self.update.tree.names(directory))
             await self._fetch(scan, directory)
-            await self._fetch_sides(scan)
+            await self._fetch_records(scan)
         except CompactedError:
             if attempts == 1:
                 raise
@@ -250,7 +260,7 @@ class Direct:
 
     async def _scan(self, names: tuple[bytes, ...]) -> Level:
         """List a level by keys only, jumping over every subdirectory after its first key."""
-        keyspace = self.switch.tree.keyspace
+        keyspace = self.update.tree.keyspace
         prefix = keyspace.scan_prefix(names)
         scan = Level(keyspace, names, prefix or keyspace.start, range_end(prefix))
         limit = FIRST_LIMIT
@@ -274,7 +284,7 @@ class Direct:
 
     async def _fetch(self, scan: Level, directory: Directory) -> None:
         """Get the values, for their sizes, of files whose version is not known yet."""
-        own = _own_value(self.switch.tree.keyspace, scan.names)
+        own = _own_value(self.update.tree.keyspace, scan.names)
         if own is not None:
             found = await self._store.range(own, revision=scan.revision)
             if found.entries:
@@ -287,34 +297,34 @@ class Direct:
             while (page := await pages.next()) is not None:
                 for entry in page.entries:
                     scan.keep(entry)
-                    self._contents.put(entry.key, entry.mod_revision, entry.value)
+                    self._value_cache.put(entry.key, entry.mod_revision, entry.value)
         if scan.marker is not None:
             found = await self._store.range(scan.marker, revision=scan.revision)
             if found.entries and found.entries[0].value:
                 scan.found[MARKER_NAME] = found.entries[0]
 
-    async def _fetch_sides(self, scan: Level) -> None:
+    async def _fetch_records(self, scan: Level) -> None:
         """Get the attributes of what was found: mostly one request, and nothing."""
-        tree = self.switch.tree
-        if not scan.found or not self._may_ask_for_sides():
+        tree = self.update.tree
+        if not scan.found or not self._may_ask_for_records():
             return
-        start, end = side_range(tree.keyspace.scan_prefix(scan.names))
+        start, end = record_range(tree.keyspace.scan_prefix(scan.names))
         pages = self._pages(start, end, scan.revision)
         try:
             while (page := await pages.next()) is not None:
                 for entry in page.entries:
-                    start = scan.take_side(entry) if entry.key >= start else start
+                    start = scan.take_record(entry) if entry.key >= start else start
                 pages.skip_to(start)
             own = _own_value(tree.keyspace, scan.names)
             if own is not None and VALUE_NAME in scan.found:
-                page = await self._store.range(side_key(own), revision=scan.revision)
+                page = await self._store.range(record_key(own), revision=scan.revision)
                 if page.entries:
-                    scan.sides[VALUE_NAME, False] = page.entries[0]
+                    scan.stored_records[VALUE_NAME, False] = page.entries[0]
         except StorePermissionError as exc:
-            self._refuse_sides(exc)
+            self._refuse_records(exc)
         else:
-            scan.has_sides = True
-            self._allow_sides()
+            scan.has_records = True
+            self._allow_records()
 
     def _pages(self, start: bytes, end: bytes, revision: int) -> Pages:
         return Pages(self._store, start, end, Paging(VALUES_LIMIT), revision=revision)
@@ -323,8 +333,8 @@ class Direct:
         child = directory.children.get(name)
         return (
             isinstance(child, File)
-            and child.facts is not None
-            and child.facts.mod_revision == entry.mod_revision
+            and child.key_state is not None
+            and child.key_state.mod_revision == entry.mod_revision
         )
 
     # --- applying ---------------------------------------------------------------------------
@@ -340,30 +350,30 @@ class Direct:
     ) -> None:
         """Make the tree say what etcd said of one name at a revision."""
         child = directory.children.get(name)
-        if child is not None and self.switch.is_moving(child):
+        if child is not None and self.update.is_moving(child):
             return  # this mount is moving it just now, and will say where it is
         if is_directory:
             if not isinstance(child, Directory):
-                made = self.switch.tree.directory_at(directory, name)
+                made = self.update.tree.directory_at(directory, name)
                 self._replace(directory, name, made)
                 if child is not None and is_local(child):
-                    self.switch.tree.attach(made, VALUE_NAME, child)
+                    self.update.tree.attach(made, VALUE_NAME, child)
         elif value is None:
             if isinstance(child, File) and child.handles and child.version > revision:
                 return  # it was made after that: who writes to it must not take it for deleted
             if child is not None:
                 self._observe_missing(directory, name, child)
             else:
-                self.switch.tree.times.drop(self.switch.tree.names(directory, name))
+                self.update.tree.times.drop(self.update.tree.names(directory, name))
         else:
-            self._contents.put(value.key, value.mod_revision, value.value)
+            self._value_cache.put(value.key, value.mod_revision, value.value)
             self._observe_file(directory, name, value)
 
-    def _witness(self, directory: Directory, name: bytes, witness: bytes | None) -> None:
+    def _note_evidence(self, directory: Directory, name: bytes, evidence_key: bytes | None) -> None:
         """Remember a key that shows that a directory is there, to be asked for next time."""
         child = directory.children.get(name)
         if isinstance(child, Directory):
-            child.witness = witness
+            child.evidence_key = evidence_key
 
     def _observe_missing(self, directory: Directory, name: bytes, child: Node) -> None:
         if not is_local(child):
@@ -371,65 +381,68 @@ class Direct:
         elif isinstance(child, Directory):
             waiting = {n: below for n, below in child.children.items() if is_local(below)}
             if set(waiting) == {VALUE_NAME}:  # no directory any more: it is the file again
-                self.switch.tree.detach(child, VALUE_NAME, gone=False)
+                self.update.tree.detach(child, VALUE_NAME, gone=False)
                 self._replace(directory, name, waiting[VALUE_NAME])
 
     def _observe_file(self, directory: Directory, name: bytes, value: KeyValue) -> None:
-        tree = self.switch.tree
+        tree = self.update.tree
         child = directory.children.get(name)
         old = child if isinstance(child, File) else None
-        facts = facts_of(value)
+        key_state = key_state_of(value)
         if old is not None:
-            known = old.facts.mod_revision if old.facts is not None else 0
-            intent = self.switch.intents.get(value.key)
+            known = old.key_state.mod_revision if old.key_state is not None else 0
+            intent = self.update.intents.get(value.key)
             if intent is not None and intent.file is old and intent.value == value.value:
-                old.facts = facts
+                old.key_state = key_state
                 return
             if known >= value.mod_revision:
                 return
             if tree.may_follow(old):
-                tree.renew(old, facts)
+                tree.renew(old, key_state)
                 return
         made = tree.returning(directory, name) if child is None else None
         if isinstance(made, File):
-            tree.renew(made, facts)
+            tree.renew(made, key_state)
         else:
-            made = tree.new_version(old, facts)
+            made = tree.new_version(old, key_state)
         self._replace(directory, name, made, over=value)
 
-    def _dress(self, directory: Directory, name: bytes, answer: "_Answer") -> None:
+    def _bind(self, directory: Directory, name: bytes, answer: "_Answer") -> None:
         """Give what is under a name its attributes."""
         node = directory.children.get(name)
         if isinstance(node, File):
-            if node.facts is None or not answer.has_side:
+            if node.key_state is None or not answer.has_record:
                 return  # made here: nobody else knows its attributes; or they are not known
-            found = None if answer.side is None else side_of(answer.side)
-            if not holds(found, node.facts):
+            found = None if answer.stored_record is None else stored_record_of(answer.stored_record)
+            if not holds(found, node.key_state):
                 found = None
-            if type_of(found) != type_of(node.side) and node.lookups:
-                node = self.switch.tree.new_version(node, node.facts)
+            if type_of(found) != type_of(node.stored_record) and node.lookups:
+                node = self.update.tree.new_version(node, node.key_state)
                 self._replace(directory, name, node)
         if node is not None:
             self._dress_node(node, answer)
 
     def _dress_node(self, node: Node, answer: "_Answer") -> None:
-        if node.side is not None and node.side.facts.mod_revision > answer.revision:
+        if (
+            node.stored_record is not None
+            and node.stored_record.key_state.mod_revision > answer.revision
+        ):
             return  # a newer answer was here first
         if isinstance(node, Directory):
-            node.marker = None if answer.marker is None else facts_of(answer.marker)
-        if not answer.has_side and holds(node.side, facts_of_node(node)):
+            node.marker = None if answer.marker is None else key_state_of(answer.marker)
+        if not answer.has_record and holds(node.stored_record, key_state_of_node(node)):
             return  # what is known stays known
-        found = None if answer.side is None else side_of(answer.side)
-        if not holds(found, facts_of_node(node)):
+        found = None if answer.stored_record is None else stored_record_of(answer.stored_record)
+        if not holds(found, key_state_of_node(node)):
             found = None
-        put_on(node, found)
+        bind(node, found)
 
     def _replace(
         self, directory: Directory, name: bytes, node: Node | None, over: KeyValue | None = None
     ) -> None:
         old = directory.children.get(name)
         if old is not None:
-            known = old.facts if isinstance(old, File) else None
+            known = old.key_state if isinstance(old, File) else None
             # Nothing there, or the key made anew: the old file is deleted. Else: superseded.
             # Below a key that became a directory, it goes on as the directory's `%value`.
             gone = (over is None and not isinstance(node, Directory)) or (
@@ -439,8 +452,8 @@ class Direct:
             )
             if isinstance(old, Directory):
                 self._empty(old)
-            self.switch.tree.detach(directory, name, gone=gone)
-        tree = self.switch.tree
+            self.update.tree.detach(directory, name, gone=gone)
+        tree = self.update.tree
         names = tree.names(directory, name)
         if node is None:
             tree.times.drop(names)
@@ -453,21 +466,21 @@ class Direct:
 
         While it is still attached: a file's key is made from the path it has.
         """
-        tree = self.switch.tree
+        tree = self.update.tree
         for below in reversed(list(tree.directories(directory))):
             for name, child in list(below.children.items()):
-                is_new = isinstance(child, File) and child.facts is None
+                is_new = isinstance(child, File) and child.key_state is None
                 tree.detach(below, name, gone=not is_new)
 
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
-    """What etcd said of one name's attributes; `has_side` says whether it was asked."""
+    """What etcd said of one name's attributes; `has_record` says whether it was asked."""
 
-    side: KeyValue | None
+    stored_record: KeyValue | None
     marker: KeyValue | None
     revision: int
-    has_side: bool
+    has_record: bool
 
 
 def _own_value(keyspace: Keyspace, names: tuple[bytes, ...]) -> bytes | None:

@@ -1,7 +1,7 @@
 """What stat(2) says of a node.
 
-What this room knows: default owner and modes, sizes, link counts and times, and which attributes
-need not be kept because they are the default. What it must not know: how FUSE packs them.
+Knows: default owner and modes, sizes, link counts and times, and which attributes need not be kept
+because they are the default. Does not know: how FUSE packs them.
 
 When in doubt, closed: what has a record that does not say who may have it, and everything while
 no record can be read, is shown without the rights of group and others.
@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, final
 
-from etcdfs.files.write_buffer import Draft
+from etcdfs.files.write_buffer import WriteBuffer
 from etcdfs.keyspace.attribute_records import Record, Rights, Type
-from etcdfs.tree.node_attributes import facts_of_node, record_of
+from etcdfs.tree.node_attributes import key_state_of_node, record_of
 from etcdfs.tree.tree import ROOT_INODE, Directory, File, Inode, Node
 
 BLOCK_SIZE = 4096
@@ -178,8 +178,8 @@ class Defaults:
         # What is not set keeps the time it is shown with, which is the mtime without one.
         atime_ns = self.of(node, 0.0).atime_ns if change.atime_ns is None else change.atime_ns
         if change.mtime_ns is not None:
-            facts = facts_of_node(node)
-            revision = 0 if facts is None else facts.mod_revision
+            key_state = key_state_of_node(node)
+            revision = 0 if key_state is None else key_state.mod_revision
             record = replace(record, mtime_ns=change.mtime_ns, mtime_revision=revision)
         shown = mtime_of(node) if change.mtime_ns is None else change.mtime_ns
         return replace(record, atime_ns=None if atime_ns == shown else atime_ns)
@@ -215,24 +215,24 @@ def size_of(file: File) -> int:
     """Return the size in bytes that a reader of this file would find."""
     if record_of(file).type in ("fifo", "socket"):
         return 0
-    if isinstance(file.draft, Draft):
-        return len(file.draft)
-    return 0 if file.facts is None else file.facts.size
+    if isinstance(file.buffer, WriteBuffer):
+        return len(file.buffer)
+    return 0 if file.key_state is None else file.key_state.size
 
 
 def mtime_of(node: Node) -> int:
     """Return the mtime, that of unpublished writes included."""
-    if isinstance(node, File) and isinstance(node.draft, Draft):
-        if node.draft.times_set is not None:
-            return node.draft.mtime_ns
-        return max(node.mtime_ns, node.draft.mtime_ns)
+    if isinstance(node, File) and isinstance(node.buffer, WriteBuffer):
+        if node.buffer.times_set is not None:
+            return node.buffer.mtime_ns
+        return max(node.mtime_ns, node.buffer.mtime_ns)
     return node.mtime_ns
 
 
 def atime_of(node: Node, record: Record, mtime_ns: int) -> int:
     """Return the atime, which is the mtime unless it was set; of unpublished writes, too."""
-    if isinstance(node, File) and isinstance(node.draft, Draft):
-        times = node.draft.times_set
+    if isinstance(node, File) and isinstance(node.buffer, WriteBuffer):
+        times = node.buffer.times_set
         if times is not None and times[1] is not None:
             return times[1]
     return mtime_ns if record.atime_ns is None else record.atime_ns

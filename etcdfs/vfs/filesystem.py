@@ -1,7 +1,7 @@
 """The system calls, as one file system over one view of etcd.
 
-What this room knows: what each call means for names, inodes and keys, and which errno says why
-not. What it must not know: FUSE, gRPC, how the tree is kept true.
+Knows: what each call means for names, inodes and keys, and which errno says why not. Does not know:
+FUSE, gRPC, how the tree is kept true.
 
 Methods bear the names of the system calls, take inode numbers and `bytes`, and raise
 `CallerError` or `StoreError`. Every inode handed out by `lookup`, `create`, `mkdir` and `mknod`
@@ -32,8 +32,8 @@ from etcdfs.errors import (
     StoreError,
     StorePermissionError,
 )
-from etcdfs.files.handles import Handle, OpenFiles, may_change
-from etcdfs.files.open_directories import DirectoryHandle, Listings
+from etcdfs.files.handles import Handle, Handles, may_change
+from etcdfs.files.open_directories import DirectoryHandle, OpenDirectories
 from etcdfs.keyspace.attribute_records import Record, Type, commit_with
 from etcdfs.keyspace.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
 from etcdfs.keyspace.store import Committed, Event, Store, Transaction
@@ -50,13 +50,13 @@ from etcdfs.keyspace.transactions import (
 )
 from etcdfs.tree.changes import Intent
 from etcdfs.tree.node_attributes import record_of
-from etcdfs.tree.tree import NOT_IN_ETCD, Directory, Entry, File, Inode, Node, Side, Tree
+from etcdfs.tree.tree import NOT_IN_ETCD, Dentry, Directory, File, Inode, Node, StoredRecord, Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.attributes import BLOCK_SIZE, Attributes, Caller, Change, Defaults
 from etcdfs.vfs.leases import Leases, lease_of
 from etcdfs.vfs.namei import (
+    Namei,
     Newcomers,
-    Places,
     check_length,
     file_in,
     is_a_file,
@@ -67,9 +67,9 @@ from etcdfs.vfs.namei import (
     taken,
     within,
 )
-from etcdfs.vfs.rename import Moves
+from etcdfs.vfs.rename import Rename
 from etcdfs.vfs.rename_tree import MAX_RETRIES
-from etcdfs.vfs.setattr import Metadata
+from etcdfs.vfs.setattr import Setattr
 from etcdfs.vfs.xattr import Xattrs
 
 ASSUMED_QUOTA: Final = 2 * 1024**3  # etcd's default --quota-backend-bytes
@@ -105,7 +105,7 @@ class Filesystem:
         self,
         store: Store,
         view: View,
-        files: OpenFiles,
+        files: Handles,
         defaults: Defaults,
         liveness: Liveness,
         *,
@@ -120,15 +120,15 @@ class Filesystem:
         self._files = files
         self._defaults = defaults
         self._liveness = liveness
-        self._newcomers = Newcomers(view.switch.tree)
-        self._places = Places(view)
+        self._newcomers = Newcomers(view.update.tree)
+        self._namei = Namei(view)
         self._leases = Leases(store, view, files)
-        self._moves = Moves(store, view, files, self._places, self._leases)
-        self._metadata = Metadata(store, view, files, defaults)
+        self._rename = Rename(store, view, files, self._namei, self._leases)
+        self._setattr = Setattr(store, view, files, defaults)
         self.xattrs = Xattrs(
             view,
             self._leases,
-            self._metadata,
+            self._setattr,
             timeout_s=timeout_s,
             read_only=read_only,
             statistics=statistics,
@@ -137,12 +137,12 @@ class Filesystem:
         self._kernel_timeout_s = kernel_timeout_s
         self._read_only = read_only
         # --- mutable state
-        self._listings = Listings()
+        self._open_directories = OpenDirectories()
         self._last_size = 0
 
     @property
     def _tree(self) -> Tree:
-        return self._view.switch.tree
+        return self._view.update.tree
 
     # --- looking ----------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class Filesystem:
             return self._lookup_inode(parent, name)
         directory = self._tree.directory(parent)
         check_length(name)
-        await self._view.entry(directory, name)
+        await self._view.revalidate_name(directory, name)
         node = directory.children.get(name)
         if node is not None:
             return self._hand_out(node)
@@ -213,7 +213,7 @@ class Filesystem:
         if isinstance(node, Directory) and not self._tree.may_cache(self._tree.listing_of(node)):
             return False
         return self._tree.may_cache(
-            Entry(self._tree.root.inode if parent is None else parent.inode, node.name)
+            Dentry(self._tree.root.inode if parent is None else parent.inode, node.name)
         )
 
     def forget(self, counts: Sequence[tuple[int, int]]) -> None:
@@ -225,44 +225,44 @@ class Filesystem:
     async def opendir(self, inode: int) -> DirectoryHandle:
         """Open a directory; the listing is taken when it is first read."""
         directory = self._tree.directory(inode)
-        return self._listings.open(directory)
+        return self._open_directories.open(directory)
 
     async def readdir(self, handle: int, position: int) -> Iterator[Listed]:
         """Return the entries from a position on; a listing from 0 on is a new one.
 
         Names are those of one moment. One that has gone since is left out.
         """
-        directory = self._listings.directory(handle)
+        directory = self._open_directories.directory(handle)
         if position == 0:
-            await self._view.listing(directory)
-            self._listings.take(handle)
+            await self._view.revalidate_directory(directory)
+            self._open_directories.take(handle)
         return self._listed(directory, handle, position)
 
     def _listed(self, directory: Directory, handle: int, start: int) -> Iterator[Listed]:
-        for position, name in self._listings.names(handle, start):
+        for position, name in self._open_directories.names(handle, start):
             node = directory.children.get(name)
             if node is not None:
                 yield Listed(name, node, position)
 
     def dots(self, handle: int) -> tuple[tuple[bytes, Directory], tuple[bytes, Directory]]:
         """Return `.` and `..` of an open directory; the root is its own parent."""
-        directory = self._listings.directory(handle)
+        directory = self._open_directories.directory(handle)
         return (b".", directory), (b"..", directory.directory or directory)
 
     def remember_listed(self, listed: Listed, attributes: Attributes) -> None:
         """Note that the kernel took an entry of a listing: it counts as a lookup."""
         self._tree.remember(listed.node)
-        listed.node.told = listed.node.told or attributes.timeout_s > 0
+        listed.node.kernel_may_cache = listed.node.kernel_may_cache or attributes.timeout_s > 0
 
     async def releasedir(self, handle: int) -> None:
         """Close a directory."""
-        directory = self._listings.directory(handle)
+        directory = self._open_directories.directory(handle)
         if not self._tree.complete:
-            for _, name in self._listings.names(handle):
+            for _, name in self._open_directories.names(handle):
                 node = directory.children.get(name)
                 if node is not None:
                     self._tree.prune(node)
-        self._listings.close(handle)
+        self._open_directories.close(handle)
 
     async def statfs(self) -> SpaceStatistics:
         """Return the database's size against its quota; the last known one if etcd is away."""
@@ -335,9 +335,9 @@ class Filesystem:
         self._check_writable()
         uid = 0 if caller is None else caller.uid
         if not flags & os.O_EXCL:
-            with self._view.holding((Entry(Inode(parent), name),)):
+            with self._view.holding((Dentry(Inode(parent), name),)):
                 await self._liveness.check()
-        directory, key = await self._places.place(parent, name)
+        directory, key = await self._namei.place(parent, name)
         node = directory.children.get(name)
         if isinstance(node, Directory):
             msg = f"{key!r} is a directory"
@@ -352,7 +352,7 @@ class Filesystem:
             file = await self._claim(directory, name, key, record)
         else:
             file = self._tree.new_file(None)
-            file.side = Side(record, NOT_IN_ETCD) if record else None
+            file.stored_record = StoredRecord(record, NOT_IN_ETCD) if record else None
             self._tree.attach(directory, name, file)
         return self._files.open_new(file, flags, uid), self._hand_out(file)
 
@@ -397,7 +397,7 @@ class Filesystem:
         if kind is not None and not self._tree.attributes:
             msg = f"there is nowhere to keep that {name!r} is a {kind}"
             raise NotPermittedError(msg)
-        directory, key = await self._places.place(parent, name)
+        directory, key = await self._namei.place(parent, name)
         record = self._record(directory, mode, caller, kind)
         file = await self._claim(directory, name, key, record, value)
         return self._hand_out(file)
@@ -411,17 +411,17 @@ class Filesystem:
             ExistsError: The name is taken.
         """
         self._check_writable()
-        directory = await self._places.parent(parent, name)
+        directory = await self._namei.parent(parent, name)
         if name in directory.children:
             raise taken(name)
         if is_part(name):
-            return self._hand_out(self._places.make_part(directory, name))
+            return self._hand_out(self._namei.make_part(directory, name))
         marker = self._tree.keyspace.directory_prefix(self._tree.names(directory, name))
         record = self._record(directory, None if mode is None else mode | stat.S_IFDIR, caller)
-        async with self._places.changing((directory, name)) as locked:
+        async with self._namei.changing((directory, name)) as locked:
             making = make_directory(marker)
             making, committed = await self._make_in(directory, name, making, marker, record)
-            await self._settle(committed, events_of(making, committed), locked)
+            await self._wait_until_visible(committed, events_of(making, committed), locked)
         # By its path: what was above it may have been deleted and made anew meanwhile.
         found = self._tree.find(marker)
         if found is None:
@@ -439,11 +439,11 @@ class Filesystem:
             raise NameReservedError(msg)
         file = self._tree.new_file(None)
         names = self._tree.names(directory, name)
-        async with self._places.changing((directory, name)) as locked:
-            with self._view.switch.intending(key, Intent(file=file, value=value)):
+        async with self._namei.changing((directory, name)) as locked:
+            with self._view.update.intending(key, Intent(file=file, value=value)):
                 making = make_file(key, value, is_value=has_keys_below(names))
                 making, committed = await self._make_in(directory, name, making, key, record)
-                await self._settle(committed, events_of(making, committed), locked)
+                await self._wait_until_visible(committed, events_of(making, committed), locked)
         file.mtime_ns = file.ctime_ns = self._tree.revisions.time_of(committed.revision)
         return file
 
@@ -485,13 +485,13 @@ class Filesystem:
         self, making: Transaction, key: bytes, record: Record
     ) -> tuple[Transaction, Committed]:
         """Make a key with its attributes; without, if etcd's roles say so: content still works."""
-        dressed = making
+        with_record = making
         if record:
-            dressed = replace(making, then=(*making.then, *write_record(key, record, 0)))
+            with_record = replace(making, then=(*making.then, *write_record(key, record, 0)))
         rights = self._tree.rights
-        bare = making if record.type is None else dressed
+        bare = making if record.type is None else with_record
         try:
-            return await commit_with(self._store, rights, dressed, bare)
+            return await commit_with(self._store, rights, with_record, bare)
         except StorePermissionError as exc:
             if record.type is None:
                 raise
@@ -508,9 +508,9 @@ class Filesystem:
             IsADirectoryFileError: The name is a directory.
         """
         self._check_writable()
-        directory, key = await self._places.place(parent, name)
+        directory, key = await self._namei.place(parent, name)
         file = file_in(directory, name)
-        async with self._places.changing((directory, name)) as locked:
+        async with self._namei.changing((directory, name)) as locked:
             with self._view.holding(locked):
                 async with self._files.locks.still((key,)):
                     lease = lease_of(file)
@@ -519,21 +519,21 @@ class Filesystem:
         await self._leases.release(lease)
 
     async def _unlink(
-        self, file: File, directory: Directory, name: bytes, key: bytes, locked: Sequence[Entry]
+        self, file: File, directory: Directory, name: bytes, key: bytes, locked: Sequence[Dentry]
     ) -> None:
-        if file.facts is None:
-            self._view.let_go(self._view.switch.withdraw(directory, name, gone=True))
+        if file.key_state is None:
+            self._view.invalidate(self._view.update.withdraw(directory, name, gone=True))
             return
         if name == MARKER_NAME:
             await self._unlink_marker(key, locked)
             return
         self._files.keep(file)
-        with self._view.switch.intending(key, Intent()):
+        with self._view.update.intending(key, Intent()):
             bare = self._removal(directory, name, key)
             removal, committed = await self._remove(bare, key, file)
             if not committed.succeeded:
                 raise _not_removed(key, committed)
-            await self._settle(committed, events_of(removal, committed), locked)
+            await self._wait_until_visible(committed, events_of(removal, committed), locked)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         """Delete an empty directory's marker.
@@ -543,18 +543,18 @@ class Filesystem:
             NotADirectoryFileError: The name is a file.
         """
         self._check_writable()
-        directory = await self._places.parent(parent, name)
+        directory = await self._namei.parent(parent, name)
         node = directory.children.get(name)
         if node is None:
             raise missing(name)
         if not isinstance(node, Directory):
             raise is_a_file(name)
         if is_part(name):
-            await self._places.remove_part(directory, name, node)
+            await self._namei.remove_part(directory, name, node)
             return
-        async with self._places.changing((directory, name)) as locked:
-            await self._view.entry(node, MARKER_NAME)
-            if self._places.has_entries(node):
+        async with self._namei.changing((directory, name)) as locked:
+            await self._view.revalidate_name(node, MARKER_NAME)
+            if self._namei.has_entries(node):
                 raise not_empty(name)
             marker = self._tree.prefix_of(node)
             removal = remove_directory(marker, parent_prefix(marker, self._root))
@@ -569,19 +569,19 @@ class Filesystem:
                 raise not_empty(name)
             events = events_of(removal, committed)
             # The kernel holds the directory's own lock as well.
-            with self._view.holding((Entry(node.inode, b""),)):
-                await self._settle(committed, events, locked)
+            with self._view.holding((Dentry(node.inode, b""),)):
+                await self._wait_until_visible(committed, events, locked)
             if directory.children.get(name) is node and not node.children:
                 self._tree.detach(directory, name, gone=True)
             if not committed.results[0]:
                 raise missing(name)
         self._files.give_up((marker[:-1],), (marker,))
 
-    async def _unlink_marker(self, key: bytes, locked: Sequence[Entry]) -> None:
+    async def _unlink_marker(self, key: bytes, locked: Sequence[Dentry]) -> None:
         committed = await self._store.commit(clear_marker(key))
         if not committed.succeeded:
             raise missing(MARKER_NAME)
-        await self._settle(committed, (put_event(committed, 1, key, b""),), locked)
+        await self._wait_until_visible(committed, (put_event(committed, 1, key, b""),), locked)
 
     def _removal(self, directory: Directory, name: bytes, key: bytes) -> Transaction:
         parent = None if name == VALUE_NAME else parent_prefix(key, self._root)
@@ -595,21 +595,25 @@ class Filesystem:
 
         Without, if etcd's roles say so: what is left behind is void then.
         """
-        dressed = removal
+        with_record = removal
         if self._tree.attributes:
-            side = self._tree.sides.get(key) if self._tree.complete else node.side
-            drop = drop_record(key, 0 if side is None else side.facts.mod_revision)
-            dressed = replace(removal, then=(*removal.then, *drop))
-        return await commit_with(self._store, self._tree.rights, dressed, removal)
+            stored_record = (
+                self._tree.stored_records.get(key) if self._tree.complete else node.stored_record
+            )
+            drop = drop_record(
+                key, 0 if stored_record is None else stored_record.key_state.mod_revision
+            )
+            with_record = replace(removal, then=(*removal.then, *drop))
+        return await commit_with(self._store, self._tree.rights, with_record, removal)
 
     # --- moving -----------------------------------------------------------------------------
 
     async def rename(
         self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int
     ) -> None:
-        """See `Moves.rename`."""
+        """See `Rename.rename`."""
         self._check_writable()
-        await self._moves.rename(old_parent, old_name, new_parent, new_name, flags)
+        await self._rename.rename(old_parent, old_name, new_parent, new_name, flags)
 
     # --- attributes -------------------------------------------------------------------------
 
@@ -629,10 +633,10 @@ class Filesystem:
                 msg = f"inode {inode} is a directory"
                 raise IsADirectoryFileError(msg)
             await self._files.truncate(node, change.size, uid, by_path=by_path)
-        await self._metadata.change(node, change)
+        await self._setattr.change(node, change)
         if inode != node.inode:
             listing = self._tree.listing_of(node)
-            await self._view.let_go_first({replace(listing, pages=change.size is not None)})
+            await self._view.invalidate_first({replace(listing, pages=change.size is not None)})
         return self._of_inode(inode, node)
 
     # --- helpers ----------------------------------------------------------------------------
@@ -650,13 +654,13 @@ class Filesystem:
         """Count a lookup and return the attributes that go with it."""
         attributes = self.attributes(node)
         self._tree.remember(node)
-        node.told = node.told or attributes.timeout_s > 0
+        node.kernel_may_cache = node.kernel_may_cache or attributes.timeout_s > 0
         return attributes
 
-    async def _settle(
-        self, committed: Committed, events: Sequence[Event], locked: Sequence[Entry]
+    async def _wait_until_visible(
+        self, committed: Committed, events: Sequence[Event], locked: Sequence[Dentry]
     ) -> None:
-        await self._view.settle(committed.revision, events, locked)
+        await self._view.wait_until_visible(committed.revision, events, locked)
 
 
 _DOTS: Final = (b".", b"..")

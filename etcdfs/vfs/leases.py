@@ -1,7 +1,7 @@
 """Keys that expire: a file's lease, as `user.etcd.ttl` shows and sets it.
 
-What this room knows: how a key is given a lease, and loses it, without its value being touched.
-What it must not know: names of attributes, FUSE.
+Knows: how a key is given a lease, and loses it, without its value being touched. Does not know:
+names of attributes, FUSE.
 
 A lease that is made here is for one key, so that the key does not go with others. It has a number
 that says who made it: once its key has another lease, or none, or is gone, whichever mount did
@@ -23,7 +23,7 @@ from etcdfs.errors import (
     StaleError,
     StoreError,
 )
-from etcdfs.files.handles import OpenFiles
+from etcdfs.files.handles import Handles
 from etcdfs.keyspace.attribute_records import commit_with
 from etcdfs.keyspace.store import Get, Operation, Put, Store, Transaction, unchanged
 from etcdfs.keyspace.transaction_results import events_of
@@ -45,7 +45,7 @@ GRANT_ATTEMPTS: Final = 3
 class Leases:
     """The leases of files."""
 
-    def __init__(self, store: Store, view: View, files: OpenFiles) -> None:
+    def __init__(self, store: Store, view: View, files: Handles) -> None:
         # --- dependencies
         self._store = store
         self._view = view
@@ -83,8 +83,8 @@ class Leases:
 
     async def detach(self, file: File) -> bool:
         """Let a file last again; False if it had no lease."""
-        await self._view.refresh(file)
-        if file.facts is None or not file.facts.lease:
+        await self._view.revalidate_node(file)
+        if file.key_state is None or not file.key_state.lease:
             return False
         await self._put_again(file, 0)
         return True
@@ -100,39 +100,43 @@ class Leases:
         """Put a file's value as it is, with another lease."""
         async with self._files.locks.settled(file):
             # checkpoint: another client may have written or deleted it
-            key, facts = self._view.switch.tree.key_of(file), file.facts
-            if key is None or facts is None or file.directory is None:
+            key, key_state = self._view.update.tree.key_of(file), file.key_state
+            if key is None or key_state is None or file.directory is None:
                 msg = f"inode {file.inode} is no key"
                 raise NotFoundError(msg)
-            before = facts.lease
+            before = key_state.lease
             value = await self._view.value(file)
             bare = Transaction(
-                (unchanged(key, facts.mod_revision),),
+                (unchanged(key, key_state.mod_revision),),
                 (Put(key, value, lease), Get(key, keys_only=True)),
             )
-            dressed = replace(bare, then=(*bare.then, *self._record(file, key)))
-            rights = self._view.switch.tree.rights
-            with self._view.switch.intending(key, Intent(file=file, value=value)):
-                put, committed = await commit_with(self._store, rights, dressed, bare)
+            with_record = replace(bare, then=(*bare.then, *self._record(file, key)))
+            rights = self._view.update.tree.rights
+            with self._view.update.intending(key, Intent(file=file, value=value)):
+                put, committed = await commit_with(self._store, rights, with_record, bare)
                 if not committed.succeeded:
                     msg = f"{key!r} was changed by another client"
                     raise StaleError(msg)
-                await self._view.settle(committed.revision, events_of(put, committed))
+                await self._view.wait_until_visible(committed.revision, events_of(put, committed))
         await self.release(before)
 
     def _record(self, file: File, key: bytes) -> tuple[Operation, ...]:
         """Keep the time that was set for this version; it is the same content."""
-        if file.side is None or file.facts is None or not self._view.switch.tree.attributes:
+        if (
+            file.stored_record is None
+            or file.key_state is None
+            or not self._view.update.tree.attributes
+        ):
             return ()
         record = record_of(file)
-        if record.mtime_at(file.facts.mod_revision) is None:
+        if record.mtime_at(file.key_state.mod_revision) is None:
             return ()
-        known = file.side.facts.mod_revision
-        guard = same_record(key, known, file.facts.create_revision)
+        known = file.stored_record.key_state.mod_revision
+        guard = same_record(key, known, file.key_state.create_revision)
         own = replace(record, mtime_revision=0)
         return (Transaction(guard, write_record(key, own, known)),)
 
 
 def lease_of(node: Node | None) -> int:
     """Return the lease of a file's key; 0 without one."""
-    return node.facts.lease if isinstance(node, File) and node.facts is not None else 0
+    return node.key_state.lease if isinstance(node, File) and node.key_state is not None else 0

@@ -1,16 +1,15 @@
 """Names in directories, as the calls that change them need them.
 
-What this room knows: how a name becomes a key, that what is under it must be true before a change
-is decided, and which names the kernel holds locked meanwhile. What it must not know: what is
-changed, and how.
+Knows: how a name becomes a key, that what is under it must be true before a change is decided, and
+which names the kernel holds locked meanwhile. Does not know: what is changed, and how.
 
 Concurrency: trio thread. A directory that is being moved is no place for a change: its keys are
 about to be others. Changes wait for the move, and the move for those that have begun.
 
 That a directory is still there when something is made in it.
 
-What this room knows: which key shows that a directory is there (its *witness*), and how a
-transaction is bound to it. What it must not know: what is made.
+Knows: which key shows that a directory is there (its *witness*), and how a transaction is bound to
+it. Does not know: what is made.
 
 A directory is there while any key is below its prefix. A condition on the whole prefix would
 have etcd read all of it, so it is on one key that is known to be there: the marker, or else any
@@ -21,9 +20,9 @@ Concurrency: as the store's.
 
 Which node a call on an inode is about.
 
-What this room knows: that a file which was superseded while somebody had it open gives way to the
-newer version once nobody has, and how whoever comes by a path is told from a holder. What it must
-not know: what the call does.
+Knows: that a file which was superseded while somebody had it open gives way to the newer version
+once nobody has, and how whoever comes by a path is told from a holder. Does not know: what the call
+does.
 
 Concurrency: trio thread.
 """
@@ -56,8 +55,8 @@ from etcdfs.keyspace.store import Committed, Compare, Get, Store, Transaction, e
 from etcdfs.keyspace.transaction_results import page_of
 from etcdfs.tree.tree import (
     NOT_IN_ETCD,
+    Dentry,
     Directory,
-    Entry,
     File,
     Inode,
     Node,
@@ -69,13 +68,13 @@ from etcdfs.tree.view import View
 
 
 @final
-class Places:
+class Namei:
     """Where changes of names are made."""
 
     def __init__(self, view: View) -> None:
         # --- dependencies
         self._view = view
-        self._tree = view.switch.tree
+        self._tree = view.update.tree
         # --- mutable state
         self._moving: list[Node] = []
         self._busy: Counter[Directory] = Counter()  # where a change is under way
@@ -96,7 +95,7 @@ class Places:
         """
         directory = self._tree.directory(parent)
         check_length(name)
-        await self._view.entry(directory, name)
+        await self._view.revalidate_name(directory, name)
         await self.at_rest((directory, name))
         # checkpoint: another client may have removed the directory
         if not self._tree.is_attached(directory):
@@ -108,7 +107,7 @@ class Places:
         """Return when none of some names, which the kernel holds locked, is being moved."""
         while any(self._is_moving(directory) for directory, _ in places):
             about_to_wait()
-            with self._view.holding([Entry(directory.inode, name) for directory, name in places]):
+            with self._view.holding([Dentry(directory.inode, name) for directory, name in places]):
                 await self._stir.wait()
 
     def has_entries(self, directory: Directory) -> bool:
@@ -120,24 +119,24 @@ class Places:
     # --- changing ---------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def changing(self, *places: tuple[Directory, bytes]) -> AsyncIterator[list[Entry]]:
+    async def changing(self, *places: tuple[Directory, bytes]) -> AsyncIterator[list[Dentry]]:
         """Mark names that the kernel holds locked for us until this call returns.
 
         If the call fails, the kernel keeps what it had cached of them, which may be what
         another client has changed by now: it is told to ask again.
         """
-        entries = [Entry(directory.inode, name) for directory, name in places]
+        entries = [Dentry(directory.inode, name) for directory, name in places]
         for directory, _ in places:
             if is_part(directory.name):  # no marker can have it stay when it loses its last entry
                 directory.marker = NOT_IN_ETCD
-        locked = self._view.switch.locked
+        locked = self._view.update.locked
         for entry in entries:
             locked[entry] = locked.get(entry, 0) + 1
         self._busy.update(directory for directory, _ in places)
         try:
             yield entries
         except (CallerError, StoreError):
-            self._view.let_go(entries)
+            self._view.invalidate(entries)
             raise
         finally:
             for entry in entries:
@@ -167,7 +166,7 @@ class Places:
             NotEmptyError: A key is there of which it is part.
         """
         async with self.changing((directory, name)):
-            await self._view.listing(node)
+            await self._view.revalidate_directory(node)
             # checkpoint: another client may have made or removed something
             if node.children:
                 raise not_empty(name)
@@ -253,16 +252,16 @@ class Parent:
 
     Attributes:
         prefix: What the keys below it begin with.
-        witness: One of them, as far as is known.
+        evidence_key: One of them, as far as is known.
     """
 
     prefix: bytes
-    witness: bytes
+    evidence_key: bytes
 
     @property
     def condition(self) -> Compare:
         """That the witness is there."""
-        return exists(self.witness)
+        return exists(self.evidence_key)
 
     @property
     def question(self) -> Transaction:
@@ -285,7 +284,7 @@ class Parent:
         if not found:
             msg = f"the directory {self.prefix!r} was deleted by another client"
             raise NotFoundError(msg)
-        return replace(self, witness=found[0].key)
+        return replace(self, evidence_key=found[0].key)
 
 
 def parent_of(tree: Tree, directory: Directory) -> Parent | None:
@@ -300,14 +299,14 @@ def parent_of(tree: Tree, directory: Directory) -> Parent | None:
         return None
     if directory.marker is not None:
         return Parent(prefix, prefix)
-    if directory.witness is not None and directory.witness.startswith(prefix):
-        return Parent(prefix, directory.witness)
-    known = (key for key, _ in tree.facts(directory) if key.startswith(prefix))
+    if directory.evidence_key is not None and directory.evidence_key.startswith(prefix):
+        return Parent(prefix, directory.evidence_key)
+    known = (key for key, _ in tree.key_state(directory) if key.startswith(prefix))
     return Parent(prefix, next(known, prefix))
 
 
 @final
-class Witnessed:
+class Evidence:
     """A directory that something is moved to, try after try."""
 
     def __init__(self, store: Store, parent: Parent | None) -> None:
@@ -356,9 +355,9 @@ async def node_of(view: View, inode: int, *, anew: bool = False) -> Node:
         StaleError: The inode is unknown.
         StoreError: It cannot be known.
     """
-    tree = view.switch.tree
+    tree = view.update.tree
     node = tree.node(inode)
-    await view.refresh(node)
+    await view.revalidate_node(node)
     # checkpoint: it may have been superseded
     if isinstance(node, File) and not anew:
         if node.handles:

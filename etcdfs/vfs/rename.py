@@ -1,7 +1,7 @@
 """Renaming: which rename is allowed, and the rename of a file.
 
-What this room knows: what renameat2(2) means for names, and how the rename of a file survives a
-race. What it must not know: FUSE, how whole directories move (`subtrees`).
+Knows: what renameat2(2) means for names, and how the rename of a file survives a race. Does not
+know: FUSE, how whole directories move (`rename_tree`).
 
 Each is one etcd transaction. A file's value is known, so that its rename is one request: on
 condition that the key is the version that is known, else again with the version that was found.
@@ -19,8 +19,8 @@ from etcdfs.errors import (
     NameReservedError,
     StaleError,
 )
-from etcdfs.files.handles import OpenFiles
-from etcdfs.keyspace.attribute_records import commit_with, encode, moved, side_key
+from etcdfs.files.handles import Handles
+from etcdfs.keyspace.attribute_records import commit_with, encode, moved, record_key
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, has_keys_below
 from etcdfs.keyspace.store import (
     Committed,
@@ -36,12 +36,12 @@ from etcdfs.keyspace.store import (
 from etcdfs.keyspace.transaction_results import events_of, page_of
 from etcdfs.keyspace.transactions import move_file, parent_prefix
 from etcdfs.tree.changes import Intent
-from etcdfs.tree.tree import Directory, Entry, File, Node, Tree
+from etcdfs.tree.tree import Dentry, Directory, File, Node, Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.leases import Leases, lease_of
 from etcdfs.vfs.namei import (
+    Namei,
     Parent,
-    Places,
     is_a_directory,
     missing,
     not_empty,
@@ -49,7 +49,7 @@ from etcdfs.vfs.namei import (
     taken,
     within,
 )
-from etcdfs.vfs.rename_tree import MAX_RETRIES, End, Subtrees
+from etcdfs.vfs.rename_tree import MAX_RETRIES, End, RenameTree
 
 RENAME_NOREPLACE: Final = 1  # include/uapi/linux/fs.h
 RENAME_EXCHANGE: Final = 2
@@ -65,29 +65,29 @@ class _FileMove:
     new: bytes
     replace: bool
     value: KeyValue
-    side: KeyValue | None
-    replaced_side: bool
+    stored_record: KeyValue | None
+    replaced_record: bool
     parent: Parent | None
 
 
 @final
-class Moves:
+class Rename:
     """Renames on one mounted keyspace."""
 
     def __init__(
-        self, store: Store, view: View, files: OpenFiles, places: Places, leases: Leases
+        self, store: Store, view: View, files: Handles, places: Namei, leases: Leases
     ) -> None:
         # --- dependencies
         self._store = store
         self._view = view
         self._files = files
-        self._places = places
+        self._namei = places
         self._leases = leases
-        self._subtrees = Subtrees(store, view, files, places)
+        self._rename_tree = RenameTree(store, view, files, places)
 
     @property
     def _tree(self) -> Tree:
-        return self._view.switch.tree
+        return self._view.update.tree
 
     async def rename(
         self, old_parent: int, old_name: bytes, new_parent: int, new_name: bytes, flags: int
@@ -108,15 +108,15 @@ class Moves:
         if flags not in (0, RENAME_NOREPLACE, RENAME_EXCHANGE):
             msg = f"rename flags {flags:#x} are not supported"
             raise InvalidRequestError(msg)
-        source_directory = await self._places.parent(old_parent, old_name)
-        target_directory = await self._places.parent(new_parent, new_name)
+        source_directory = await self._namei.parent(old_parent, old_name)
+        target_directory = await self._namei.parent(new_parent, new_name)
         places = ((source_directory, old_name), (target_directory, new_name))
-        await self._places.at_rest(*places)
+        await self._namei.at_rest(*places)
         # checkpoint: the old name's directory may have gone meanwhile
         if not self._tree.is_attached(source_directory):
             raise missing(old_name)
-        source = self._subtrees.end(source_directory, old_name)
-        target = self._subtrees.end(target_directory, new_name)
+        source = self._rename_tree.end(source_directory, old_name)
+        target = self._rename_tree.end(target_directory, new_name)
         exchange = flags == RENAME_EXCHANGE
         if source.node is None or (exchange and target.node is None):
             raise missing(old_name if source.node is None else new_name)
@@ -125,15 +125,15 @@ class Moves:
                 raise taken(new_name)
             return
         _check_names(source, target, exchange=exchange)
-        async with self._places.changing(*places) as locked:
+        async with self._namei.changing(*places) as locked:
             with self._view.holding(locked):
                 node = source.node
                 if node is None:  # a batch that would have waited for us is published by now
                     raise missing(old_name)
                 if exchange:
-                    await self._subtrees.exchange(source, target)
+                    await self._rename_tree.exchange(source, target)
                 elif isinstance(node, Directory):
-                    await self._subtrees.move(source, target, replace=not flags)
+                    await self._rename_tree.move(source, target, replace=not flags)
                 else:
                     await self._move_file(node, source, target, replace=not flags)
 
@@ -146,14 +146,14 @@ class Moves:
             raise NameReservedError(msg)
         if old == new:
             return  # `a/%value`, which is `a` once nothing else is below it
-        await self._files.publish(file)
+        await self._files.write_back(file)
         async with self._files.locks.still((old, new)):
-            if file.facts is None:
+            if file.key_state is None:
                 raise missing(source.name)
             if isinstance(target.node, File):
                 self._files.keep(target.node)
             # checkpoint: the file may become another client's version meanwhile
-            facts = file.facts
+            key_state = file.key_state
             value = await self._view.value(file)
             move = _FileMove(
                 source=source,
@@ -161,9 +161,9 @@ class Moves:
                 old=old,
                 new=new,
                 replace=replace,
-                value=KeyValue(old, value, *facts[:4]),
-                side=self._side(old, file),
-                replaced_side=self._side(new, target.node) is not None,
+                value=KeyValue(old, value, *key_state[:4]),
+                stored_record=self._stored_record(old, file),
+                replaced_record=self._stored_record(new, target.node) is not None,
                 parent=parent_of(self._tree, target.directory),
             )
             replaced = lease_of(target.node)
@@ -172,20 +172,20 @@ class Moves:
         await self._leases.release(replaced)
 
     async def _move(self, file: File, move: _FileMove) -> None:
-        locked = [Entry(end.directory.inode, end.name) for end in (move.source, move.target)]
-        switch = self._view.switch
+        locked = [Dentry(end.directory.inode, end.name) for end in (move.source, move.target)]
+        update = self._view.update
         mover: File | None = file
         for _ in range(MAX_RETRIES):
             with (
-                switch.intending(move.old, Intent(file=mover)),
-                switch.intending(
+                update.intending(move.old, Intent(file=mover)),
+                update.intending(
                     move.new, Intent(file=mover, value=move.value.value, replaces=True)
                 ),
             ):
                 wanted, committed = await self._commit(move)
                 if committed.succeeded:
                     events = events_of(wanted, committed)
-                    await self._view.settle(committed.revision, events, locked)
+                    await self._view.wait_until_visible(committed.revision, events, locked)
                     break
             move = _look_again(move, committed)
             if file.version != move.value.mod_revision:
@@ -197,7 +197,7 @@ class Moves:
         # may have made an old version meanwhile. If it is right, forgetting it would only make
         # /proc/self/fd say "(deleted)" of what is open.
         if move.target.node is not file:
-            self._view.let_go(locked[1:])
+            self._view.invalidate(locked[1:])
         if mover is None and file.directory is None:
             # Until then the new name leads to it, and its inode may be held for longer.
             file.lost_key, file.gone, file.removed = move.new, False, False
@@ -210,9 +210,9 @@ class Moves:
             StorePermissionError: The file would lose its attributes, and be open to all perhaps.
         """
         wanted = self._transaction(move)
-        dressed = _with_sides(wanted, move) if self._tree.attributes else wanted
-        bare = wanted if move.side is None else dressed
-        return await commit_with(self._store, self._tree.rights, dressed, bare)
+        with_record = _with_records(wanted, move) if self._tree.attributes else wanted
+        bare = wanted if move.stored_record is None else with_record
+        return await commit_with(self._store, self._tree.rights, with_record, bare)
 
     def _transaction(self, move: _FileMove) -> Transaction:
         source, target = move.source, move.target
@@ -230,15 +230,15 @@ class Moves:
         )
         return within(move.parent, moving)
 
-    def _side(self, key: bytes, node: Node | None) -> KeyValue | None:
-        """Return the side key of a key as it is known."""
+    def _stored_record(self, key: bytes, node: Node | None) -> KeyValue | None:
+        """Return the record key of a key as it is known."""
         if not self._tree.attributes:
             return None
-        known = None if node is None else node.side
-        side = self._tree.sides.get(key) if self._tree.complete else known
-        if side is None or not side.facts.mod_revision:
+        known = None if node is None else node.stored_record
+        stored_record = self._tree.stored_records.get(key) if self._tree.complete else known
+        if stored_record is None or not stored_record.key_state.mod_revision:
             return None
-        return KeyValue(side_key(key), encode(side.record), *side.facts[:4])
+        return KeyValue(record_key(key), encode(stored_record.record), *stored_record.key_state[:4])
 
 
 def _check_names(source: End, target: End, *, exchange: bool) -> None:
@@ -256,20 +256,20 @@ def _check_names(source: End, target: End, *, exchange: bool) -> None:
     raise not_empty(target.name)
 
 
-def _with_sides(wanted: Transaction, move: _FileMove) -> Transaction:
+def _with_records(wanted: Transaction, move: _FileMove) -> Transaction:
     """Have a file's attributes go with it, and those of the file it replaces go."""
-    old, new = side_key(move.old), side_key(move.new)
-    value = None if move.side is None else moved(move.side, move.value)
+    old, new = record_key(move.old), record_key(move.new)
+    value = None if move.stored_record is None else moved(move.stored_record, move.value)
     operations: list[Operation] = []
-    if move.side is not None:
+    if move.stored_record is not None:
         operations.append(Delete(old))
     if move.target.name == MARKER_NAME:
         pass  # the attributes of a marker are its directory's
     elif value is not None:
         operations += (Put(new, value), Get(new, keys_only=True))
-    elif move.replaced_side:
+    elif move.replaced_record:
         operations.append(Delete(new))
-    known = 0 if move.side is None else move.side.mod_revision
+    known = 0 if move.stored_record is None else move.stored_record.mod_revision
     return changed(
         wanted,
         when=(*wanted.when, unchanged(old, known)),
@@ -286,12 +286,12 @@ def _look_again(move: _FileMove, committed: Committed) -> _FileMove:
     """
     answers = list(committed.results)
     parent = None if move.parent is None else move.parent.after(answers.pop(3))
-    source, target, below, *sides = (page_of(result).entries for result in answers)
+    source, target, below, *stored_records = (page_of(result).entries for result in answers)
     if not source:
         raise missing(move.source.name)
     if target and not move.replace:
         raise taken(move.target.name)
     if below and not has_keys_below(move.target.names):
         raise is_a_directory(move.target.name)
-    side = sides[0][0] if sides and sides[0] else None
-    return changed(move, value=source[0], side=side, parent=parent)
+    stored_record = stored_records[0][0] if stored_records and stored_records[0] else None
+    return changed(move, value=source[0], stored_record=stored_record, parent=parent)

@@ -1,13 +1,13 @@
 """Moving whole directories, and letting two names change places.
 
-What this room knows: how all keys of a directory get other names in one transaction, or none does.
-What it must not know: FUSE, which rename is allowed, how a transaction is laid out.
+Knows: how all keys of a directory get other names in one transaction, or none does. Does not know:
+FUSE, which rename is allowed, how a transaction is laid out.
 
 All keys are read first, at one revision; that none of them has changed since, that none was added,
 and what the target was found to be, are the conditions of the transaction. If one does not hold,
 all is read again, `MAX_RETRIES` times.
 
-What is held back meanwhile: drafts below, which go to etcd under their new keys afterwards, and
+What is held back meanwhile: write buffers below, which go to etcd under their new keys afterwards, and
 changes of names below.
 
 What does not fit into one transaction is EXDEV, and nothing has moved: that is what `mv` and its
@@ -33,14 +33,14 @@ from etcdfs.errors import (
     TooManyOperationsError,
     TransactionAbortedError,
 )
-from etcdfs.files.handles import OpenFiles
+from etcdfs.files.handles import Handles
 from etcdfs.keyspace.attribute_records import (
     ATTRIBUTES,
-    is_side_key,
+    is_record_key,
     moved,
     owner_of,
-    side_key,
-    side_range,
+    record_key,
+    record_range,
 )
 from etcdfs.keyspace.keys import MARKER_NAME, MAX_DEPTH, is_part
 from etcdfs.keyspace.paging import Pages, Paging
@@ -58,12 +58,12 @@ from etcdfs.keyspace.store import (
 from etcdfs.keyspace.transaction_results import page_of, parent_event
 from etcdfs.keyspace.transactions import MAX_KEYS, Rewriting, parent_prefix, stay_without, unmoved
 from etcdfs.tree.changes import Relocation
-from etcdfs.tree.tree import Directory, Entry, File, Node, Tree
+from etcdfs.tree.tree import Dentry, Directory, File, Node, Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.namei import (
+    Evidence,
+    Namei,
     Parent,
-    Places,
-    Witnessed,
     is_a_file,
     missing,
     not_empty,
@@ -126,11 +126,11 @@ class Held:
     end: End
     own: KeyValue | None = None
     below: list[KeyValue] = field(default_factory=list)
-    sides: list[KeyValue] = field(default_factory=list)
+    stored_records: list[KeyValue] = field(default_factory=list)
 
     @property
     def keys(self) -> list[KeyValue]:
-        """All of it but the side keys."""
+        """All of it but the record keys."""
         return [*self.below] if self.own is None else [self.own, *self.below]
 
     @property
@@ -147,7 +147,9 @@ class Held:
     @property
     def size(self) -> int:
         """Bytes of keys and values."""
-        return sum(len(entry.key) + len(entry.value) for entry in (*self.keys, *self.sides))
+        return sum(
+            len(entry.key) + len(entry.value) for entry in (*self.keys, *self.stored_records)
+        )
 
 
 About = Literal["own", "below", "sides"]
@@ -167,19 +169,19 @@ class _Attempt:
 
 
 @final
-class Subtrees:
+class RenameTree:
     """Changes of place of more than one key, on one mounted keyspace."""
 
-    def __init__(self, store: Store, view: View, files: OpenFiles, places: Places) -> None:
+    def __init__(self, store: Store, view: View, files: Handles, places: Namei) -> None:
         # --- dependencies
         self._store = store
         self._view = view
         self._files = files
-        self._places = places
+        self._namei = places
 
     @property
     def _tree(self) -> Tree:
-        return self._view.switch.tree
+        return self._view.update.tree
 
     def end(self, directory: Directory, name: bytes) -> End:
         """Return a name as one end of a rename."""
@@ -198,31 +200,31 @@ class Subtrees:
         """Move a directory, over an empty one if there is one.
 
         Raises:
-            CallerError: It cannot be; see `Moves.rename`.
+            CallerError: It cannot be; see `Rename.rename`.
         """
         if isinstance(target.node, File):
             raise is_a_file(target.name) if replace else taken(target.name)
         if isinstance(target.node, Directory):
             if not replace:
                 raise taken(target.name)
-            await self._view.entry(target.node, MARKER_NAME)
-            if self._places.has_entries(target.node):
+            await self._view.revalidate_name(target.node, MARKER_NAME)
+            if self._namei.has_entries(target.node):
                 raise not_empty(target.name)
         _check_ours(source)
         _check_ours(target)
         node = source.node
         assert isinstance(node, Directory)
-        above = Witnessed(self._store, parent_of(self._tree, target.directory))
+        above = Evidence(self._store, parent_of(self._tree, target.directory))
 
-        async def attempt(sides: bool) -> _Attempt:
+        async def attempt(stored_records: bool) -> _Attempt:
             parent = await above.parent()
             return await self._try_to_move(
-                node, source, target, parent, replace=replace, sides=sides
+                node, source, target, parent, replace=replace, stored_records=stored_records
             )
 
         await self._carry_out(attempt, source, target)
         if target.node is not node:
-            self._view.let_go(_entries(source, target))
+            self._view.invalidate(_entries(source, target))
         node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
 
     async def _try_to_move(
@@ -233,9 +235,11 @@ class Subtrees:
         above: Parent | None,
         *,
         replace: bool,
-        sides: bool,
+        stored_records: bool,
     ) -> _Attempt:
-        revision, (old, new) = await self._read((source, 0), (target, 2), sides=sides)
+        revision, (old, new) = await self._read(
+            (source, 0), (target, 2), stored_records=stored_records
+        )
         if not old.is_directory:
             raise missing(source.name)
         if new.keys:
@@ -250,7 +254,7 @@ class Subtrees:
         self._check_depth(old, target)
         puts = _puts(old, target)
         ranges = [(source.prefix, range_end(source.prefix))]
-        ranges += [side_range(source.prefix)] if sides else []
+        ranges += [record_range(source.prefix)] if stored_records else []
         parent = parent_prefix(source.prefix, self._tree.keyspace.prefix)
         if parent is not None and target.prefix.startswith(parent):
             parent = None
@@ -264,7 +268,7 @@ class Subtrees:
                 leaves=((source.directory, source.name),),
             ),
             (
-                *_unchanged(old, revision, sides=sides),
+                *_unchanged(old, revision, stored_records=stored_records),
                 absent(target.prefix + b"\0", range_end(target.prefix)),
                 *(absent(key) for key in (target.prefix, target.own) if _is_missing(key, new)),
                 *(() if above is None else (above.condition,)),
@@ -278,12 +282,12 @@ class Subtrees:
         """Let two names change places, whatever they are.
 
         Raises:
-            CallerError: It cannot be; see `Moves.rename`.
+            CallerError: It cannot be; see `Rename.rename`.
         """
         for end in (source, target):
             _check_ours(end)
             if isinstance(end.node, File):
-                await self._files.publish(end.node)
+                await self._files.write_back(end.node)
         # checkpoint: either may have gone
         first, second = source.node, target.node
         if first is None or second is None:
@@ -293,8 +297,10 @@ class Subtrees:
             (second, source.directory, source.name),
         )
 
-        async def attempt(sides: bool) -> _Attempt:
-            revision, (old, new) = await self._read((source, 0), (target, 0), sides=sides)
+        async def attempt(stored_records: bool) -> _Attempt:
+            revision, (old, new) = await self._read(
+                (source, 0), (target, 0), stored_records=stored_records
+            )
             for held, node in ((old, first), (new, second)):
                 _check_still(held, node)
             self._check_depth(old, target)
@@ -308,12 +314,16 @@ class Subtrees:
                     origins={**_origins(old, target), **_origins(new, source)},
                     places=places,
                 ),
-                tuple(c for held in (old, new) for c in _unchanged(held, revision, sides=sides)),
+                tuple(
+                    c
+                    for held in (old, new)
+                    for c in _unchanged(held, revision, stored_records=stored_records)
+                ),
             )
 
         await self._carry_out(attempt, source, target)
         if (source.node, target.node) != (second, first):
-            self._view.let_go(_entries(source, target))
+            self._view.invalidate(_entries(source, target))
         for node in (first, second):
             node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
 
@@ -335,36 +345,36 @@ class Subtrees:
         """
         nodes = [node for node in (source.node, target.node) if node is not None]
         # The kernel holds the locks of what is moved and replaced as well.
-        held = (*_entries(source, target), *(Entry(node.inode, b"") for node in nodes))
+        held = (*_entries(source, target), *(Dentry(node.inode, b"") for node in nodes))
         async with AsyncExitStack() as stack:
             stack.enter_context(self._view.holding(held))
-            await stack.enter_async_context(self._places.still(nodes))
+            await stack.enter_async_context(self._namei.still(nodes))
             ends = (source, target)
             keys, prefixes = [end.own for end in ends], [end.prefix for end in ends]
             await stack.enter_async_context(self._files.locks.still(keys, prefixes))
-            sides = self._tree.attributes
+            stored_records = self._tree.attributes
             for _ in range(MAX_RETRIES):
                 made = None
                 with suppress(CompactedError, TransactionAbortedError):
                     try:
-                        made = await attempt(sides)
+                        made = await attempt(stored_records)
                         if await self._commit(made, source, _entries(source, target)):
                             self._files.give_up(keys, prefixes)
                             return
                     except StorePermissionError as exc:
-                        if not sides or _has_records(made, nodes):
+                        if not stored_records or _has_records(made, nodes):
                             raise
                         self._tree.rights.refuse_writing(exc)
-                        sides = False
+                        stored_records = False
             msg = f"what is below {source.prefix!r} changed {MAX_RETRIES} times meanwhile"
             raise StaleError(msg)
 
-    async def _commit(self, attempt: _Attempt, source: End, locked: Sequence[Entry]) -> bool:
+    async def _commit(self, attempt: _Attempt, source: End, locked: Sequence[Dentry]) -> bool:
         """Commit and settle; False if a race was lost."""
         if not attempt.rewriting.is_possible():
             msg = f"{source.names!r} has more than {MAX_KEYS} keys"
             raise CrossDirectoryError(msg)
-        relocations = self._view.switch.relocations
+        relocations = self._view.update.relocations
         relocations.append(attempt.relocation)
         try:
             committed = await self._store.commit(attempt.transaction())
@@ -374,7 +384,7 @@ class Subtrees:
                     assert source.prefix is not None
                     root = self._tree.keyspace.prefix
                     events += parent_event(committed, source.prefix, root)
-                await self._view.settle(committed.revision, events, locked)
+                await self._view.wait_until_visible(committed.revision, events, locked)
         except (StoreValueTooLargeError, TooManyOperationsError) as exc:
             msg = f"{source.names!r} does not fit into one transaction: {exc}"
             raise CrossDirectoryError(msg) from exc
@@ -384,7 +394,7 @@ class Subtrees:
 
     # --- reading ----------------------------------------------------------------------------
 
-    async def _read(self, *wanted: tuple[End, int], sides: bool) -> tuple[int, list[Held]]:
+    async def _read(self, *wanted: tuple[End, int], stored_records: bool) -> tuple[int, list[Held]]:
         """Read what is at some ends, at one revision; of each so many keys below, or all (0).
 
         Raises:
@@ -395,7 +405,7 @@ class Subtrees:
         questions = [
             (held, limit, about, get)
             for held, limit in ends
-            for about, get in _questions(held.end, limit or PAGE, sides=sides)
+            for about, get in _questions(held.end, limit or PAGE, stored_records=stored_records)
         ]
         try:
             answers = await self._store.commit(Transaction((), tuple(get for *_, get in questions)))
@@ -407,7 +417,7 @@ class Subtrees:
             if about == "own":
                 held.own = page.entries[0] if page.entries else None
                 continue
-            entries = held.below if about == "below" else held.sides
+            entries = held.below if about == "below" else held.stored_records
             entries.extend(page.entries)
             if page.more and not limit:
                 await self._read_on(held, entries, get, answers.revision)
@@ -427,20 +437,20 @@ class Subtrees:
 # --- what becomes of keys -------------------------------------------------------------------
 
 
-def _questions(end: End, limit: int, *, sides: bool) -> Iterator[tuple[About, Get]]:
+def _questions(end: End, limit: int, *, stored_records: bool) -> Iterator[tuple[About, Get]]:
     if end.own is not None:
         yield "own", Get(end.own)
-        if sides:
-            yield "sides", Get(side_key(end.own))
+        if stored_records:
+            yield "sides", Get(record_key(end.own))
     if end.prefix is not None:
         yield "below", Get(end.prefix, range_end(end.prefix), limit=limit)
-        if sides:
-            start, stop = side_range(end.prefix)
+        if stored_records:
+            start, stop = record_range(end.prefix)
             yield "sides", Get(start, stop, limit=PAGE)
 
 
 def _before(*ends: Held) -> dict[bytes, KeyValue]:
-    return {found.key: found for held in ends for found in (*held.keys, *held.sides)}
+    return {found.key: found for held in ends for found in (*held.keys, *held.stored_records)}
 
 
 def _puts(held: Held, new: End) -> dict[bytes, Put]:
@@ -451,11 +461,11 @@ def _puts(held: Held, new: End) -> dict[bytes, Put]:
         for found in owners.values()
         for key in (new.key(found.key, held.end),)
     }
-    for side in held.sides:
-        owner = owners.get(owner_of(side.key))
-        value = None if owner is None else moved(side, owner)
+    for stored_record in held.stored_records:
+        owner = owners.get(owner_of(stored_record.key))
+        value = None if owner is None else moved(stored_record, owner)
         if owner is not None and value is not None:
-            key = side_key(new.key(owner.key, held.end))
+            key = record_key(new.key(owner.key, held.end))
             puts[key] = Put(key, value)
     return puts
 
@@ -481,7 +491,7 @@ def _relocation(
     )
 
 
-def _unchanged(held: Held, revision: int, *, sides: bool) -> Iterator[Compare]:
+def _unchanged(held: Held, revision: int, *, stored_records: bool) -> Iterator[Compare]:
     """Yield the conditions that nothing was added at an end, keys that were read aside."""
     end = held.end
     if _is_missing(end.own, held):
@@ -492,8 +502,8 @@ def _unchanged(held: Held, revision: int, *, sides: bool) -> Iterator[Compare]:
         yield absent(end.prefix, range_end(end.prefix))
         return
     yield unmoved(end.prefix, revision)
-    if sides:
-        start, stop = side_range(end.prefix)
+    if stored_records:
+        start, stop = record_range(end.prefix)
         yield Compare(start, "mod_revision", "<", revision + 1, stop)
 
 
@@ -503,12 +513,12 @@ def _is_missing(key: bytes | None, held: Held) -> TypeGuard[bytes]:
 
 def _has_records(attempt: _Attempt | None, nodes: list[Node]) -> bool:
     """Say whether something has attributes of its own that would be left behind."""
-    if attempt is not None and any(is_side_key(key) for key in attempt.rewriting.before):
+    if attempt is not None and any(is_record_key(key) for key in attempt.rewriting.before):
         return True
     pending = [*nodes]
     while pending:
         node = pending.pop()
-        if node.side is not None and node.side.facts.mod_revision:
+        if node.stored_record is not None and node.stored_record.key_state.mod_revision:
             return True
         if isinstance(node, Directory):
             pending.extend(node.children.values())
@@ -539,6 +549,6 @@ def _check_ours(end: End) -> None:
         raise NameReservedError(msg)
 
 
-def _entries(source: End, target: End) -> tuple[Entry, Entry]:
-    first, second = (Entry(end.directory.inode, end.name) for end in (source, target))
+def _entries(source: End, target: End) -> tuple[Dentry, Dentry]:
+    first, second = (Dentry(end.directory.inode, end.name) for end in (source, target))
     return first, second

@@ -1,7 +1,7 @@
-"""Attributes that last: chmod, chown, utimens and user.* xattrs, as transactions on side keys.
+"""Attributes that last: chmod, chown, utimens and user.* xattrs, as transactions on record keys.
 
-What this room knows: when a change of attributes goes to etcd and when it can only be remembered,
-and how it survives a race. What it must not know: FUSE, names, how records are written.
+Knows: when a change of attributes goes to etcd and when it can only be remembered, and how it
+survives a race. Does not know: FUSE, names, how records are written.
 
 A change is one transaction, on condition that the key is the one that is meant and that nobody
 else has changed its attributes meanwhile; else it is made again, on top of theirs.
@@ -29,8 +29,8 @@ from etcdfs.errors import (
     StaleError,
     StorePermissionError,
 )
-from etcdfs.files.handles import OpenFiles
-from etcdfs.files.write_buffer import Draft
+from etcdfs.files.handles import Handles
+from etcdfs.files.write_buffer import WriteBuffer
 from etcdfs.keyspace.attribute_records import (
     XATTR_LIST_MAX,
     Record,
@@ -42,8 +42,14 @@ from etcdfs.keyspace.keys import MARKER_NAME
 from etcdfs.keyspace.store import Committed, Store
 from etcdfs.keyspace.transaction_results import events_of, page_of
 from etcdfs.keyspace.transactions import change_record
-from etcdfs.tree.node_attributes import facts_of_node, holds, is_mtime_true, record_of, side_of
-from etcdfs.tree.tree import NOT_IN_ETCD, Directory, Entry, File, Node, Side, Tree
+from etcdfs.tree.node_attributes import (
+    holds,
+    is_mtime_true,
+    key_state_of_node,
+    record_of,
+    stored_record_of,
+)
+from etcdfs.tree.tree import NOT_IN_ETCD, Dentry, Directory, File, Node, StoredRecord, Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.attributes import Change, Defaults
 
@@ -67,10 +73,10 @@ Edit = Callable[[Node], Record]
 
 
 @final
-class Metadata:
+class Setattr:
     """Changes the attributes of nodes."""
 
-    def __init__(self, store: Store, view: View, files: OpenFiles, defaults: Defaults) -> None:
+    def __init__(self, store: Store, view: View, files: Handles, defaults: Defaults) -> None:
         # --- dependencies
         self._store = store
         self._view = view
@@ -79,7 +85,7 @@ class Metadata:
 
     @property
     def _tree(self) -> Tree:
-        return self._view.switch.tree
+        return self._view.update.tree
 
     def owner(self, node: Node) -> int:
         """Return who owns a node, as far as that is known."""
@@ -116,11 +122,11 @@ class Metadata:
         if change.mtime_ns is None:
             return False
         async with self._files.locks.settled(file):
-            draft = file.draft
-            if not isinstance(draft, Draft) or not draft.is_dirty:
+            buffer = file.buffer
+            if not isinstance(buffer, WriteBuffer) or not buffer.is_dirty:
                 return False
             now_ns = self._tree.clock()
-            since_ns = min(draft.changed_ns, now_ns) - TICK_NS
+            since_ns = min(buffer.changed_ns, now_ns) - TICK_NS
             times = (change.mtime_ns, change.atime_ns)
             is_now = all(since_ns <= time_ns <= now_ns for time_ns in times if time_ns is not None)
             self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=not is_now)
@@ -136,7 +142,7 @@ class Metadata:
             gid if change.gid is None else change.gid,
         )
         if node.directory is not None or node is self._tree.root:
-            is_new = isinstance(node, File) and node.facts is None and self._tree.attributes
+            is_new = isinstance(node, File) and node.key_state is None and self._tree.attributes
             if not is_new and wanted != known:
                 msg = f"inode {node.inode}: nothing but its times can be changed here"
                 raise NotPermittedError(msg)
@@ -146,7 +152,7 @@ class Metadata:
             node.mtime_ns = change.mtime_ns
 
     def _set(self, node: Node, record: Record) -> None:
-        node.side = Side(record, NOT_IN_ETCD) if record else None
+        node.stored_record = StoredRecord(record, NOT_IN_ETCD) if record else None
         node.ctime_ns = max(self._tree.clock(), node.ctime_ns + 1)
 
     # --- extended attributes ----------------------------------------------------------------
@@ -201,7 +207,7 @@ class Metadata:
     async def _keep_xattrs(self, node: Node, edit: Edit, *, claims: bool = False) -> None:
         if await self._keep(node, edit, claims=claims):
             return
-        is_unpublished = isinstance(node, File) and node.facts is None
+        is_unpublished = isinstance(node, File) and node.key_state is None
         if not self._tree.attributes or not (is_unpublished or node.directory is None):
             msg = f"inode {node.inode} has nowhere to keep attributes"
             raise NotSupportedError(msg)
@@ -224,7 +230,7 @@ class Metadata:
         """
         if isinstance(node, Directory):
             # The kernel holds the directory's own lock.
-            with self._view.holding((Entry(node.inode, b""),)):
+            with self._view.holding((Dentry(node.inode, b""),)):
                 return await self._keep_settled(node, edit, claims=claims)
         return await self._keep_settled(node, edit, claims=claims)
 
@@ -241,12 +247,14 @@ class Metadata:
             # A time that is set again holds from now on: what is in a directory may have changed.
             if record == record_of(node) and (record.mtime_ns is None or is_mtime_true(node)):
                 return True
-            facts = facts_of_node(node)
+            key_state = key_state_of_node(node)
             wanted = change_record(
                 key,
                 record,
-                create_revision=0 if facts is None else facts.create_revision,
-                known=0 if node.side is None else node.side.facts.mod_revision,
+                create_revision=0 if key_state is None else key_state.create_revision,
+                known=0
+                if node.stored_record is None
+                else node.stored_record.key_state.mod_revision,
                 is_root=node is self._tree.root,
             )
             try:
@@ -256,7 +264,9 @@ class Metadata:
                 return False
             if committed.succeeded:
                 self._tree.rights.allow_writing()
-                await self._view.settle(committed.revision, events_of(wanted, committed))
+                await self._view.wait_until_visible(
+                    committed.revision, events_of(wanted, committed)
+                )
                 return True
             # checkpoint: the view may have changed the node, or taken it away
             await self._catch_up(node, key, committed)
@@ -265,8 +275,8 @@ class Metadata:
 
     async def _catch_up(self, node: Node, key: bytes, committed: Committed) -> None:
         """Take over what another client has made of the attributes."""
-        own, sides = (page_of(result).entries for result in committed.results)
-        known = facts_of_node(node)
+        own, stored_records = (page_of(result).entries for result in committed.results)
+        known = key_state_of_node(node)
         is_made_anew = known is not None and (
             not own or own[0].create_revision != known.create_revision
         )
@@ -279,25 +289,27 @@ class Metadata:
         if is_made_anew:
             msg = f"{key!r} was made anew by another client"
             raise StaleError(msg)
-        events = [*own, *sides] if isinstance(node, Directory) else [*sides]
+        events = [*own, *stored_records] if isinstance(node, Directory) else [*stored_records]
         if events:
-            await self._view.settle(max(e.mod_revision for e in events), events)
-        side = side_of(sides[0]) if sides else None
-        node.side = side if holds(side, facts_of_node(node)) else None
+            await self._view.wait_until_visible(max(e.mod_revision for e in events), events)
+        stored_record = stored_record_of(stored_records[0]) if stored_records else None
+        node.stored_record = (
+            stored_record if holds(stored_record, key_state_of_node(node)) else None
+        )
 
     async def _lose_name(self, file: File) -> None:
         """Let an open file go on without its name, which another client has taken."""
         if file.directory is not None:
-            entry = Entry(file.directory.inode, file.name)
-            stale = self._view.switch.withdraw(file.directory, file.name, gone=True)
+            entry = Dentry(file.directory.inode, file.name)
+            stale = self._view.update.withdraw(file.directory, file.name, gone=True)
             # The watch will find nothing left to tell the kernel of.
-            await self._view.let_go_first({entry, *stale})
+            await self._view.invalidate_first({entry, *stale})
 
     def _key_of(self, node: Node) -> bytes | None:
         """Return the key whose attributes are those of a node, None if it has none."""
         if not self._tree.attributes or not self._tree.is_attached(node):
             return None
-        if isinstance(node, File) and (node.facts is None or node.name == MARKER_NAME):
+        if isinstance(node, File) and (node.key_state is None or node.name == MARKER_NAME):
             return None
         return self._tree.own_key(node) or None  # the root of the whole keyspace has an empty one
 

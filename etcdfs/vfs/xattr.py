@@ -1,7 +1,7 @@
 """Extended attributes: the user's own, what etcd knows of a key, and what etcdfs says of itself.
 
-What this room knows: which names there are, who may set them, and what they mean. What it must
-not know: how the user's own are kept (that is `metadata`), FUSE.
+Knows: which names there are, who may set them, and what they mean. Does not know: how the user's
+own are kept (that is `set_attributes`), FUSE.
 
 ===========================  ====================================================================
 `user.etcd.key`              the key
@@ -34,13 +34,13 @@ from etcdfs.errors import (
     ReadOnlyError,
     RevisionNotReachedError,
 )
-from etcdfs.tree.node_attributes import facts_of_node
+from etcdfs.tree.node_attributes import key_state_of_node
 from etcdfs.tree.tree import Directory, File, Node, Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.attributes import Caller
 from etcdfs.vfs.leases import Leases
 from etcdfs.vfs.namei import node_of
-from etcdfs.vfs.setattr import Metadata, no_attribute
+from etcdfs.vfs.setattr import Setattr, no_attribute
 
 USER: Final = b"user."
 ETCD: Final = b"user.etcd."
@@ -61,7 +61,7 @@ class Xattrs:
         self,
         view: View,
         leases: Leases,
-        metadata: Metadata,
+        set_attributes: Setattr,
         *,
         timeout_s: float,
         read_only: bool,
@@ -69,7 +69,7 @@ class Xattrs:
     ) -> None:
         # --- dependencies
         self._view = view
-        self._metadata = metadata
+        self._setattr = set_attributes
         self._leases = leases
         self._statistics = statistics
         # --- constants
@@ -78,7 +78,7 @@ class Xattrs:
 
     @property
     def _tree(self) -> Tree:
-        return self._view.switch.tree
+        return self._view.update.tree
 
     async def getxattr(self, inode: int, name: bytes) -> bytes:
         """Return an extended attribute.
@@ -95,7 +95,7 @@ class Xattrs:
         node = await node_of(self._view, inode)
         if name.startswith(ETCD):
             return await self._fact(node, name)
-        value = self._metadata.xattrs(node).get(name)
+        value = self._setattr.xattrs(node).get(name)
         if value is None:
             raise no_attribute(name)
         return value
@@ -103,7 +103,7 @@ class Xattrs:
     async def listxattr(self, inode: int) -> tuple[bytes, ...]:
         """Return the names of the user's own attributes."""
         node = await node_of(self._view, inode)
-        return tuple(sorted(self._metadata.xattrs(node)))
+        return tuple(sorted(self._setattr.xattrs(node)))
 
     async def setxattr(
         self,
@@ -131,7 +131,7 @@ class Xattrs:
         """
         node = self._writable(inode, name)
         if name != TTL:
-            await self._metadata.set_xattr(node, name, value, is_there=is_there)
+            await self._setattr.set_xattr(node, name, value, is_there=is_there)
             return
         file = await self._expiring(node, name, caller)
         await self._leases.attach(file, _seconds(value))
@@ -145,7 +145,7 @@ class Xattrs:
         """
         node = self._writable(inode, name)
         if name != TTL:
-            await self._metadata.remove_xattr(node, name)
+            await self._setattr.remove_xattr(node, name)
         elif not await self._leases.detach(await self._expiring(node, name, caller)):
             raise no_attribute(name)
 
@@ -165,20 +165,20 @@ class Xattrs:
         raise RevisionNotReachedError(msg)
 
     async def _fact(self, node: Node, name: bytes) -> bytes:
-        facts = facts_of_node(node)
-        if facts is None or not self._tree.is_attached(node):
+        key_state = key_state_of_node(node)
+        if key_state is None or not self._tree.is_attached(node):
             raise no_attribute(name)
         if name == TTL:
-            ttl_s = await self._leases.time_left(facts.lease)
+            ttl_s = await self._leases.time_left(key_state.lease)
             if ttl_s is None:
                 raise no_attribute(name)
             return b"%d" % ttl_s
         known = {
             b"key": self._tree.own_key(node),
-            b"create_revision": b"%d" % facts.create_revision,
-            b"mod_revision": b"%d" % facts.mod_revision,
-            b"version": b"%d" % facts.version,
-            b"lease": b"%016x" % facts.lease if facts.lease else None,
+            b"create_revision": b"%d" % key_state.create_revision,
+            b"mod_revision": b"%d" % key_state.mod_revision,
+            b"version": b"%d" % key_state.version,
+            b"lease": b"%016x" % key_state.lease if key_state.lease else None,
         }
         found = known.get(name.removeprefix(ETCD))
         if found is None:
@@ -208,8 +208,8 @@ class Xattrs:
         if isinstance(node, Directory):
             msg = f"{name!r} is for files: what is in a directory does not go with its marker"
             raise NotPermittedError(msg)
-        await self._view.refresh(node)
-        if caller is not None and caller.uid not in (0, self._metadata.owner(node)):
+        await self._view.revalidate_node(node)
+        if caller is not None and caller.uid not in (0, self._setattr.owner(node)):
             msg = f"{name!r} is for the owner of inode {node.inode}"
             raise NotPermittedError(msg)
         return node

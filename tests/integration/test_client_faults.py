@@ -104,7 +104,7 @@ CLOSED_BY: Final[dict[int, tuple[str, str, str]]] = {
     ),
 }
 """What is wrong, and the file and name of the test. Not met: 18 (there are no callbacks), 19 and
-20 (ranges are built by `etcd_wire`, and paged by the replica), 24 (no locks), 25 (leases are not
+20 (ranges are built by `etcd_wire`, and paged by the state machine), 24 (no locks), 25 (leases are not
 kept alive)."""
 
 

@@ -105,7 +105,7 @@ async def is_right(mount: FakeMount, honest: EtcdStore) -> None:
     while True:
         page = await honest.range(b"/t/", b"/t0")
         await mount.mirror.reached(max(entry.mod_revision for entry in page.entries))
-        shown = {key: facts.mod_revision for key, facts in mount.tree.facts()}
+        shown = {key: key_state.mod_revision for key, key_state in mount.tree.key_state()}
         if shown == {entry.key: entry.mod_revision for entry in page.entries}:
             return
         await mount.mirror.advanced()

@@ -1,6 +1,6 @@
 """Another client of the same etcd: plain JSON over HTTP, able to carry any bytes.
 
-What this room knows: the few calls of etcd's JSON gateway that tests need
+Knows: the few calls of etcd's JSON gateway that tests need
 (https://etcd.io/docs/v3.5/dev-guide/api_grpc_gateway/). It shares no code with etcdfs, so that it
 is a foreign writer and an independent witness; etcdctl cannot carry a NUL in a key.
 

@@ -1,7 +1,7 @@
 """One etcd, one mount and one directory of keys, as a test has them in hand.
 
-What this room knows: how tests share etcds and mounts (both take a second to start), and that a
-mount which hangs must not hang the whole run.
+Knows: how tests share etcds and mounts (both take a second to start), and that a mount which hangs
+must not hang the whole run.
 
 Concurrency: plain blocking calls. A watchdog thread kills daemons when a test takes too long.
 """

@@ -1,9 +1,8 @@
 """More than usual: bursts, a hot key, large transactions and storms of readers, on one mount.
 
-What this room knows: how to make load of a given size, and what must hold during and after it:
-other files go on being answered, nothing is torn or older than before, memory stays bounded, and
-in the end the mount shows what etcd has. Sizes are parameters: tests take small ones, a soak may
-take large ones.
+Knows: how to make load of a given size, and what must hold during and after it: other files go on
+being answered, nothing is torn or older than before, memory stays bounded, and in the end the mount
+shows what etcd has. Sizes are parameters: tests take small ones, a soak may take large ones.
 
 Concurrency: threads and processes that each do one thing; every wait is bounded.
 """

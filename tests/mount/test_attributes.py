@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from etcdfs.keyspace.attribute_records import side_key
+from etcdfs.keyspace.attribute_records import record_key
 from tests.mount.lab import MODES, PATIENCE_S, Lab, Pool, sh
 from tests.mount.posix.calls import errno_of
 
@@ -36,12 +36,12 @@ def revisions(lab: Lab, expected: int) -> Iterator[None]:
 
 def record(lab: Lab, name: str) -> dict[str, Any] | None:
     """Return the record of a path below the lab's, None without one."""
-    found = lab.client.get(side_key(lab.key(name)))
+    found = lab.client.get(record_key(lab.key(name)))
     return None if found is None else json.loads(found.value)
 
 
 def records(lab: Lab) -> list[bytes]:
-    start = side_key(lab.prefix)
+    start = record_key(lab.prefix)
     return [found.key.removeprefix(start) for found in lab.client.below(start)]
 
 
@@ -56,7 +56,7 @@ def seen(path: Path) -> tuple[int, int, int, int]:
 
 @contextmanager
 def mounted_at(pool: Pool, lab: Lab, *options: str) -> Iterator[Path]:
-    """Mount the lab's directory alone, so that its side keys are outside of the prefix."""
+    """Mount the lab's directory alone, so that its record keys are outside of the prefix."""
     with pool.private(lab.etcd, *options, "--prefix", lab.prefix.decode()) as mounted:
         yield mounted.path
 
@@ -263,14 +263,14 @@ def test_b50_void_side_keys_are_swept_out(pool: Pool, cached: Lab) -> None:
 def test_b49_people_can_change_records_too(lab: Lab) -> None:
     lab.put("file", b"target")
     inode = os.lstat(lab.path / "file").st_ino
-    lab.shown(lab.client.put(side_key(lab.key("file")), b'{"mode":"0400","new":[1]}'))
+    lab.shown(lab.client.put(record_key(lab.key("file")), b'{"mode":"0400","new":[1]}'))
     assert mode_of(lab.path / "file") == 0o400
     assert os.lstat(lab.path / "file").st_ino == inode
     (lab.path / "file").chmod(0o440)
     assert record(lab, "file") == {"mode": "0440", "new": [1]}
-    lab.shown(lab.client.put(side_key(lab.key("file")), b'{"type":"symlink"}'))
+    lab.shown(lab.client.put(record_key(lab.key("file")), b'{"type":"symlink"}'))
     assert os.readlink(lab.path / "file") == "target"
-    lab.shown(lab.client.delete(side_key(lab.key("file"))))
+    lab.shown(lab.client.delete(record_key(lab.key("file"))))
     assert (lab.path / "file").read_bytes() == b"target"
 
 
@@ -451,7 +451,7 @@ def run_together(*functions: Callable[[], object]) -> None:
 
 
 def test_b47_nobody_sees_another_mode_first(pool: Pool, cached: Lab) -> None:
-    """The side keys of the second mount come by a watch of their own."""
+    """The record keys of the second mount come by a watch of their own."""
     with mounted_at(pool, cached, "--cache") as path:
         wrong: list[tuple[str, int]] = []
         stop = threading.Event()
@@ -532,7 +532,7 @@ def test_attributes_are_one_command_of_etcdctl(lab: Lab) -> None:
     """README, Decisions: people read them."""
     (lab.path / "file").touch()
     (lab.path / "file").chmod(0o640)
-    key = side_key(lab.key("file")).decode()
+    key = record_key(lab.key("file")).decode()
     assert lab.etcd.etcdctl("get", "--print-value-only", key).strip() == b'{"mode":"0640"}'
 
 

@@ -324,7 +324,7 @@ def test_b43_evicted_values_are_fetched_at_their_revision(pool: Pool, cached: La
         for _ in range(2):
             for name, value in values.items():
                 assert (path / name).read_bytes() == value
-        assert mounted.statistics()["contents"]["size"] <= 50 * 1024
+        assert mounted.statistics()["value_cache"]["size"] <= 50 * 1024
         fd = os.open(path / "file0", os.O_RDONLY)
         revision = cached.client.put(cached.key("file0"), b"new")
         cached.client.compact(revision)

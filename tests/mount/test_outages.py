@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.keyspace.attribute_records import side_key
+from etcdfs.keyspace.attribute_records import record_key
 from tests.mount.client import Client
 from tests.mount.lab import MODES, Lab, Pool
 from tests.mount.test_faults import daemon
@@ -103,21 +103,21 @@ def test_b71_a_silent_etcd_is_told_from_a_quiet_one(
         assert (mounted.path / "file").read_bytes() == b"one"
         quiet_until = time.monotonic() + 1
         eventually(lambda: time.monotonic() > quiet_until)
-        link = mounted.statistics()["link"]
+        link = mounted.statistics()["staleness"]
         assert (link["connected"], link["losses"], link["stale_s"]) == (True, 0, 0)
         assert link["silent_s"] < 1, "etcd was asked, and answered"
         mounted.expect_log("")
         with fault(own_etcd, hole):
-            eventually(lambda: mounted.statistics()["replica"]["breaks"] > 0)
-            link = mounted.statistics()["link"]
+            eventually(lambda: mounted.statistics()["state_machine"]["breaks"] > 0)
+            link = mounted.statistics()["staleness"]
             assert not link["connected"]
             assert link["losses"] == 1
             assert link["stale_s"] > 0.3
             assert (mounted.path / "file").read_bytes() == b"one"
         client.put(b"/file", b"two")
         eventually(shows(mounted.path / "file", b"two"))
-        eventually(lambda: bool(mounted.statistics()["link"]["connected"]))
-        assert mounted.statistics()["replica"]["lists"] == 1, "resumed, not listed again"
+        eventually(lambda: bool(mounted.statistics()["staleness"]["connected"]))
+        assert mounted.statistics()["state_machine"]["lists"] == 1, "resumed, not listed again"
 
 
 # --- too old --------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_b73_what_is_too_old_is_an_error_and_comes_back(pool: Pool, own_etcd: Et
             listing = _command("ls", mounted.path)
             assert listing.returncode == 2
             assert "Input/output error" in listing.stderr
-            link = mounted.statistics()["link"]
+            link = mounted.statistics()["staleness"]
             assert "has not been heard for 1 s" in link["refused"]
             own_etcd.start()
             eventually(shows(file, b"one"))
@@ -168,7 +168,7 @@ def test_b73_what_is_too_old_is_an_error_and_comes_back(pool: Pool, own_etcd: Et
             assert os.fstat(fd).st_ino == inode
             assert os.listdir(inside) == ["file"]
             assert not missing.exists()
-            assert mounted.statistics()["link"]["refused"] == ""
+            assert mounted.statistics()["staleness"]["refused"] == ""
         finally:
             os.close(fd)
             os.close(inside)
@@ -257,24 +257,24 @@ def test_b69_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
 
 
 def test_b69_what_the_watch_of_the_attributes_lost_is_found_and_mended(cached: Lab) -> None:
-    """Where side keys have a watch of their own; it loses the same."""
+    """Where record keys have a watch of their own; it loses the same."""
     for name in ("in/lost/deleted", "in/lost/changed", "in/lost/made", "in/same"):
         cached.client.put(cached.key(name), b"")
         if name != "in/lost/made":
-            cached.client.put(side_key(cached.key(name)), b'{"mode":"0600"}')
+            cached.client.put(record_key(cached.key(name)), b'{"mode":"0600"}')
     prefix = cached.key("in/")
     with daemon(
         cached.etcd, cache=True, program=_LOSE_EVENTS, audit_interval_s=0.3, prefix=prefix
     ) as running:
         lost, same = running.path / "lost", (running.path / "same").stat()
         assert _mode(lost / "deleted") == 0o600
-        cached.client.put(side_key(cached.key("in/lost/changed")), b'{"mode":"0400"}')
-        cached.client.put(side_key(cached.key("in/lost/made")), b'{"mode":"0640"}')
-        cached.client.delete(side_key(cached.key("in/lost/deleted")))
+        cached.client.put(record_key(cached.key("in/lost/changed")), b'{"mode":"0400"}')
+        cached.client.put(record_key(cached.key("in/lost/made")), b'{"mode":"0640"}')
+        cached.client.delete(record_key(cached.key("in/lost/deleted")))
         modes = [("changed", 0o400), ("made", 0o640), ("deleted", 0o644)]
         eventually(lambda: all(_mode(lost / name) == mode for name, mode in modes))
         assert (running.path / "same").stat() == same
-        audit = json.loads(os.getxattr(running.path, "user.etcdfs.statistics"))["side_audit"]
+        audit = json.loads(os.getxattr(running.path, "user.etcdfs.statistics"))["attribute_audit"]
         assert audit["differences"] == 3
         assert " difference(s) from etcd, the first at " in running.log_file.read_text()
 
@@ -331,7 +331,7 @@ for owner, name in ((Mirror, "_take"), (SideMirror, "_apply")):
 
 @pytest.mark.parametrize("prefix", ["", "in/"], ids=["one watch", "two watches"])
 def test_b72_attributes_that_another_client_set_are_seen(cached: Lab, prefix: str) -> None:
-    """Where side keys come by the watch of the keys, and where they have one of their own."""
+    """Where record keys come by the watch of the keys, and where they have one of their own."""
     key = cached.key("in/file")
     cached.client.put(key, b"")
     shown = cached.key(prefix) if prefix else b"/"
@@ -340,7 +340,7 @@ def test_b72_attributes_that_another_client_set_are_seen(cached: Lab, prefix: st
     ) as running:
         path = Path(os.fsdecode(os.fsencode(running.path) + b"/" + key.removeprefix(shown)))
         for mode in range(0o600, 0o610):
-            cached.client.put(side_key(key), b'{"mode":"%04o"}' % mode)
+            cached.client.put(record_key(key), b'{"mode":"%04o"}' % mode)
             cached.client.put((cached.key("in/other"), b"elsewhere")[mode % 2], b"")
             assert _mode(path) == mode
 
@@ -471,9 +471,9 @@ def test_b76_whatever_becomes_of_etcd_the_mount_becomes_it(
                 assert same == (happening != etcd.is_wiped_and_refilled), happening
             assert mounted.statistics()["tree"]["old_versions"] >= 1
         eventually(lambda: mounted.statistics()["tree"]["old_versions"] == 0)
-        replica = mounted.statistics()["replica"]
-        assert replica["violations"] == 0
-        assert replica["lists"] == 4, "all but the first and the third"
+        state_machine = mounted.statistics()["state_machine"]
+        assert state_machine["violations"] == 0
+        assert state_machine["lists"] == 4, "all but the first and the third"
 
 
 _HOLD = """

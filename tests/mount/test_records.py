@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.keyspace.attribute_records import TIME_MAX, side_key
+from etcdfs.keyspace.attribute_records import TIME_MAX, record_key
 from tests.mount.lab import Lab, Pool, sh
 from tests.support.odd_records import ODD
 
@@ -21,7 +21,7 @@ TOUCHES = 60
 
 
 def records(lab: Lab) -> list[bytes]:
-    start = side_key(lab.prefix)
+    start = record_key(lab.prefix)
     return [found.key.removeprefix(start) for found in lab.client.below(start)]
 
 
@@ -106,7 +106,7 @@ def test_b46_a_time_beyond_what_is_kept_is_the_last_one_that_is(lab: Lab) -> Non
 def test_b53_a_record_that_cannot_be_read_closes(lab: Lab) -> None:
     for number, odd in enumerate(ODD):
         lab.client.put(lab.key(f"{number}"), b"value")
-        lab.client.put(side_key(lab.key(f"{number}")), odd.value)
+        lab.client.put(record_key(lab.key(f"{number}")), odd.value)
     lab.shown(lab.client.revision())
     default = os.stat(lab.path)
     for number, odd in enumerate(ODD):
@@ -122,7 +122,7 @@ def test_b53_a_record_that_cannot_be_read_closes(lab: Lab) -> None:
 @pytest.mark.parametrize("text", [b"garbage", b'{"mode":7,"uid":"x"}'])
 def test_b53_what_is_set_beside_it_opens_nothing_but_a_mode_does(lab: Lab, text: bytes) -> None:
     lab.client.put(lab.key("file"), b"value")
-    lab.shown(lab.client.put(side_key(lab.key("file")), text))
+    lab.shown(lab.client.put(record_key(lab.key("file")), text))
     file = lab.path / "file"
     os.utime(file, (1, 1))
     os.setxattr(file, "user.a", b"1")

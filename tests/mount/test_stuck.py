@@ -36,7 +36,7 @@ def read(mounted: Mounted, *names: str) -> list[bytes]:
 
 
 def stale_s(mounted: Mounted) -> Any:
-    return mounted.statistics()["link"]["stale_s"]
+    return mounted.statistics()["staleness"]["stale_s"]
 
 
 def is_in_its_place(mounted: Mounted) -> bool:
@@ -65,7 +65,7 @@ def test_b89_a_directory_that_is_held_stops_no_other(
                 assert mounted.statistics()["kernel"]["stuck"] == 1
                 assert "directory b'held' (inode" in mounted.log
                 assert mounted.log.count(STUCK) == 1
-            reader.let_go()
+            reader.invalidate()
         (mounted.path / "held/mine").touch()  # waits for the lock behind whoever waits already
         assert not (mounted.path / "held/gone").exists()
         assert read(mounted, "held/f") == [b"2"]

@@ -29,8 +29,8 @@ async def test_a_long_key_and_one_beside_it_are_deleted_in_one_revision(
         await quiet(mount)
         assert await mount.kernel.listdir(()) == [b"after"]
         assert list(mount.tree.directories()) == [mount.tree.root]
-        assert mount.mirror.replica is not None
-        assert mount.mirror.replica.statistics().doubts == 0
+        assert mount.mirror.state_machine is not None
+        assert mount.mirror.state_machine.statistics().doubts == 0
 
 
 async def test_what_was_looked_up_of_a_long_key_goes_with_it(

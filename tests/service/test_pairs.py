@@ -221,7 +221,7 @@ async def outcome_of(cache: bool, kind: Kind, calls: tuple[str, str], number: in
         numbers = await Schedule(store, number).run([world.call(call) for call in calls])
         await trio.testing.wait_all_tasks_blocked()
         found = Outcome((*numbers, *await world.finish()), await world.files())
-        assert not mount.view.switch.intents
+        assert not mount.view.update.intents
         mount.check_invariants()
         nursery.cancel_scope.cancel()
     return found

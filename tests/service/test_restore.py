@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from trio.testing import MockClock
 
-from etcdfs.keyspace.attribute_records import is_side_key
+from etcdfs.keyspace.attribute_records import is_record_key
 from tests.support.awkward_keys import components
 from tests.support.fake_kernel import FakeKernel, Path, open_mount
 from tests.support.fake_store import FakeStore
@@ -92,15 +92,15 @@ def check_copied_back(
     rels: dict[bytes, bytes], prefix: bytes, *, cache: bool, by_rename: bool
 ) -> None:
     keys = {prefix + rel: value for rel, value in rels.items() if prefix + rel}
-    keys = {key: value for key, value in keys.items() if not is_side_key(key)}
+    keys = {key: value for key, value in keys.items() if not is_record_key(key)}
     store = FakeStore()
     # Of one more user's attributes, which are nobody's entries.
-    side = b"/.etcdfs/attrs//other/key"
-    store.put_now(side, b"{}")
+    stored_record = b"/.etcdfs/attrs//other/key"
+    store.put_now(stored_record, b"{}")
 
     def found() -> dict[bytes, bytes]:
         entries = store.range_now(b"\0", b"\0").entries
-        return {entry.key: entry.value for entry in entries if entry.key != side}
+        return {entry.key: entry.value for entry in entries if entry.key != stored_record}
 
     async def run() -> None:
         for key, value in keys.items():

@@ -1,8 +1,7 @@
 """One etcd, the mounts of it, and everybody who reads and writes while faults happen.
 
-What this room knows: how a load is started, held and judged, and how it is found out that a mount
-has recovered: it shows the newest revision, and equals etcd key by key. What it must not know:
-the faults.
+Knows: how a load is started, held and judged, and how it is found out that a mount has recovered:
+it shows the newest revision, and equals etcd key by key. Does not know: the faults.
 
 Concurrency: the conductor's thread; workers are processes. A watchdog kills the daemons when a
 fault takes too long, so that nothing waits for ever on a mount that hangs.

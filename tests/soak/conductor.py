@@ -1,7 +1,7 @@
 """The run: every fault in every arena, on every release, until the time is up.
 
-What this room knows: the order of things, what is checked after each fault, and what the report
-says. What it must not know: how a fault is made.
+Knows: the order of things, what is checked after each fault, and what the report says. Does not
+know: how a fault is made.
 
 Concurrency: one thread conducts.
 """

@@ -1,7 +1,7 @@
 """A few numbers that all processes of a run share.
 
-What this room knows: how they lie in memory. Every number has one writer, so none needs a lock
-(an aligned number of 8 bytes is stored and loaded in one piece).
+Knows: how they lie in memory. Every number has one writer, so none needs a lock (an aligned number
+of 8 bytes is stored and loaded in one piece).
 
 Concurrency: any process; `Control` is a view of one mapped file.
 """

@@ -1,8 +1,8 @@
 """Negative controls: defects that are planted in the daemon, and what must catch each.
 
-What this room knows: which faults and what load bring each defect to light. How it is planted is
-in `defects/sitecustomize.py`, which the daemon's Python imports before anything else; etcdfs
-itself knows nothing of it. A checker that cannot fail proves nothing.
+Knows: which faults and what load bring each defect to light. How it is planted is in
+`defects/sitecustomize.py`, which the daemon's Python imports before anything else; etcdfs itself
+knows nothing of it. A checker that cannot fail proves nothing.
 
 Concurrency: see the conductor.
 """

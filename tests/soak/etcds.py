@@ -1,7 +1,6 @@
 """The etcds of a run: one member, or three, each in a network namespace if that is possible.
 
-What this room knows: how to start, freeze, kill, cut off, replace and restore members. What it
-must not know: mounts.
+Knows: how to start, freeze, kill, cut off, replace and restore members. Does not know: mounts.
 
 Concurrency: blocking calls, each bounded. Only processes and namespaces made here are touched.
 """

@@ -6,7 +6,7 @@ Concurrency: the conductor's thread.
 from tests.soak import layout
 from tests.soak.arena import Arena
 from tests.soak.control import until
-from tests.soak.faults_single import check, replica
+from tests.soak.faults_single import check, state_machine
 from tests.soak.table import fault
 
 WITNESS_S = 20.0
@@ -26,13 +26,17 @@ def wiped(arena: Arena) -> None:
     """Noticed at the reconnection, though etcd gives the same cluster id; the tree is replaced."""
     change(arena, 20, b"before")
     arena.reader.wait(arena.etcds.ask(lambda client: client.revision()))
-    before = replica(arena.reader)
+    before = state_machine(arena.reader)
     for member in arena.etcds.members:
         member.wipe()
         arena.etcds.start(member, "new")
     arena.etcds.until_ready()
     change(arena, 3, b"after")
-    until(lambda: replica(arena.reader)["lists"] > before["lists"], "it is listed again", WITNESS_S)
+    until(
+        lambda: state_machine(arena.reader)["lists"] > before["lists"],
+        "it is listed again",
+        WITNESS_S,
+    )
     check("another history" in arena.reader.log(), "the log does not say so")
 
 

@@ -35,8 +35,8 @@ QUIET_S: Final = 8.0
 GIVEN_UP: Final = frozenset((errno.ETIMEDOUT, errno.EIO))
 
 
-def replica(mount: Mount) -> Any:
-    return mount.statistics()["replica"]
+def state_machine(mount: Mount) -> Any:
+    return mount.statistics()["state_machine"]
 
 
 def connected(mount: Mount) -> bool:
@@ -91,13 +91,13 @@ def author_wire(arena: Arena) -> Any:
 def killed(arena: Arena) -> None:
     """The watch resumes after the last event it brought; nothing is listed again. Reads go on."""
     member = arena.etcds.members[0]
-    before = replica(arena.reader)
+    before = state_machine(arena.reader)
     member.kill()
     until(lambda: not connected(arena.reader), "the end of the watch is noticed", KEEPALIVE_S)
     check_reads_go_on(arena)
     arena.etcds.restart(member)
     until(lambda: connected(arena.reader), "the watch stands again", 15)
-    after = replica(arena.reader)
+    after = state_machine(arena.reader)
     check(after["lists"] == before["lists"], "it was listed again")
     check(after["resumes"] > before["resumes"], "it was not resumed")
 
@@ -177,7 +177,7 @@ def reply_lost(arena: Arena) -> None:
 @fault("7", "compaction while disconnected", "single", 15)
 def compacted(arena: Arena) -> None:
     """It is listed again and the difference applied: changes, deletions and new keys are seen."""
-    before = replica(arena.reader)
+    before = state_machine(arena.reader)
     wire(arena).set(Mode.REFUSE)
     try:
         if arena.load is not None:
@@ -186,7 +186,7 @@ def compacted(arena: Arena) -> None:
     finally:
         wire(arena).set(Mode.PASS)
     until(lambda: connected(arena.reader), "the watch stands again", 20)
-    after = replica(arena.reader)
+    after = state_machine(arena.reader)
     check(after["lists"] > before["lists"], "it was not listed again")
 
 

@@ -6,7 +6,7 @@ Concurrency: the conductor's thread.
 from tests.soak import layout
 from tests.soak.arena import Arena
 from tests.soak.control import until
-from tests.soak.faults_single import check, replica
+from tests.soak.faults_single import check, state_machine
 from tests.soak.table import fault
 from tests.soak.tamper import (
     Lie,
@@ -40,7 +40,7 @@ def tell(arena: Arena, lie: Lie) -> None:
 @fault("11", "events are told twice", "tamper", 15)
 def doubled(arena: Arena) -> None:
     """They change nothing: not the inode, not the times."""
-    before = replica(arena.reader)
+    before = state_machine(arena.reader)
     file = arena.reader.path / "soak" / "steady"
     arena.reader.wait(arena.etcds.raw().put((layout.key("steady"), b"x")))
     stat = file.stat()
@@ -59,7 +59,7 @@ def doubled(arena: Arena) -> None:
     tell(arena, twice)
     dropped = before["dropped_duplicates"]
     until(
-        lambda: replica(arena.reader)["dropped_duplicates"] > dropped,
+        lambda: state_machine(arena.reader)["dropped_duplicates"] > dropped,
         "duplicates are dropped",
         10,
     )
@@ -83,11 +83,11 @@ class _Repeated:
 @fault("12", "an event comes again after newer ones", "tamper", 20)
 def time_travel(arena: Arena) -> None:
     """It is not applied; everything is listed again."""
-    before = replica(arena.reader)
+    before = state_machine(arena.reader)
     tell(arena, OldAgain())
     noticed = ("violations", "dropped_duplicates")
     until(
-        lambda: any(replica(arena.reader)[n] > before[n] for n in noticed),
+        lambda: any(state_machine(arena.reader)[n] > before[n] for n in noticed),
         "an event of the past is noticed",
         10,
     )

@@ -1,8 +1,7 @@
 """Judging a run: what readers saw, against the order in which etcd says things happened.
 
-What this room knows: what a reader of a mount may see, given every event of etcd in the order of
-revisions, what the writers were told, and what the readers read and when. What it must not know:
-mounts, etcd, processes.
+Knows: what a reader of a mount may see, given every event of etcd in the order of revisions, what
+the writers were told, and what the readers read and when. Does not know: mounts, etcd, processes.
 
 etcd hands out the order of all changes, so nothing has to be searched for: each read names the
 write it saw, that write has a revision, and the value was the key's until the revision of the

@@ -1,7 +1,7 @@
 """The mounts of a run, each a daemon of the command `etcdfs mount`.
 
-What this room knows: how a mount is made, killed, made again, and asked; and which member its
-daemon talks to. What it must not know: what is read and written.
+Knows: how a mount is made, killed, made again, and asked; and which member its daemon talks to.
+Does not know: what is read and written.
 
 Concurrency: blocking calls, each bounded.
 """

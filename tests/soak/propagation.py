@@ -1,8 +1,8 @@
 """How long a change takes until somebody sees it who waits for it: through a mount, and by a watch.
 
-What this room knows: how to put a key and be told when it was seen. Whoever waits does nothing
-until the change is there: the mount wakes its reader (`user.etcdfs.wait.REVISION`), who then opens
-and reads the file; the watch wakes the other. So nobody takes the processor from anybody.
+Knows: how to put a key and be told when it was seen. Whoever waits does nothing until the change is
+there: the mount wakes its reader (`user.etcdfs.wait.REVISION`), who then opens and reads the file;
+the watch wakes the other. So nobody takes the processor from anybody.
 
 Concurrency: a thread that waits, and the caller, who puts.
 """

@@ -1,6 +1,6 @@
 """A wire that can be cut: TCP to one etcd, passed on, swallowed or refused.
 
-What this room knows: bytes. What it must not know: what they say.
+Knows: bytes. Does not know: what they say.
 
 Concurrency: an asyncio loop in a thread of its own; the methods may be called from any thread.
 """

@@ -1,7 +1,7 @@
 """A plain etcd client on the generated stubs: the foreign writer, and the witness.
 
-What this room knows: how to ask etcd directly, on gRPC's blocking interface, which shares nothing
-with etcdfs but the generated messages. Nothing is ever sent twice.
+Knows: how to ask etcd directly, on gRPC's blocking interface, which shares nothing with etcdfs but
+the generated messages. Nothing is ever sent twice.
 
 Concurrency: blocking calls, each bounded; one thread per client.
 """

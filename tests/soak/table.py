@@ -1,10 +1,10 @@
 """The list of faults: each with its number, where it is made, and what must happen.
 
-What this room knows: how a fault is declared. The numbers are those of the list of thirty that
-the project set out to survive; a `+` marks what is on it without a number. The docstring of each
-injector says what must happen; what is the same for all is checked by the conductor after each:
-the mount equals etcd, key by key, within the bound; no read failed; nothing is stale, torn,
-inverted or lost; no request is left without an answer.
+Knows: how a fault is declared. The numbers are those of the list of thirty that the project set out
+to survive; a `+` marks what is on it without a number. The docstring of each injector says what
+must happen; what is the same for all is checked by the conductor after each: the mount equals etcd,
+key by key, within the bound; no read failed; nothing is stale, torn, inverted or lost; no request
+is left without an answer.
 
 Concurrency: a table.
 """

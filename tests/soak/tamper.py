@@ -1,7 +1,6 @@
 """A gRPC proxy in front of etcd that tells lies about a watch.
 
-What this room knows: etcd's methods by name, and the watch's responses. What it must not know:
-who is lied to.
+Knows: etcd's methods by name, and the watch's responses. Does not know: who is lied to.
 
 Concurrency: gRPC's own threads; a lie may be set from any thread and holds for what comes next.
 """

@@ -1,7 +1,7 @@
 """Values that say who wrote them, and whether they are whole.
 
-What this room knows: how a value carries its key, writer, counter, length and checksum, and what
-a log that is appended to looks like. What it must not know: who writes and reads.
+Knows: how a value carries its key, writer, counter, length and checksum, and what a log that is
+appended to looks like. Does not know: who writes and reads.
 
 Concurrency: pure functions.
 """

@@ -30,9 +30,9 @@ from etcdfs.mirror.messages import (
     Step,
     WatchLost,
 )
-from etcdfs.mirror.state_machine import Replica, State
+from etcdfs.mirror.state_machine import State, StateMachine
 from etcdfs.tree.tree import Tree
-from etcdfs.tree.update import Switch
+from etcdfs.tree.update import Update
 
 CORPUS = Path(__file__).parent / "corpus"
 ROOT = Keyspace(b"/t/")
@@ -172,10 +172,10 @@ class Life:
 
     def __init__(self) -> None:
         self.tree = Tree(ROOT, lambda: 1, complete=True)
-        self.switch = Switch(self.tree)
-        self.replica = Replica(ROOT.start, ROOT.end)
+        self.update = Update(self.tree)
+        self.state_machine = StateMachine(ROOT.start, ROOT.end)
         self.responses: Responses | None = None
-        self._step(self.replica.start())
+        self._step(self.state_machine.start())
 
     def hear(self, response: Any) -> None:
         assert self.responses is not None
@@ -186,8 +186,8 @@ class Life:
             compacted = getattr(exc, "compact_revision", None)
             message = WatchLost(str(exc)) if compacted is None else RevisionCompacted(compacted)
         if isinstance(message, WatchEvents | WatchOpened | WatchLost | RevisionCompacted):
-            self._step(self.replica.receive(message))
-        if self.replica.state is not State.OPENING:
+            self._step(self.state_machine.receive(message))
+        if self.state_machine.state is not State.OPENING:
             self.tree.check_invariants()
 
     def _step(self, steps: tuple[Step, ...]) -> None:
@@ -202,17 +202,17 @@ class Life:
                         request = wire.watch_create_request(ROOT.start, ROOT.end, from_revision)
                         self.responses = Responses(request, "etcd")
                     case Apply(events):
-                        self.switch.publish(self.switch.plan(events))
+                        self.update.apply(self.update.plan(events))
                     case _:
                         pass
-            steps = () if answer is None else self.replica.receive(answer)
+            steps = () if answer is None else self.state_machine.receive(answer)
 
     def _page(self, start: bytes, end: bytes | None, revision: int, limit: int) -> Page:
         end = range_end(start) if end is None else end
         found = sorted(
-            KeyValue(key, b"", *facts[:4])
-            for key, facts in self.tree.facts()
-            if start <= key < end and (not revision or facts.mod_revision <= revision)
+            KeyValue(key, b"", *key_state[:4])
+            for key, key_state in self.tree.key_state()
+            if start <= key < end and (not revision or key_state.mod_revision <= revision)
         )
         newest = max((entry.mod_revision for entry in found), default=Revision(1))
         return Page(tuple(found[:limit]), Revision(max(newest, revision, 5)), more=False)
@@ -225,7 +225,7 @@ def test_b70_whatever_a_watch_says_the_replica_goes_on(responses: list[Any]) -> 
     opened = rpc.WatchResponse(header=rpc.ResponseHeader(revision=5), created=True)
     for response in [opened, *responses]:
         life.hear(response)
-        life.replica.check_invariants()
+        life.state_machine.check_invariants()
 
 
 def test_b70_each_stream_of_the_corpus_is_survived() -> None:
@@ -234,4 +234,4 @@ def test_b70_each_stream_of_the_corpus_is_survived() -> None:
         life.hear(rpc.WatchResponse(header=rpc.ResponseHeader(revision=5), created=True))
         for told in (response, *STREAMS):
             life.hear(told)
-            life.replica.check_invariants()
+            life.state_machine.check_invariants()

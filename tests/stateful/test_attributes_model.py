@@ -1,4 +1,4 @@
-"""Whatever is done to keys and side keys, by whom and in which order: what is shown is what holds.
+"""Whatever is done to keys and record keys, by whom and in which order: what is shown is what holds.
 
 The model is naive: an attribute holds if its record was written since its key was made, and a time
 if it was set for the version that is there. The kernel's caches are in between, so that nothing
@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etcdfs.errors import EtcdfsError
-from etcdfs.keyspace.attribute_records import side_key
+from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.keyspace.store import Delete, KeyValue, Operation, Put, Transaction
 from etcdfs.vfs.attributes import Attributes, Caller, Change
 from tests.support.fake_kernel import FakeMount, open_mount
@@ -49,9 +49,9 @@ def _operation(prefix: bytes, what: str, name: bytes, mode: int) -> Operation:
             return Delete(key)
         case "record":
             record = {"mode": f"{mode:04o}", "uid": mode, "mtime_ns": mode}
-            return Put(side_key(key), json.dumps(record).encode())
+            return Put(record_key(key), json.dumps(record).encode())
         case _:
-            return Delete(side_key(key))
+            return Delete(record_key(key))
 
 
 async def _change(mount: FakeMount, what: str, name: bytes, mode: int) -> None:
@@ -77,16 +77,20 @@ async def _change(mount: FakeMount, what: str, name: bytes, mode: int) -> None:
 
 def _expected(store: FakeStore, prefix: bytes, name: bytes) -> tuple[int, int, int | None] | None:
     """Return mode, owner and the time that was set; None if there is no such path."""
-    own, side = store.current(prefix + name), store.current(side_key(prefix + name))
+    own, stored_record = store.current(prefix + name), store.current(record_key(prefix + name))
     if own is None and (name != b"d/" or store.current(prefix + b"d/f") is None):
         return None
     found: dict[str, Any] = {}
-    if own is not None and side is not None and side.mod_revision >= own.create_revision:
-        found = json.loads(side.value)
+    if (
+        own is not None
+        and stored_record is not None
+        and stored_record.mod_revision >= own.create_revision
+    ):
+        found = json.loads(stored_record.value)
     mode = int(found["mode"], 8) if "mode" in found else (0o755 if name.endswith(b"/") else 0o644)
     mtime_ns = None
-    if side is not None and own is not None and not name.endswith(b"/"):
-        holds = found.get("mtime_revision", side.mod_revision) == own.mod_revision
+    if stored_record is not None and own is not None and not name.endswith(b"/"):
+        holds = found.get("mtime_revision", stored_record.mod_revision) == own.mod_revision
         mtime_ns = found.get("mtime_ns") if holds else None
     return mode, found.get("uid", 7), mtime_ns
 
@@ -117,7 +121,7 @@ async def _run(steps: list[Any], prefix: bytes, *, cache: bool, loaded: bool) ->
     if loaded:  # what is there when the mount begins comes another way
         store.commit_now(Transaction(then=(Put(prefix + b"f", b"1"), Put(prefix + b"d/", b""))))
         for name in (b"f", b"d/", b"d/f", b"g"):
-            store.put_now(side_key(prefix + name), b'{"mode":"0600","uid":3,"mtime_ns":5}')
+            store.put_now(record_key(prefix + name), b'{"mode":"0600","uid":3,"mtime_ns":5}')
         store.put_now(prefix + b"g", b"later than its record")
     async with open_mount(store, cache=cache, prefix=prefix) as mount:
         await _check(mount, store, prefix)
@@ -148,9 +152,9 @@ def test_what_is_shown_is_what_holds(
 def test_the_model_can_fail() -> None:
     """A record that is older than its key does not hold; one that is not, does."""
     store = FakeStore()
-    store.put_now(side_key(b"/f"), b'{"mode":"0600"}')
+    store.put_now(record_key(b"/f"), b'{"mode":"0600"}')
     store.put_now(b"/f", b"")
     assert _expected(store, b"/", b"f") == (0o644, 7, None)
-    store.put_now(side_key(b"/f"), b'{"mode":"0600"}')
+    store.put_now(record_key(b"/f"), b'{"mode":"0600"}')
     assert _expected(store, b"/", b"f") == (0o600, 7, None)
     assert isinstance(store.current(b"/f"), KeyValue)

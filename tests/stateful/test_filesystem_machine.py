@@ -519,7 +519,7 @@ class FilesystemMachine(RuleBasedStateMachine):
     def may_lock(self) -> bool:
         return not any(call.locks for call in self.pending)
 
-    def settle(self) -> None:
+    def wait_until_visible(self) -> None:
         """Let go of everything and wait until the mirror is there."""
 
         async def run() -> None:
@@ -581,14 +581,14 @@ class FilesystemMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.is_held)
     @rule()
     def go_on(self) -> None:
-        self.settle()
+        self.wait_until_visible()
 
     @precondition(lambda self: self.cache)
     @rule(compact=st.booleans())
     def break_watch(self, compact: bool) -> None:
         self.store.break_watches(CompactedError("gone", self.store.revision) if compact else None)
         if not self.is_held:
-            self.settle()
+            self.wait_until_visible()
 
     @rule()
     def compact(self) -> None:
@@ -603,7 +603,7 @@ class FilesystemMachine(RuleBasedStateMachine):
 
         self.loop.run(run)
         if not self.is_held:
-            self.settle()
+            self.wait_until_visible()
         self.collect()
 
     @precondition(lambda self: self.may_lock)
@@ -741,9 +741,9 @@ class FilesystemMachine(RuleBasedStateMachine):
         version = self.versions.get(handle.inode)
         node = self.mount.tree.node(handle.inode.number)
         assert isinstance(node, File)
-        is_creator = node.facts is None and version is None
+        is_creator = node.key_state is None and version is None
         if version is None:
-            if node.facts is None:
+            if node.key_state is None:
                 # Claimed in etcd and deleted there at once, it has no key any more.
                 version = Version(self.mount.tree.key_of(node), b"", b"", None)
                 version.made_at = self.store.revision
@@ -751,7 +751,7 @@ class FilesystemMachine(RuleBasedStateMachine):
                 version.is_bare = version.is_added = not handle.flags & os.O_TRUNC
             else:
                 key = self.mount.tree.key_of(node) or key_at(path)
-                found = self.store._at(key, node.facts.mod_revision)
+                found = self.store._at(key, node.key_state.mod_revision)
                 assert found is not None
                 version = Version(key, found.value, found.value, found)
             self.versions[handle.inode] = version
@@ -798,13 +798,13 @@ class FilesystemMachine(RuleBasedStateMachine):
         """Say whether a publication of the file is waiting, so that writers wait, too."""
         node = self.mount.tree.node(opened.handle.inode.number)
         assert isinstance(node, File)
-        return self.mount.publisher.locks.is_held(node)
+        return self.mount.writeback.locks.is_held(node)
 
     def is_held_back(self, opened: Open) -> bool:
         """Say whether publishing the file waits for another call, which waits for the watch."""
         node = self.mount.tree.node(opened.handle.inode.number)
         assert isinstance(node, File)
-        return self.is_locked(opened) or self.mount.publisher.locks.is_changing(node)
+        return self.is_locked(opened) or self.mount.writeback.locks.is_changing(node)
 
     @precondition(lambda self: any(o.is_writable for o in self.open))
     @rule(choice=st.integers(0, 20), size=_sizes)
@@ -857,7 +857,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         call = self.call(lambda: self.mount.kernel.flush(opened.handle), race=race, early=early)
         if call.errno is None:  # it has failed, and waits for the kernel to let go of its pages
             self.pending.remove(call)
-            self.settle()
+            self.wait_until_visible()
             assert call.errno is not None
         self.store._failures.clear()
         current = None if version.key is None else self.raced.get(version.key)
@@ -865,7 +865,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         put = now.value if now is not None and now != current else None
         outcomes = version.outcomes(current)
         if fault is not None:
-            # It hits the commit, and there may be none: a clean or a dropped draft needs none.
+            # It hits the commit, and there may be none: a clean or a dropped write buffer needs none.
             others = [o for o in outcomes if o[1] is None or fault == "applied"]
             outcomes = [(FAULTS[fault][1], None), *others]
         got = (call.errno or 0, put)
@@ -1198,7 +1198,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         if not hasattr(self, "mount"):
             return
         if self.is_quiet:
-            self.settle()
+            self.wait_until_visible()
             self.hide_superseded()
         self.mount.check_invariants()
         if self.is_quiet and self.cache:
@@ -1230,28 +1230,28 @@ class FilesystemMachine(RuleBasedStateMachine):
                     continue
                 at = (*path, name)
                 seen.add(at)
-                if child.facts is None:
+                if child.key_state is None:
                     assert child.handles, f"{at} is neither in etcd nor open"
                     continue
                 entry = live.get(key_at(at))
                 assert entry is not None, f"{at} is shown, and there is no such key"
-                assert child.facts.mod_revision == entry.mod_revision, f"{at}: older version"
-                assert child.facts.create_revision == entry.create_revision
-                assert child.facts.size == len(entry.value)
+                assert child.key_state.mod_revision == entry.mod_revision, f"{at}: older version"
+                assert child.key_state.create_revision == entry.create_revision
+                assert child.key_state.size == len(entry.value)
                 assert await self.mount.view.value(child) == entry.value, f"{at}: other value"
         assert seen == set(view)
-        assert {k for k, _ in tree.facts()} == set(live)
+        assert {k for k, _ in tree.key_state()} == set(live)
         self.mount.kernel.check_coherence(tree, self.mount.filesystem)
 
     def finish(self) -> None:
         """Close and forget everything: nothing may be left."""
-        self.settle()
+        self.wait_until_visible()
         self.holds()
         for opened in list(self.open):
             if opened.is_writable:
                 self.flush_one(opened)
             self.release(opened)
-        self.settle()
+        self.wait_until_visible()
         self.holds()
         kernel = self.mount.kernel
 

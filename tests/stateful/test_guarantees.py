@@ -213,11 +213,11 @@ class World:
 
     async def check(self) -> None:
         await trio.testing.wait_all_tasks_blocked()
-        mirror, replica = self.mount.mirror, self.mount.mirror.replica
-        assert replica is not None
-        replica.check_invariants()
+        mirror, state_machine = self.mount.mirror, self.mount.mirror.state_machine
+        assert state_machine is not None
+        state_machine.check_invariants()
         self.mount.check_invariants()
-        statistics = replica.statistics()
+        statistics = state_machine.statistics()
         if statistics.lists == self.lists:
             assert mirror.revision >= self.shown, "ordered"
         if statistics.lists != self.lists or len(self.histories) > 1:
@@ -246,16 +246,16 @@ class World:
                 assert self.inodes.setdefault(version, inode) == inode, "unique"
         return seen
 
-    async def settle(self) -> None:
+    async def wait_until_visible(self) -> None:
         """Let it all come to rest: etcd is quiet, and honest."""
         self.store.release_watches()
         await trio.sleep(20)
         if self.lied:
             await trio.sleep(AUDIT_S * 4)
         elif not self.must_list:
-            replica = self.mount.mirror.replica
-            assert replica is not None
-            assert replica.statistics().lists == self.settled_lists, "resumable"
+            state_machine = self.mount.mirror.state_machine
+            assert state_machine is not None
+            assert state_machine.statistics().lists == self.settled_lists, "resumable"
         self.lied = self.must_list = False
         await self.check()
         self.settled_lists = self.lists
@@ -276,8 +276,8 @@ async def _live(happenings: list[tuple[str, list[int], int]]) -> None:
             await world.happen(what, which, how)
             await world.check()
             if number % 10 == 9:
-                await world.settle()
-        await world.settle()
+                await world.wait_until_visible()
+        await world.wait_until_visible()
         nursery.cancel_scope.cancel()
 
 
@@ -303,16 +303,16 @@ def test_guarantees(happenings: list[tuple[str, list[int], int]]) -> None:
 Replace = Callable[[Any, str, Any], None]
 
 
-def relist_always(replica: Any, replace: Replace) -> None:
+def relist_always(state_machine: Any, replace: Replace) -> None:
     """A watch that was lost is never resumed."""
-    on_watch = replica.Replica._on_watch
+    on_watch = state_machine.StateMachine._on_watch
 
     def _on_watch(self: Any, message: Any) -> Any:
-        if isinstance(message, replica.WatchLost):
+        if isinstance(message, state_machine.WatchLost):
             return self._relist("lost")
         return on_watch(self, message)
 
-    replace(replica.Replica, "_on_watch", _on_watch)
+    replace(state_machine.StateMachine, "_on_watch", _on_watch)
 
 
 def boast(applier: Any, replace: Replace) -> None:
@@ -326,19 +326,19 @@ def boast(applier: Any, replace: Replace) -> None:
     replace(applier.Applier, "_finish", _finish)
 
 
-def forget_the_rest(replica: Any, replace: Replace) -> None:
+def forget_the_rest(state_machine: Any, replace: Replace) -> None:
     """Of the keys of one revision the last is not applied."""
-    receive = replica.Replica.receive
+    receive = state_machine.StateMachine.receive
 
     def _receive(self: Any, message: Any) -> Any:
         return tuple(
-            replica.Apply(step.events[:-1], step.revision)
-            if isinstance(step, replica.Apply) and len(step.events) > 1
+            state_machine.Apply(step.events[:-1], step.revision)
+            if isinstance(step, state_machine.Apply) and len(step.events) > 1
             else step
             for step in receive(self, message)
         )
 
-    replace(replica.Replica, "receive", _receive)
+    replace(state_machine.StateMachine, "receive", _receive)
 
 
 def never_audit(audit: Any, replace: Replace) -> None:

@@ -24,7 +24,7 @@ steps = st.lists(
         [
             *("put", "put same", "delete", "directory", "no directory"),
             *("write", "replace", "unlink"),
-            *("hold open", "path open", "close", "settle"),
+            *("hold open", "path open", "close", "wait_until_visible"),
         ]
     ),
     max_size=12,

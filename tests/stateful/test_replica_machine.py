@@ -1,10 +1,10 @@
-"""Whatever happens to etcd, the watch and the reads: the replica's state is etcd's, or mends.
+"""Whatever happens to etcd, the watch and the reads: the state machine's state is etcd's, or mends.
 
 The model is an etcd with its history, which can be compacted, wiped, and restored from a
-snapshot. The rules are everything that may happen between two steps of the replica. After each
-the applied state must be exactly the model's at the replica's revision (*ordered, unique,
+snapshot. The rules are everything that may happen between two steps of the state machine. After each
+the applied state must be exactly the model's at the state machine's revision (*ordered, unique,
 atomic, reliable, resumable, bookmarkable*), unless the model has just lied in a way that no
-client can see yet; and once the model is honest, the replica must find the way back by itself.
+client can see yet; and once the model is honest, the state machine must find the way back by itself.
 """
 
 from bisect import bisect_right
@@ -42,7 +42,7 @@ from etcdfs.mirror.messages import (
     Step,
     WatchLost,
 )
-from etcdfs.mirror.state_machine import Replica, State
+from etcdfs.mirror.state_machine import State, StateMachine
 
 START, END = b"/a/", b"/a0"
 KEYS = (b"/a/a", b"/a/b", b"/a/b\0", b"/a/c", b"/a/d")
@@ -104,7 +104,7 @@ class Etcd:
         return known[bisect_right(known, after) :]
 
 
-class ReplicaMachine(RuleBasedStateMachine):
+class StateMachineMachine(RuleBasedStateMachine):
     """The replica, a driver like the mirror, and an etcd to which things happen."""
 
     def __init__(self) -> None:
@@ -112,8 +112,8 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.values = count()
         self.etcd = Etcd()
         self.buried: set[tuple[bytes, int]] = set()
-        self.replica = Replica(START, END, page_size=PAGE_SIZE)
-        self.steps = list(self.replica.start())
+        self.state_machine = StateMachine(START, END, page_size=PAGE_SIZE)
+        self.steps = list(self.state_machine.start())
         # The driver's side.
         self.staged: list[KeyValue] = []
         self.applied: Entries = {}
@@ -137,11 +137,11 @@ class ReplicaMachine(RuleBasedStateMachine):
     # --- the driver: carries out steps ------------------------------------------------------
 
     def tell(self, message: Message) -> None:
-        before, known = self.replica.state, self.replica.revision
-        steps = self.replica.receive(message)
-        self.replica.check_invariants()
-        assert self.replica.revision >= known or isinstance(steps[0], Restore), "bookmarkable"
-        if before is State.CONFIRMING and self.replica.state is State.WATCHING:
+        before, known = self.state_machine.state, self.state_machine.revision
+        steps = self.state_machine.receive(message)
+        self.state_machine.check_invariants()
+        assert self.state_machine.revision >= known or isinstance(steps[0], Restore), "bookmarkable"
+        if before is State.CONFIRMING and self.state_machine.state is State.WATCHING:
             # Confirmed: from here on this is the history, and it must be ours so far.
             self.origin = self.etcd
         if steps:
@@ -203,9 +203,9 @@ class ReplicaMachine(RuleBasedStateMachine):
     @invariant()
     def the_state_is_that_of_its_revision(self) -> None:
         pending = any(isinstance(step, Restore | Apply) for step in self.steps)
-        if pending or self.lied_to or self.audit_due or not self.replica.revision:
+        if pending or self.lied_to or self.audit_due or not self.state_machine.revision:
             return
-        revision = self.replica.revision
+        revision = self.state_machine.revision
         assert revision >= self.revision
         assert self.applied == self.origin.states[revision], "reliable, atomic, bookmarkable"
 
@@ -225,7 +225,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.tell(ReadFailed("late") if isinstance(failed, Read) else WatchLost("refused"))
 
     def drain(self) -> None:
-        """Carry out what the replica counts as applied, before it is given another message."""
+        """Carry out what the state machine counts as applied, before it is given another message."""
         while self.apply_pending():
             self.carry_out(self.steps.pop(0))
 
@@ -233,7 +233,7 @@ class ReplicaMachine(RuleBasedStateMachine):
         return any(isinstance(step, Restore | Apply) for step in self.steps)
 
     def audit(self) -> None:
-        if self.replica.state is not State.LISTING:
+        if self.state_machine.state is not State.LISTING:
             self.audit_due = False
         self.tell(Doubted("audit"))
 
@@ -275,8 +275,8 @@ class ReplicaMachine(RuleBasedStateMachine):
                 self.etcd.compacted = max(self.etcd.compacted, self.etcd.revision - kept)
             case "wipe":
                 self.change_history(Etcd())
-                # Refilled to about where the replica believes it is.
-                ours = max(self.replica.revision, self.replica._pinned)
+                # Refilled to about where the state machine believes it is.
+                ours = max(self.state_machine.revision, self.state_machine._pinned)
                 target = ours + draw(st.integers(-1, 3))
                 for key in draw(st.lists(st.sampled_from(KEYS), max_size=4)):
                     self.commit([key], [])
@@ -290,13 +290,13 @@ class ReplicaMachine(RuleBasedStateMachine):
                 self.audit()
 
     def restore_a_snapshot(self, revision: int) -> None:
-        if self.replica.state is State.LISTING or revision >= self.witnessed():
-            # Between the last change and a later bookmark no witness differs: see the replica.
+        if self.state_machine.state is State.LISTING or revision >= self.witnessed():
+            # Between the last change and a later bookmark no witness differs: see the state machine.
             self.audit_due = True
         self.change_history(self.etcd.go_back(revision))
 
     def witnessed(self) -> int:
-        return min((w.mod_revision for w in self.replica._witnesses), default=0)
+        return min((w.mod_revision for w in self.state_machine._last_changes), default=0)
 
     def change_history(self, etcd: Etcd) -> None:
         self.etcd = etcd
@@ -308,14 +308,16 @@ class ReplicaMachine(RuleBasedStateMachine):
 
     def watching(self) -> bool:
         return (
-            self.replica.state is State.WATCHING and not self.steps and self.delivered is not None
+            self.state_machine.state is State.WATCHING
+            and not self.steps
+            and self.delivered is not None
         )
 
     @precondition(lambda self: self.delivered is not None and not self.apply_pending())
     @rule()
     def lose_the_watch(self) -> None:
         self.delivered = None
-        if self.replica.state in {State.CONFIRMING, State.WATCHING}:
+        if self.state_machine.state in {State.CONFIRMING, State.WATCHING}:
             self.tell(WatchLost("stream ended"))
 
     @precondition(watching)
@@ -362,12 +364,12 @@ class ReplicaMachine(RuleBasedStateMachine):
     def be_behind(self, lag: int) -> None:
         self.lag = lag
 
-    @precondition(lambda self: self.watching() and self.reached < self.replica.revision)
+    @precondition(lambda self: self.watching() and self.reached < self.state_machine.revision)
     @rule()
     def bookmark_behind(self) -> None:
         self.reached += 1
         self.tell(WatchProgress(Revision(self.reached)))
-        assert self.replica.state is State.WATCHING, "a member that is behind does no wrong"
+        assert self.state_machine.state is State.WATCHING, "a member that is behind does no wrong"
 
     @precondition(watching)
     @rule(lie=st.sampled_from(("early", "past", "split")))
@@ -389,7 +391,7 @@ class ReplicaMachine(RuleBasedStateMachine):
 
     def bookmark_from_the_past(self) -> None:
         self.tell(WatchProgress(Revision(self.reached - 1)))
-        assert self.replica.state is State.LISTING, "bookmarkable"
+        assert self.state_machine.state is State.LISTING, "bookmarkable"
 
     def split_a_revision(self) -> None:
         assert self.delivered is not None
@@ -404,21 +406,23 @@ class ReplicaMachine(RuleBasedStateMachine):
         self.drain()
         if self.watching():
             self.tell(WatchEvents(tuple(rest), Revision(due[0])))
-        assert self.replica.state is State.LISTING, "atomic"
+        assert self.state_machine.state is State.LISTING, "atomic"
 
     # --- the end of trouble -----------------------------------------------------------------
 
     @rule()
-    def settle(self) -> None:
+    def wait_until_visible(self) -> None:
         """Let the driver go on while nothing happens: the state must become the model's."""
         self.run_dry()
         if self.audit_due or self.lied_to:
             self.audit()
             self.run_dry()
-        assert self.replica.state is State.WATCHING
+        assert self.state_machine.state is State.WATCHING
         assert self.applied == self.etcd.states[-1]
-        assert max(self.etcd.changes, default=0) <= self.replica.revision <= self.etcd.revision
-        assert not self.etcd.revisions(self.replica.revision)
+        assert (
+            max(self.etcd.changes, default=0) <= self.state_machine.revision <= self.etcd.revision
+        )
+        assert not self.etcd.revisions(self.state_machine.revision)
 
     def run_dry(self) -> None:
         for _ in range(1000):
@@ -428,10 +432,10 @@ class ReplicaMachine(RuleBasedStateMachine):
                 self.deliver(3)
             else:
                 return
-        raise AssertionError("the replica does not come to rest")
+        raise AssertionError("the state machine does not come to rest")
 
     def teardown(self) -> None:
-        self.settle()
+        self.wait_until_visible()
 
 
-TestReplicaMachine = ReplicaMachine.TestCase
+TestStateMachineMachine = StateMachineMachine.TestCase

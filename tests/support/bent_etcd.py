@@ -1,7 +1,7 @@
 """An etcd that misbehaves: a real one behind a server that bends what it says.
 
-What this room knows: etcd's services on the wire, and how each kind of answer can be wrong. What
-it must not know: who is told the lies, and what comes of it.
+Knows: etcd's services on the wire, and how each kind of answer can be wrong. Does not know: who is
+told the lies, and what comes of it.
 
 Concurrency: gRPC's threads; `bend` may be changed at any time.
 """

@@ -1,7 +1,7 @@
 """A way to etcd that can swallow every byte while connections stay open: a half-open TCP.
 
-What this room knows: how to carry bytes between a client and one server, and how to stop doing
-so without either noticing.
+Knows: how to carry bytes between a client and one server, and how to stop doing so without either
+noticing.
 
 Concurrency: one thread of its own carries; `swallow` and `carry` may be called from anywhere.
 """

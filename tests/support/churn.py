@@ -1,8 +1,8 @@
 """Work that leaves nothing behind, and the census that shows whether it did.
 
-What this room knows: how to use every call of a mount, together with another client, in rounds
-that end as they began; and how to count what lives in a daemon. `churn` is a function of a mount,
-for a test of seconds and for a soak of hours.
+Knows: how to use every call of a mount, together with another client, in rounds that end as they
+began; and how to count what lives in a daemon. `churn` is a function of a mount, for a test of
+seconds and for a soak of hours.
 
 Concurrency: plain blocking calls; one owner.
 """

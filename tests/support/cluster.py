@@ -1,7 +1,7 @@
 """A cluster of real etcd members for tests, each of which can be killed, frozen or replaced.
 
-What this room knows: how members find one another, and how to tell who leads. What it must not
-know: etcdfs' own door, as in `etcd_process`.
+Knows: how members find one another, and how to tell who leads. Does not know: etcdfs' own door, as
+in `etcd_process`.
 
 Nothing here polls: a member says by itself when it is ready, and a read that needs a quorum
 returns when there is a leader.

@@ -1,8 +1,8 @@
 """A real etcd member for tests: started, frozen, killed and restarted at will.
 
-What this room knows: how to run an etcd binary on free loopback ports with data of its own,
-alone or at its seat in a cluster (`cluster.py`).
-What it must not know: etcdfs' own door; tests of the door must not depend on the door.
+Knows: how to run an etcd binary on free loopback ports with data of its own, alone or at its seat
+in a cluster (`cluster.py`). Does not know: etcdfs' own door; tests of the door must not depend on
+the door.
 
 Concurrency: plain blocking calls, each bounded; a trio test that must go on meanwhile wraps
 them in `trio.to_thread.run_sync`. Only processes started here are ever signalled.

@@ -22,9 +22,9 @@ import trio
 
 from etcdfs.consistency.staleness import Liveness
 from etcdfs.errors import EtcdfsError, NotFoundError
-from etcdfs.files.handles import OpenFiles
-from etcdfs.files.write_buffer import WriteBuffers
-from etcdfs.files.writeback import Publisher
+from etcdfs.files.handles import Handles
+from etcdfs.files.write_buffer import WriteBufferQuota
+from etcdfs.files.writeback import Writeback
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Clock
 from etcdfs.mirror.guard import watch_over
@@ -32,16 +32,16 @@ from etcdfs.mirror.mirror import Mirror
 from etcdfs.tree.tree import (
     ROOT_INODE,
     Cached,
+    CachedAttributes,
+    Dentry,
     Directory,
-    Entry,
     Expiry,
     File,
     Inode,
-    Listing,
     Tree,
 )
-from etcdfs.tree.value_cache import Contents
-from etcdfs.uncached.uncached import Direct
+from etcdfs.tree.value_cache import ValueCache
+from etcdfs.uncached.uncached import Uncached
 from etcdfs.vfs.attributes import Attributes, Caller, Change, Defaults
 from etcdfs.vfs.filesystem import Filesystem
 from tests.support.fake_store import FakeStore
@@ -104,7 +104,7 @@ class KernelInode:
 
 
 @dataclass(eq=False, slots=True)
-class Dentry:
+class KernelDentry:
     """A name in the dcache; without an inode it says that there is none."""
 
     inode: KernelInode | None
@@ -141,21 +141,21 @@ class FakeKernel:
     def __init__(self) -> None:
         # dependencies, see `mount`
         self._filesystem: Filesystem
-        self._files: OpenFiles
+        self._files: Handles
         # constants
         self.keep_cache = True
         # mutable state
         self.requests: Counter[str] = Counter()
         self.invalidated: list[Cached] = []
         self.inodes: dict[int, KernelInode] = {}
-        self._dentries: dict[tuple[int, bytes], Dentry] = {}
+        self._dentries: dict[tuple[int, bytes], KernelDentry] = {}
         self._jobs: deque[tuple[list[Cached], Callable[[], None] | None]] = deque()
         self._wake = trio.Event()
         self._deaf: trio.Event | None = None
         self.is_idle = True
         self.stick: Callable[[Inode | None, float | None], None]
 
-    def mount(self, filesystem: Filesystem, files: OpenFiles, *, keep_cache: bool) -> None:
+    def mount(self, filesystem: Filesystem, files: Handles, *, keep_cache: bool) -> None:
         """Serve a filesystem from now on."""
         self._filesystem = filesystem
         self._files = files
@@ -208,11 +208,11 @@ class FakeKernel:
 
     async def _invalidate(self, what: Cached) -> None:
         match what:
-            case Entry(directory, name):
-                await self._invalidate_entry(Entry(directory, name))
+            case Dentry(directory, name):
+                await self._invalidate_entry(Dentry(directory, name))
             case Expiry(within):
                 await self._invalidate_entry(within, expire_only=True)
-            case Listing(number, within, pages):
+            case CachedAttributes(number, within, pages):
                 if not self._invalidate_inode(number, pages=pages) and within is not None:
                     await self._invalidate_entry(within, expire_only=True)
                     self._invalidate_inode(number, pages=pages)
@@ -227,7 +227,7 @@ class FakeKernel:
             inode.pages = None
         return True
 
-    async def _invalidate_entry(self, entry: Entry, *, expire_only: bool = False) -> None:
+    async def _invalidate_entry(self, entry: Dentry, *, expire_only: bool = False) -> None:
         """See fuse_reverse_inval_entry: the directory's lock, exclusively."""
         parent = self.inodes.get(entry.directory)
         if parent is None:
@@ -317,7 +317,7 @@ class FakeKernel:
                     pending.append((child, where))
                 elif dentry.inode.attributes is not None and dentry.inode.fresh_until > now:
                     _same(dentry.inode.attributes, filesystem.attributes(child), where)
-                if isinstance(child, File) and child.draft is None and child.value is not None:
+                if isinstance(child, File) and child.buffer is None and child.value is not None:
                     pages = dentry.inode.pages
                     assert pages is None or pages == child.value, f"{where}: older pages"
 
@@ -383,11 +383,11 @@ class FakeKernel:
         answer, timeout_s = await self._ask(directory, name)
         now = trio.current_time()
         if answer is None:
-            self._dentries[directory.number, name] = Dentry(None, now + timeout_s)
+            self._dentries[directory.number, name] = KernelDentry(None, now + timeout_s)
             return None
         inode = self._receive(answer, None)
         inode.lookups += 1
-        self._dentries[directory.number, name] = Dentry(inode, now + answer.timeout_s)
+        self._dentries[directory.number, name] = KernelDentry(inode, now + answer.timeout_s)
         return inode
 
     async def _ask(self, directory: KernelInode, name: bytes) -> tuple[Attributes | None, float]:
@@ -464,7 +464,7 @@ class FakeKernel:
             inode = self._receive(attributes, None)
             inode.lookups += 1
             until = trio.current_time() + attributes.timeout_s
-            self._dentries[directory.number, name] = Dentry(inode, until)
+            self._dentries[directory.number, name] = KernelDentry(inode, until)
         return position
 
     # --- files ------------------------------------------------------------------------------
@@ -534,7 +534,7 @@ class FakeKernel:
         inode = self._receive(answer, None)
         inode.lookups += 1
         until = trio.current_time() + answer.timeout_s
-        self._dentries[directory.number, name] = Dentry(inode, until)
+        self._dentries[directory.number, name] = KernelDentry(inode, until)
         self._stale(directory)
         return inode
 
@@ -754,10 +754,10 @@ class FakeMount:
     store: FakeStore
     kernel: FakeKernel
     tree: Tree
-    contents: Contents
-    view: Mirror | Direct
-    publisher: Publisher
-    files: OpenFiles
+    value_cache: ValueCache
+    view: Mirror | Uncached
+    writeback: Writeback
+    files: Handles
     filesystem: Filesystem
 
     @property
@@ -770,13 +770,13 @@ class FakeMount:
         nursery.start_soon(self.kernel.run)
         if isinstance(self.view, Mirror):
             await nursery.start(self.view.run, lambda _keys, _size: None)
-            if self.view.sides is not None:
-                await nursery.start(self.view.sides.run)
+            if self.view.stored_records is not None:
+                await nursery.start(self.view.stored_records.run)
             nursery.start_soon(watch_over, self.view)
 
     def check_invariants(self) -> None:
         self.tree.check_invariants()
-        self.contents.check_invariants()
+        self.value_cache.check_invariants()
 
 
 def make_mount(
@@ -799,15 +799,15 @@ def make_mount(
     """
     kernel = FakeKernel()
     tree = Tree(Keyspace(prefix), clock or _trio_clock, complete=cache)
-    contents = Contents(cache_size)
+    value_cache = ValueCache(cache_size)
     view = (
-        Mirror(store, contents, tree, kernel, settle_timeout_s=settle_timeout_s, **care)
+        Mirror(store, value_cache, tree, kernel, settle_timeout_s=settle_timeout_s, **care)
         if cache
-        else Direct(store, contents, tree)
+        else Uncached(store, value_cache, tree)
     )
-    publisher = Publisher(store, view, contents, max_file_size=max_file_size)
-    buffers = WriteBuffers(write_buffer, max_file_size=max_file_size)
-    files = OpenFiles(view, contents, publisher, buffers, read_only=read_only)
+    writeback = Writeback(store, view, value_cache, max_file_size=max_file_size)
+    buffers = WriteBufferQuota(write_buffer, max_file_size=max_file_size)
+    files = Handles(view, value_cache, writeback, buffers, read_only=read_only)
     filesystem = Filesystem(
         store,
         view,
@@ -820,7 +820,7 @@ def make_mount(
         statistics=dict,
     )
     kernel.mount(filesystem, files, keep_cache=cache)
-    return FakeMount(store, kernel, tree, contents, view, publisher, files, filesystem)
+    return FakeMount(store, kernel, tree, value_cache, view, writeback, files, filesystem)
 
 
 @asynccontextmanager

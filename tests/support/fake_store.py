@@ -1,7 +1,7 @@
 """An etcd in memory: the port `Store`, verified by the contract that real etcd passes too.
 
-What this room knows: etcd's rules (MVCC history, compaction, transactions, watches), and knobs
-to make it fail, wait or break at a chosen moment. What it must not know: real time, sockets.
+Knows: etcd's rules (MVCC history, compaction, transactions, watches), and knobs to make it fail,
+wait or break at a chosen moment. Does not know: real time, sockets.
 
 Concurrency: trio primitives only, so it works under the autojump clock. The `*_now` methods
 are a foreign writer: they change the store between two checkpoints of whoever is tested.

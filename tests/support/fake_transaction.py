@@ -1,7 +1,7 @@
 """etcd's transactions in memory: what is refused, what runs, and what each operation sees.
 
-What this room knows: etcd's rules for transactions (v3rpc/key.go, apply.go). What it must not
-know: history and watches; those are `fake_store`'s.
+Knows: etcd's rules for transactions (v3rpc/key.go, apply.go). Does not know: history and watches;
+those are `fake_store`'s.
 
 Concurrency: none; the state is read, never changed.
 """

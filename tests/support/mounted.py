@@ -1,7 +1,7 @@
 """A real mount for tests: the command `etcdfs mount`, and what a test wants to know of it.
 
-What this room knows: how to mount under a fresh temporary directory, count requests, wait for a
-revision, and take the mount away whatever happened.
+Knows: how to mount under a fresh temporary directory, count requests, wait for a revision, and take
+the mount away whatever happened.
 
 Concurrency: plain blocking calls, each bounded.
 """

@@ -1,6 +1,6 @@
 """An unprivileged user of the machine, as a real process: what they may not do, the kernel says.
 
-What this room knows: how to run a piece of Python as a user who owns nothing. Only root can.
+Knows: how to run a piece of Python as a user who owns nothing. Only root can.
 
 Concurrency: plain blocking calls, each bounded.
 """

@@ -1,7 +1,7 @@
 """Odd records of attributes, and what a file with each is to look like.
 
-What this room knows: the corpus of the fuzzer, which grows with whatever it finds. The owner of
-the mount is 7, his group 8, and files are 0644; what else is shown is the record's.
+Knows: the corpus of the fuzzer, which grows with whatever it finds. The owner of the mount is 7,
+his group 8, and files are 0644; what else is shown is the record's.
 """
 
 import stat

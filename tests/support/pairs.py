@@ -1,7 +1,7 @@
 """Two system calls at the same moment, and what a real file system makes of them.
 
-What this room knows: the calls, the state that they start from, and how to make them on a path. On
-tmpfs, one after the other in both orders, they say what is right anywhere.
+Knows: the calls, the state that they start from, and how to make them on a path. On tmpfs, one
+after the other in both orders, they say what is right anywhere.
 
 Concurrency: plain blocking calls.
 """

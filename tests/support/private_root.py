@@ -1,8 +1,8 @@
 """A machine of a test's own, as far as files and processes go: what is installed there is nowhere else.
 
-What this room knows: namespaces, and how to run commands in them. /usr and /etc can be written to,
-as copies that go with the machine; /mnt is empty; all processes end with it. The rest is the
-host's, the network included, unless a network of its own is asked for. Only root can.
+Knows: namespaces, and how to run commands in them. /usr and /etc can be written to, as copies that
+go with the machine; /mnt is empty; all processes end with it. The rest is the host's, the network
+included, unless a network of its own is asked for. Only root can.
 
 Concurrency: plain blocking calls, each bounded.
 """

@@ -1,6 +1,6 @@
 """A TCP proxy between a client and etcd, for what a network does to them.
 
-What this room knows: sockets and threads. What it must not know: what is said through it.
+Knows: sockets and threads. Does not know: what is said through it.
 
 Concurrency: a thread per direction of each connection; the switches may be thrown at any time.
 """

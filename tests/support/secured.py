@@ -1,7 +1,6 @@
 """Certificates and users for tests: an authority of our own, and an etcd that asks who is there.
 
-What this room knows: trustme, and how etcd is told to ask. What it must not know: how etcdfs
-answers.
+Knows: trustme, and how etcd is told to ask. Does not know: how etcdfs answers.
 
 Concurrency: plain blocking calls.
 """

@@ -1,9 +1,9 @@
 """A user who reads directories and does not go on, for as long as he likes.
 
-What this room knows: getdents(2) holds the lock of a directory while it copies the entries, and
-copying waits where the memory is a page of a file that nobody delivers: here one of a FUSE file
-system of the attacker's own, mounted as any user may. Who waits in such a page can be killed; who
-waits for the lock can not.
+Knows: getdents(2) holds the lock of a directory while it copies the entries, and copying waits
+where the memory is a page of a file that nobody delivers: here one of a FUSE file system of the
+attacker's own, mounted as any user may. Who waits in such a page can be killed; who waits for the
+lock can not.
 
 Concurrency: a process of its own, as an unprivileged user where the tests run as root; in it one
 trio loop and a thread for each directory.
@@ -73,7 +73,7 @@ class StuckReader:
         )
         os.rmdir(self._home)
 
-    def let_go(self) -> None:
+    def invalidate(self) -> None:
         """Have it go on; return when it has let go of all locks."""
         assert self._process.stdin is not None
         print("go on", file=self._process.stdin, flush=True)

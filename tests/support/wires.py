@@ -1,7 +1,7 @@
 """The wires between the members of a cluster, for partitions that clients do not notice.
 
-What this room knows: sockets and threads, and that etcd's members say in the header of their
-requests to one another who they are. What it must not know: what else they say.
+Knows: sockets and threads, and that etcd's members say in the header of their requests to one
+another who they are. Does not know: what else they say.
 
 Concurrency: a thread per direction of each connection; partitions may be made at any time.
 """

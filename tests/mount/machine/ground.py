@@ -1,7 +1,7 @@
 """What the rules of the machine stand on: the two trees, etcd, and how a test chooses among them.
 
-What this room knows: which paths and files there are to choose from, what a change by another client
-is on tmpfs, and what must hold after each step and at the end. What it must not know: the calls.
+Knows: which paths and files there are to choose from, what a change by another client is on tmpfs,
+and what must hold after each step and at the end. Does not know: the calls.
 
 Concurrency: plain blocking calls.
 """
@@ -19,8 +19,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from tests.mount.lab import Lab, Pool, memory_directory
-from tests.mount.machine.keyspace import SIDE_KEYS, problems
-from tests.mount.machine.twins import Descriptor, Side, Slot, Twins, drop_caches, outcome, walk
+from tests.mount.machine.keyspace import RECORD_KEYS, problems
+from tests.mount.machine.twins import (
+    Descriptor,
+    Slot,
+    StoredRecord,
+    Twins,
+    drop_caches,
+    outcome,
+    walk,
+)
 from tests.support.churn import until
 
 # --- what differs, and why --------------------------------------------------------------------
@@ -113,7 +121,7 @@ class Ground(RuleBasedStateMachine):
         other = self.pool.mounted(self.etcd_binary, "--cache", "--log-level", "info")
         other.wait(self.client.revision())
         self.other = other
-        self.elsewhere = Side(os.fsencode(other.path / self.lab.path.name), 0)
+        self.elsewhere = StoredRecord(os.fsencode(other.path / self.lab.path.name), 0)
         home = self._stack.enter_context(memory_directory())
         (home / "twin").mkdir(mode=0o755)
         self.staging = os.fsencode(home / "staging")
@@ -127,7 +135,7 @@ class Ground(RuleBasedStateMachine):
     def _clear(self) -> None:
         self.twins.close()
         self.client.delete_below(self.lab.prefix)
-        self.client.delete_below(SIDE_KEYS + self.lab.prefix)
+        self.client.delete_below(RECORD_KEYS + self.lab.prefix)
 
     @initialize(always=st.booleans(), files=st.integers(0, 3), is_foreign=st.booleans())
     def begin(self, always: bool, files: int, is_foreign: bool) -> None:
@@ -141,7 +149,7 @@ class Ground(RuleBasedStateMachine):
             self.write_new(name, data)
 
     def write_new(self, path: bytes, data: bytes) -> None:
-        def call(side: Side) -> None:
+        def call(side: StoredRecord) -> None:
             os.makedirs(os.path.dirname(side.path(path)), exist_ok=True)
             write_file(side.path(path), data)
 
@@ -188,7 +196,7 @@ class Ground(RuleBasedStateMachine):
     def open_at(self, path: bytes, flags: int, mode: int) -> None:
         self.note_unchanged(path, is_cut=bool(flags & os.O_TRUNC), size=0)
 
-        def call(side: Side) -> Descriptor:
+        def call(side: StoredRecord) -> Descriptor:
             # O_NONBLOCK: a FIFO would wait for somebody.
             return Descriptor(os.open(side.path(path), flags | os.O_NONBLOCK, mode))
 
@@ -227,7 +235,7 @@ class Ground(RuleBasedStateMachine):
             if is_cut and found.st_size == size:
                 self.twins.untimed.add(found.st_ino)
 
-    def refuses(self, name: str, call: Callable[[Side], Any]) -> None:
+    def refuses(self, name: str, call: Callable[[StoredRecord], Any]) -> None:
         expected, _reason = DIFFERENCES[name]
         assert expected is not None
         self.twins.refuses(name, call, expected)
@@ -254,7 +262,7 @@ class Ground(RuleBasedStateMachine):
         opened = {slot.inode for slot in self.twins.slots}
         for path in paths:
             below = (
-                [os.path.join(path, p) for p in walk(Side(self.at(path), 1))]
+                [os.path.join(path, p) for p in walk(StoredRecord(self.at(path), 1))]
                 if (self.kind(path) == stat.S_IFDIR)
                 else []
             )
@@ -304,7 +312,7 @@ class Ground(RuleBasedStateMachine):
                 os.rmdir(self.at(path))
             path = os.path.dirname(path)
 
-    def elsewhere_same(self, what: str, call: Callable[[Side], Any]) -> bool:
+    def elsewhere_same(self, what: str, call: Callable[[StoredRecord], Any]) -> bool:
         self.other.wait(self.client.revision())
         there, here = outcome(call, self.elsewhere), outcome(call, self.twins.twin)
         if there[0] != here[0]:
@@ -351,7 +359,7 @@ class Ground(RuleBasedStateMachine):
         assert self.lab.mounted.statistics()["open_files"] == 0
 
 
-def path_at(side: Side, path: bytes) -> Path:
+def path_at(side: StoredRecord, path: bytes) -> Path:
     return Path(os.fsdecode(side.path(path)))
 
 

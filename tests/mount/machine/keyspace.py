@@ -1,7 +1,7 @@
-"""What etcd must hold for a tree that is known: each key, each side key, and nothing else.
+"""What etcd must hold for a tree that is known: each key, each record key, and nothing else.
 
-What this room knows: the README's mapping of files to keys (B1, B3, B47 to B50), written down
-once more. What it must not know: how the tree came to be.
+Knows: the README's mapping of files to keys (B1, B3, B47 to B50), written down once more. Does not
+know: how the tree came to be.
 
 Concurrency: plain blocking calls.
 """
@@ -14,9 +14,9 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 from tests.mount.client import Client, Found
-from tests.mount.machine.twins import OLD_NS, Side, walk, xattrs_at
+from tests.mount.machine.twins import OLD_NS, StoredRecord, walk, xattrs_at
 
-SIDE_KEYS: Final = b"/.etcdfs/attrs/"
+RECORD_KEYS: Final = b"/.etcdfs/attrs/"
 _TYPES: Final = {stat.S_IFLNK: "symlink", stat.S_IFIFO: "fifo"}
 _DEFAULT_MODES: Final = {stat.S_IFREG: 0o644, stat.S_IFDIR: 0o755, stat.S_IFIFO: 0o644}
 
@@ -24,7 +24,7 @@ _DEFAULT_MODES: Final = {stat.S_IFREG: 0o644, stat.S_IFDIR: 0o755, stat.S_IFIFO:
 def problems(
     client: Client,
     prefix: bytes,
-    twin: Side,
+    twin: StoredRecord,
     *,
     untimed: Collection[int],
     marked: Collection[int],
@@ -42,7 +42,7 @@ def problems(
             keys, and leave them.
     """
     keys = {found.key: found for found in client.below(prefix)}
-    sides = {found.key[len(SIDE_KEYS) :]: found for found in client.below(SIDE_KEYS + prefix)}
+    sides = {found.key[len(RECORD_KEYS) :]: found for found in client.below(RECORD_KEYS + prefix)}
     expected = {prefix}
     for path in walk(twin):
         at = twin.path(path)
@@ -55,13 +55,13 @@ def problems(
                 yield f"{key!r} is missing"
         elif keys[key].value != value_at(at, found.st_mode):
             yield f"{key!r} is {keys[key].value[:80]!r}"
-        yield from side_problems(
+        yield from record_problems(
             keys.get(key), sides.get(key), at, has_time=found.st_ino not in untimed
         )
     yield from (f"{key!r} is too much" for key in keys.keys() - expected)
     for key in sides.keys() - keys.keys():
         if sides[key].mod_revision > deleted.get(key, 0):
-            yield f"the side key of {key!r} is left: {sides[key].value!r}"
+            yield f"the record key of {key!r} is left: {sides[key].value!r}"
 
 
 def value_at(path: bytes, mode: int) -> bytes:
@@ -72,15 +72,15 @@ def value_at(path: bytes, mode: int) -> bytes:
     return os.readlink(path) if stat.S_ISLNK(mode) else b""
 
 
-def side_problems(
+def record_problems(
     owner: Found | None, side: Found | None, at: bytes, *, has_time: bool
 ) -> Iterator[str]:
-    """Compare a side key with what is at a path."""
+    """Compare a record key with what is at a path."""
     record: dict[str, Any] = {}
     if owner is not None and side is not None and side.mod_revision >= owner.create_revision:
         record = json.loads(side.value)
         if not record:
-            yield f"the side key of {owner.key!r} says nothing"
+            yield f"the record key of {owner.key!r} says nothing"
         holds = record.pop("mtime_revision", side.mod_revision) == owner.mod_revision
         if not holds:
             record.pop("mtime_ns", None)
@@ -96,7 +96,7 @@ def side_problems(
 
 
 def record_at(at: bytes) -> dict[str, Any]:
-    """Return the attributes of what is at a path as a side key has them."""
+    """Return the attributes of what is at a path as a record key has them."""
     found = os.lstat(at)
     kind = stat.S_IFMT(found.st_mode)
     mode = stat.S_IMODE(found.st_mode)

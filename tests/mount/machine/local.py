@@ -1,6 +1,6 @@
 """The calls that programs of this mount make, and the same on tmpfs.
 
-What this room knows: one rule for each family of system calls. What it must not know: etcd.
+Knows: one rule for each family of system calls. Does not know: etcd.
 
 Concurrency: plain blocking calls.
 """
@@ -27,7 +27,7 @@ from tests.mount.machine.ground import (
     times_of,
     user_names,
 )
-from tests.mount.machine.twins import Side, Slot, outcome
+from tests.mount.machine.twins import Slot, StoredRecord, outcome
 from tests.mount.posix.calls import fallocate, renameat2
 
 
@@ -91,7 +91,7 @@ class LocalRules(Ground):
             os.lseek(slot.fds[1], os.lseek(slot.fds[0], 0, os.SEEK_CUR), os.SEEK_SET)
 
     @staticmethod
-    def seek_in_mount(slot: Slot, offset: int, whence: int, side: Side) -> int:
+    def seek_in_mount(slot: Slot, offset: int, whence: int, side: StoredRecord) -> int:
         return os.lseek(slot.fds[side.at], offset, whence)
 
     @rule(choice=any_choices, size=any_sizes)
@@ -116,7 +116,7 @@ class LocalRules(Ground):
         before = self.content(slot)
         flags = mmap.PROT_READ | (mmap.PROT_WRITE if writes else 0)
 
-        def call(side: Side) -> bytes:
+        def call(side: StoredRecord) -> bytes:
             length = max(1, found.st_size)
             with mmap.mmap(slot.fds[side.at], length, mmap.MAP_SHARED, flags) as memory:
                 seen = memory[: found.st_size]
@@ -142,7 +142,7 @@ class LocalRules(Ground):
         read = self.slot(source, old=True)
         before = self.content(written)
 
-        def call(side: Side) -> int:
+        def call(side: StoredRecord) -> int:
             fds = read.fds[side.at], written.fds[side.at]
             return os.copy_file_range(*fds, count, offsets[0], offsets[1])
 
@@ -184,7 +184,7 @@ class LocalRules(Ground):
         self.move(self.pick(source), self.pick(new), flags)
 
     def move(self, old: bytes, new: bytes, flags: int) -> None:
-        def call(side: Side) -> None:
+        def call(side: StoredRecord) -> None:
             renameat2(path_at(side, old), path_at(side, new), flags)
 
         self.twins.same(("rename", old, new, flags), call)
@@ -266,7 +266,7 @@ class LocalRules(Ground):
     def setxattr(self, where: Where, name: str, value: bytes, flags: int) -> None:
         path = self.pick(where)
 
-        def call(side: Side) -> None:
+        def call(side: StoredRecord) -> None:
             os.setxattr(side.path(path), name, value, flags)
 
         self.twins.same(("setxattr", path, name, flags), call)

@@ -1,7 +1,7 @@
 """A directory in a mount and one on tmpfs, to which the same is done.
 
-What this room knows: how to make one system call on both and compare what came of it, and how to
-compare all that both show. What it must not know: etcd.
+Knows: how to make one system call on both and compare what came of it, and how to compare all that
+both show. Does not know: etcd.
 
 Concurrency: plain blocking calls, one owner.
 """
@@ -25,7 +25,7 @@ ALL: Final = 1 << 20
 
 @final
 @dataclass(frozen=True)
-class Side:
+class StoredRecord:
     """One of the two."""
 
     root: bytes
@@ -76,19 +76,19 @@ class Twins:
         has_differed: Whether a difference was found already.
     """
 
-    mount: Side
-    twin: Side
+    mount: StoredRecord
+    twin: StoredRecord
     slots: list[Slot] = field(default_factory=list)
     untimed: set[int] = field(default_factory=set)
     has_differed: bool = False
 
     @classmethod
     def of(cls, mount: Path, twin: Path) -> "Twins":
-        return cls(Side(os.fsencode(mount), 0), Side(os.fsencode(twin), 1))
+        return cls(StoredRecord(os.fsencode(mount), 0), StoredRecord(os.fsencode(twin), 1))
 
     # --- one call -------------------------------------------------------------------------------
 
-    def same(self, what: object, call: Callable[[Side], Any]) -> tuple[Any, Any] | None:
+    def same(self, what: object, call: Callable[[StoredRecord], Any]) -> tuple[Any, Any] | None:
         """Make a call on both, with the same outcome; return both results, None if both failed.
 
         A result that is a descriptor is not compared.
@@ -102,7 +102,7 @@ class Twins:
             self.differ(f"{what}: {there} in the mount, {here} on tmpfs")
         return None if here[0] else (there[1], here[1])
 
-    def refuses(self, what: object, call: Callable[[Side], Any], name: str) -> None:
+    def refuses(self, what: object, call: Callable[[StoredRecord], Any], name: str) -> None:
         """Make a call in the mount alone, which must fail so."""
         found = outcome(call, self.mount)
         if found[0] != name:
@@ -141,9 +141,9 @@ class Twins:
             self.same(("fstat", slot), lambda s: _of_open(slot.fds[s.at]))
 
     @staticmethod
-    def _seen(side: Side) -> Iterator[tuple[bytes, dict[str, object]]]:
+    def _seen(side: StoredRecord) -> Iterator[tuple[bytes, dict[str, object]]]:
         for path in (b"", *walk(side)):
-            yield path, facts_at(side.path(path))
+            yield path, key_state_at(side.path(path))
 
     def close(self) -> None:
         """Close what a failure has left open."""
@@ -161,7 +161,7 @@ class Descriptor:
     fd: int
 
 
-def outcome(call: Callable[[Side], Any], side: Side) -> tuple[str | None, Any]:
+def outcome(call: Callable[[StoredRecord], Any], side: StoredRecord) -> tuple[str | None, Any]:
     """Return the name of the errno, and the result."""
     try:
         return None, call(side)
@@ -169,7 +169,7 @@ def outcome(call: Callable[[Side], Any], side: Side) -> tuple[str | None, Any]:
         return errno.errorcode[exc.errno or 0], None
 
 
-def walk(side: Side) -> Iterator[bytes]:
+def walk(side: StoredRecord) -> Iterator[bytes]:
     """Iterate over the paths of a tree, each directory's in order."""
     pending = [b""]
     while pending:
@@ -182,7 +182,7 @@ def walk(side: Side) -> Iterator[bytes]:
                 pending.append(path)
 
 
-def facts_at(path: bytes) -> dict[str, object]:
+def key_state_at(path: bytes) -> dict[str, object]:
     """Return what is to be seen at a path."""
     found = os.lstat(path)
     facts: dict[str, object] = {

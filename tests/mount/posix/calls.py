@@ -1,6 +1,6 @@
 """System calls that Python lacks, and calls made by other processes and users.
 
-What this room knows: how to call libc, and how to run a function in a child process.
+Knows: how to call libc, and how to run a function in a child process.
 
 Concurrency: plain blocking calls. A child is a fork that does nothing but its function; it must
 not touch what the parent's threads own.

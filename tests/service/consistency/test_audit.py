@@ -11,7 +11,7 @@ from trio.testing import MockClock
 
 from etcdfs.consistency import audit as audit_room
 from etcdfs.errors import StorePermissionError, StoreUnavailableError
-from etcdfs.keyspace.attribute_records import is_side_key, side_key
+from etcdfs.keyspace.attribute_records import is_record_key, record_key
 from etcdfs.keyspace.store import Delete, Put, Transaction
 from etcdfs.mirror.messages import Apply, Message, Step
 from tests.service.mirrors import AGAIN, REFUSED, content, quiet
@@ -89,8 +89,8 @@ async def test_only_the_first_listing_is_reported(
         await nursery.start(mount.mirror.run, lambda keys, _size: told.append(keys))
         mount.mirror.doubt("a test")
         await trio.sleep(10)
-        assert mount.mirror.replica is not None
-        assert mount.mirror.replica.statistics().lists == 2
+        assert mount.mirror.state_machine is not None
+        assert mount.mirror.state_machine.statistics().lists == 2
         assert told == [1]
         nursery.cancel_scope.cancel()
 
@@ -149,38 +149,38 @@ async def mode(mount: FakeMount, *path: bytes) -> int:
     return (await mount.kernel.stat(path)).mode & 0o7777
 
 
-def found_in_sides(mount: FakeMount) -> tuple[int, int, int]:
-    """Return what audits of the side keys found, wherever they are audited."""
-    if mount.mirror.sides is None:
+def found_in_records(mount: FakeMount) -> tuple[int, int, int]:
+    """Return what audits of the record keys found, wherever they are audited."""
+    if mount.mirror.stored_records is None:
         return found(mount)
-    statistics = mount.mirror.sides.auditor.statistics()
+    statistics = mount.mirror.stored_records.auditor.statistics()
     return statistics.audits, statistics.differing, statistics.differences
 
 
-@pytest.mark.expect_log(AGAIN, "side keys: %s; listing them again")
+@pytest.mark.expect_log(AGAIN, "record keys: %s; listing them again")
 @pytest.mark.parametrize("prefix", [b"/", b"/app/"])
 async def test_lost_changes_of_attributes_are_found_and_mended(
     autojump_clock: MockClock, store: FakeStore, prefix: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whether side keys are among the mirror's own keys or not."""
+    """Whether record keys are among the mirror's own keys or not."""
     for name in (b"changed", b"deleted", b"forged", b"made", b"same"):
         store.put_now(prefix + name, b"")
         if name != b"made":
-            store.put_now(side_key(prefix + name), b'{"mode":"0600"}')
+            store.put_now(record_key(prefix + name), b'{"mode":"0600"}')
     store.put_now(prefix + b"last", b"and the witness")
-    store.put_now(side_key(prefix + b"last"), b'{"mode":"0600"}')
+    store.put_now(record_key(prefix + b"last"), b'{"mode":"0600"}')
     async with open_mount(store, prefix=prefix, audit_interval_s=INTERVAL_S) as mount:
         assert await mode(mount, b"deleted") == 0o600
         same = await mount.kernel.stat((b"same",))
         with store.losing_events():
-            store.put_now(side_key(prefix + b"changed"), b'{"mode":"0700"}')
-            store.delete_now(side_key(prefix + b"deleted"))
-            store.put_now(side_key(prefix + b"made"), b'{"mode":"0400"}')
-        store.forge_now(side_key(prefix + b"forged"), b'{"mode":"0440"}')
+            store.put_now(record_key(prefix + b"changed"), b'{"mode":"0700"}')
+            store.delete_now(record_key(prefix + b"deleted"))
+            store.put_now(record_key(prefix + b"made"), b'{"mode":"0400"}')
+        store.forge_now(record_key(prefix + b"forged"), b'{"mode":"0440"}')
         await quiet(mount)
         assert await mode(mount, b"changed") == 0o600, "nobody knows yet"
         await audited(mount)
-        assert found_in_sides(mount) == (1, 1, 4)
+        assert found_in_records(mount) == (1, 1, 4)
         warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert len(warnings) == 1
         assert "found 4 difference(s) from etcd, the first at " in warnings[0]
@@ -189,7 +189,7 @@ async def test_lost_changes_of_attributes_are_found_and_mended(
         assert modes == [0o700, 0o644, 0o440, 0o400]
         assert await mount.kernel.stat((b"same",)) == same
         await audited(mount)
-        assert found_in_sides(mount) == (2, 1, 4), "and now all is well"
+        assert found_in_records(mount) == (2, 1, 4), "and now all is well"
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -199,20 +199,20 @@ async def test_attributes_that_change_while_it_runs_are_no_difference(
     """Some come with their keys; then their own watch may bring them after the audit."""
     for n in range(3 * audit_room.PAGE):
         store.put_now(b"/app/%03d" % n, b"")
-        store.put_now(side_key(b"/app/%03d" % n), b'{"mode":"0600"}')
+        store.put_now(record_key(b"/app/%03d" % n), b'{"mode":"0600"}')
     async with open_mount(store, prefix=b"/app/", audit_interval_s=INTERVAL_S) as mount:
-        sides, read = mount.mirror.sides, store.range
-        assert sides is not None
-        follow = sides._carry_out
+        stored_records, read = mount.mirror.stored_records, store.range
+        assert stored_records is not None
+        follow = stored_records._carry_out
         pages: list[bytes] = []
 
         async def changing_range(start: bytes, *args: Any, **kwargs: Any) -> Any:
-            if is_side_key(start) and kwargs["revision"]:
+            if is_record_key(start) and kwargs["revision"]:
                 key = b"/app/%03d" % (3 * audit_room.PAGE - 1 - len(pages))
                 pages.append(start)
-                mode = Put(side_key(key), b'{"mode":"0640"}')
+                mode = Put(record_key(key), b'{"mode":"0640"}')
                 if late:
-                    store.commit_now(Transaction(then=(Delete(key), Delete(side_key(key)))))
+                    store.commit_now(Transaction(then=(Delete(key), Delete(record_key(key)))))
                     store.commit_now(Transaction(then=(Put(key, b""), mode)))
                 else:
                     store.commit_now(Transaction(then=(mode,)))
@@ -225,10 +225,10 @@ async def test_attributes_that_change_while_it_runs_are_no_difference(
             return await follow(step)
 
         monkeypatch.setattr(store, "range", changing_range)
-        monkeypatch.setattr(sides, "_carry_out", follow_late)
+        monkeypatch.setattr(stored_records, "_carry_out", follow_late)
         await audited(mount)
         assert len(pages) >= 2
-        assert found_in_sides(mount) == (1, 0, 0)
+        assert found_in_records(mount) == (1, 0, 0)
 
 
 @pytest.mark.expect_log(AGAIN)
@@ -240,7 +240,7 @@ async def test_attributes_of_another_history_go_with_it(
     before = store.revision
     async with open_mount(store, prefix=b"/app/") as mount:
         store.put_now(b"/app/g", b"two")
-        store.put_now(side_key(b"/app/f"), b'{"mode":"0600"}')
+        store.put_now(record_key(b"/app/f"), b'{"mode":"0600"}')
         await quiet(mount)
         assert await mode(mount, b"f") == 0o600
         store.go_back_now(before)
@@ -257,12 +257,12 @@ async def test_an_audit_finds_that_attributes_may_no_longer_be_read(
 ) -> None:
     store.put_now(b"/app/f", b"one")
     async with open_mount(store, prefix=b"/app/", audit_interval_s=INTERVAL_S) as mount:
-        assert mount.mirror.sides is not None
-        audit = mount.mirror.sides.auditor
+        assert mount.mirror.stored_records is not None
+        audit = mount.mirror.stored_records.auditor
         allowed = store.range
 
         async def guarded(start: bytes, *args: Any, **kwargs: Any) -> Any:
-            if is_side_key(start):
+            if is_record_key(start):
                 raise StorePermissionError("permission denied")
             return await allowed(start, *args, **kwargs)
 
@@ -272,7 +272,7 @@ async def test_an_audit_finds_that_attributes_may_no_longer_be_read(
         assert await content(mount, (b"f",)) == b"one"
         assert await mode(mount, b"f") == 0o600
         store.range = allowed  # type: ignore[method-assign]
-        store.put_now(side_key(b"/app/f"), b'{"mode":"0664"}')
+        store.put_now(record_key(b"/app/f"), b'{"mode":"0664"}')
         await audited(mount)
         assert mount.tree.rights.readable
         assert await mode(mount, b"f") == 0o664
@@ -418,7 +418,7 @@ async def test_what_we_may_no_longer_read_is_not_shown(
             await mount.kernel.listdir(())
         with pytest.raises(PermissionError):
             await mount.kernel.read(handle)
-        assert "no longer lets" in mount.mirror.link.statistics().refused
+        assert "no longer lets" in mount.mirror.staleness.statistics().refused
         await mount.kernel.stat(())
         store._failures.clear()
         await trio.sleep(audit_room.RECHECK_S + 1)

@@ -8,7 +8,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from etcdfs.errors import StorePermissionError, StoreTimeoutError, StoreUnavailableError
-from etcdfs.keyspace.attribute_records import side_key
+from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.keyspace.store import Delete, Put, Transaction
 from tests.service.mirrors import content, quiet
 from tests.support.fake_kernel import FakeMount, open_mount
@@ -94,7 +94,7 @@ async def test_other_peoples_revisions_do_not_hold_anybody(
 async def test_attributes_that_others_set_before_are_seen(
     autojump_clock: MockClock, store: FakeStore, prefix: bytes
 ) -> None:
-    """Whether side keys come by the mirror's own watch or not, and whose revision is the newest."""
+    """Whether record keys come by the mirror's own watch or not, and whose revision is the newest."""
     top = () if prefix == b"/app/" else (b"app",)
     for key in (b"/app/d/", b"/app/d/f", b"/app/d/g"):
         store.put_now(key, b"")
@@ -118,17 +118,17 @@ async def test_attributes_that_others_set_before_are_seen(
         file, other, directory = (b"d", b"f"), (b"d", b"g"), (b"d",)
         assert await look_all(file, other, directory) == [0o644, 0o644, 0o755]
         store.hold_watches()
-        store.put_now(side_key(b"/app/d/f"), b'{"mode":"0600"}')
-        store.put_now(side_key(b"/app/d/"), b'{"mode":"0700"}')
+        store.put_now(record_key(b"/app/d/f"), b'{"mode":"0600"}')
+        store.put_now(record_key(b"/app/d/"), b'{"mode":"0700"}')
         assert await look_all(file, other, directory) == [0o600, 0o644, 0o700]
         store.hold_watches()
-        store.delete_now(side_key(b"/app/d/f"))
-        store.put_now(side_key(b"/app/d/g"), b'{"mode":"0400"}')
+        store.delete_now(record_key(b"/app/d/f"))
+        store.put_now(record_key(b"/app/d/g"), b'{"mode":"0400"}')
         assert await look_all(file, other) == [0o644, 0o400]
         # A listing has the attributes of what it lists.
         store.hold_watches()
-        store.delete_now(side_key(b"/app/d/g"))
-        store.put_now(side_key(b"/app/d/f"), b'{"mode":"0440"}')
+        store.delete_now(record_key(b"/app/d/g"))
+        store.put_now(record_key(b"/app/d/f"), b'{"mode":"0440"}')
         listed: list[int] = []
 
         async def list_them() -> None:
@@ -153,16 +153,16 @@ async def test_attributes_whose_own_watch_is_late_are_seen(
     """The mirror has reached etcd's revision, and its attributes have not."""
     store.put_now(b"/app/f", b"")
     async with open_mount(store, prefix=b"/app/", linearizable=True) as mount:
-        sides, come = mount.mirror.sides, trio.Event()
-        assert sides is not None
-        on_time = sides._apply
+        stored_records, come = mount.mirror.stored_records, trio.Event()
+        assert stored_records is not None
+        on_time = stored_records._apply
 
         async def late(*arguments: Any, **named: Any) -> None:
             await come.wait()
             await on_time(*arguments, **named)
 
-        monkeypatch.setattr(sides, "_apply", late)
-        store.put_now(side_key(b"/app/f"), b'{"mode":"0600"}')
+        monkeypatch.setattr(stored_records, "_apply", late)
+        store.put_now(record_key(b"/app/f"), b'{"mode":"0600"}')
         store.put_now(b"/app/g", b"")
         await quiet(mount)
         assert mount.mirror.revision == store.revision

@@ -7,7 +7,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from etcdfs.consistency.staleness import LinkStatistics
+from etcdfs.consistency.staleness import StalenessStatistics
 from etcdfs.errors import StorePermissionError, StoreUnavailableError
 from tests.service.mirrors import AGAIN, REFUSED, content, quiet
 from tests.support.fake_kernel import FakeMount, open_mount
@@ -19,13 +19,13 @@ AWAY = StoreUnavailableError("away")
 DENIED = StorePermissionError("permission denied")
 
 
-def link(mount: FakeMount) -> LinkStatistics:
-    return mount.mirror.link.statistics()
+def staleness(mount: FakeMount) -> StalenessStatistics:
+    return mount.mirror.staleness.statistics()
 
 
 def breaks(mount: FakeMount) -> int:
-    assert mount.mirror.replica is not None
-    return mount.mirror.replica.statistics().breaks
+    assert mount.mirror.state_machine is not None
+    return mount.mirror.state_machine.statistics().breaks
 
 
 async def broken(mount: FakeMount) -> None:
@@ -41,9 +41,9 @@ async def test_a_quiet_etcd_is_no_lost_one(autojump_clock: MockClock, store: Fak
         ranges = len(store.range_calls)
         for _ in range(100):
             await trio.sleep(33.3)
-            assert link(mount).connected
-            assert link(mount).silent_s <= WATCH_TIMEOUT_S
-            assert link(mount).stale_s == 0
+            assert staleness(mount).connected
+            assert staleness(mount).silent_s <= WATCH_TIMEOUT_S
+            assert staleness(mount).stale_s == 0
         assert breaks(mount) == 0
         assert len(store.range_calls) == ranges, "a question on the watch is enough"
 
@@ -59,15 +59,15 @@ async def test_a_silent_etcd_is_found_out(autojump_clock: MockClock, store: Fake
         store.put_now(b"/f", b"two")
         await broken(mount)
         assert trio.current_time() - began <= WATCH_TIMEOUT_S + TIMEOUT_S + 0.2
-        assert not link(mount).connected
-        assert link(mount).losses >= 1
-        assert link(mount).stale_s >= WATCH_TIMEOUT_S
+        assert not staleness(mount).connected
+        assert staleness(mount).losses >= 1
+        assert staleness(mount).stale_s >= WATCH_TIMEOUT_S
         assert await content(mount, (b"f",)) == b"one", "reads go on"
         store.release_watches()
         await trio.sleep(10)
         await quiet(mount)
-        assert link(mount).connected
-        assert link(mount).stale_s == 0
+        assert staleness(mount).connected
+        assert staleness(mount).stale_s == 0
         assert await content(mount, (b"f",)) == b"two"
 
 
@@ -80,7 +80,9 @@ async def test_an_unanswered_question_is_not_the_end_if_etcd_is_no_further(
         store.mute(muted=True)
         await trio.sleep(3600)
         assert breaks(mount) == 0
-        assert link(mount).connected or link(mount).silent_s <= WATCH_TIMEOUT_S + TIMEOUT_S
+        assert (
+            staleness(mount).connected or staleness(mount).silent_s <= WATCH_TIMEOUT_S + TIMEOUT_S
+        )
         store.put_now(b"/f", b"two")
         await quiet(mount)
         assert await content(mount, (b"f",)) == b"two"
@@ -107,7 +109,7 @@ async def test_progress_is_never_taken_for_more_than_a_sign_of_life(
     """Etcd issue 15220: it may name a revision whose events are still to come."""
     store.put_now(b"/f", b"one")
     async with open_mount(store, watch_timeout_s=WATCH_TIMEOUT_S) as mount:
-        known = mount.mirror.replica
+        known = mount.mirror.state_machine
         assert known is not None
         before = known.revision
         with store.losing_events():
@@ -148,17 +150,17 @@ async def test_what_is_too_old_is_not_shown(autojump_clock: MockClock, store: Fa
             await mount.kernel.fstat(handle.inode)
         await mount.kernel.stat(())  # df, mountpoint and umount ask no more
         await mount.filesystem.statfs()
-        assert "has not been heard for 60 s" in link(mount).refused
+        assert "has not been heard for 60 s" in staleness(mount).refused
         store._failures.clear()
         await trio.sleep(5)
         await quiet(mount)
-        assert link(mount).refused == ""
+        assert staleness(mount).refused == ""
         assert (await mount.kernel.stat((b"d", b"f"))).inode == inode
         assert await content(mount, (b"d", b"f")) == b"one"
         assert await mount.kernel.listdir((b"d",)) == [b"f"]
         assert await mount.kernel.read(handle) == b"one"
         await mount.kernel.close(handle)
-        assert link(mount).refusals == 1
+        assert staleness(mount).refusals == 1
 
 
 @pytest.mark.parametrize("muted", [False, True])
@@ -186,7 +188,7 @@ async def test_without_a_limit_everything_is_shown_for_ever(
         store.break_watches()
         await trio.sleep(3 * 3600)
         assert await content(mount, (b"f",)) == b"one"
-        assert link(mount).stale_s > 2.9 * 3600
+        assert staleness(mount).stale_s > 2.9 * 3600
         assert breaks(mount) > 1100
         assert sum(record.levelname == "WARNING" for record in caplog.records) < 20
         store._failures.clear()

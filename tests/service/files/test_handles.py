@@ -81,7 +81,7 @@ async def test_the_kernel_is_given_nothing_that_it_may_not_keep(
         assert mount.files.to_store(second) is None
         await mount.files.release(first)
         await mount.files.release(second)
-        assert not file.stored
+        assert not file.pages_pushed
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ async def test_old_version_while_etcd_is_away(autojump_clock: MockClock, store: 
         store.put_now(KEY, b"three")
         await trio.testing.wait_all_tasks_blocked()
         assert old is not file_of(mount)
-        mount.contents.discard(KEY, Revision(2))
+        mount.value_cache.discard(KEY, Revision(2))
         store.fail_next("range", StoreUnavailableError("away"))
         with pytest.raises(StaleError):
             await mount.files.open(old, os.O_RDONLY)
@@ -275,7 +275,7 @@ async def test_flush_all_is_for_who_has_children(
 
 
 async def test_flush_all(autojump_clock: MockClock, store: FakeStore) -> None:
-    """At unmount every draft is published, and what fails is returned."""
+    """At unmount every write buffer is published, and what fails is returned."""
     async with open_mount(store) as mount:
         handle = await mount.files.open(file_of(mount), os.O_RDWR)
         await mount.files.write(handle, 0, b"1")

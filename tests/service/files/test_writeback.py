@@ -1,4 +1,4 @@
-"""What becomes of a draft: one put, on the right base, or an error and nothing."""
+"""What becomes of a write buffer: one put, on the right base, or an error and nothing."""
 
 import errno
 import os
@@ -124,7 +124,7 @@ async def test_same_content_puts_nothing(
         await mount.kernel.write(handle, 0, b"same")
         await mount.kernel.close(handle)
         assert store.revision == before
-        assert mount.publisher.statistics().unchanged == 1
+        assert mount.writeback.statistics().unchanged == 1
 
 
 async def test_same_content_still_overwrites_a_foreign_change(
@@ -172,7 +172,7 @@ async def test_append_is_applied_to_the_newest_value(
         assert number == 0
         assert held(store) == b"old\nforeign\nmine\n"
         assert await shown(mount) == b"old\nforeign\nmine\n"
-        assert mount.publisher.statistics().rebased_appends == 1
+        assert mount.writeback.statistics().rebased_appends == 1
 
 
 async def test_append_goes_on_after_it_was_merged(
@@ -302,7 +302,7 @@ async def test_key_made_anew_is_another_file(
         store.put_now(KEY, b"new incarnation")
         await mount.kernel.close(handle)
         assert held(store) == b"new incarnation"
-        assert mount.publisher.statistics().dropped >= 1
+        assert mount.writeback.statistics().dropped >= 1
 
 
 async def test_create_without_writing_puts_an_empty_value(
@@ -646,7 +646,7 @@ async def test_lost_answer_is_recognised(
         await mount.kernel.close(handle)
         assert store.revision == before + 1
         assert held(store) == b"mine"
-        assert mount.publisher.statistics().resolved == 1
+        assert mount.writeback.statistics().resolved == 1
         assert await shown(mount) == b"mine"
 
 

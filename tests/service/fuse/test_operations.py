@@ -17,7 +17,7 @@ from pyfuse3 import EntryAttributes, FUSEError
 import etcdfs.errors
 from etcdfs.admission import Admission, about_to_wait
 from etcdfs.errors import EtcdfsError, NotFoundError, StoreFullError
-from etcdfs.files.handles import OpenFiles
+from etcdfs.files.handles import Handles
 from etcdfs.fuse.operations import Operations, quieten
 from etcdfs.tree.tree import Inode
 from etcdfs.vfs.attributes import Attributes, Caller, Change
@@ -95,7 +95,7 @@ class Recording:
 def operations(fake: Any, *, store: Callable[[int, bytes], None] | None = None) -> Operations:
     return Operations(
         cast("Filesystem", fake),
-        cast("OpenFiles", fake),
+        cast("Handles", fake),
         cast("Xattrs", fake),
         store=store,
     )

@@ -4,7 +4,7 @@ import pytest
 from trio.testing import MockClock
 
 from etcdfs.errors import OutcomeUnknownError, StoreUnavailableError
-from etcdfs.keyspace.outcomes import Certain
+from etcdfs.keyspace.outcomes import ResolvingStore
 from etcdfs.keyspace.store import END_OF_KEYS, Put, Transaction, exists, unchanged
 from etcdfs.keyspace.transactions import (
     Rewriting,
@@ -59,7 +59,7 @@ async def test_what_has_left_its_traces_is_done(name: str) -> None:
     expected = await (await made()).commit(transaction)
     store = await made()
     store.fail_next("commit", LOST, applied=True)
-    done = await Certain(store).commit(transaction)
+    done = await ResolvingStore(store).commit(transaction)
     assert done.succeeded
     assert done.revision == expected.revision
     assert len(done.results) == len(expected.results)
@@ -70,7 +70,7 @@ async def test_a_rename_is_known_by_both_its_ends() -> None:
     store = await made()
     transaction = moving(store, await revision_of(store, b"/d/a"))
     store.fail_next("commit", LOST, applied=True)
-    done = await Certain(store).commit(transaction)
+    done = await ResolvingStore(store).commit(transaction)
     assert done.succeeded
     assert done.revision == await revision_of(store, b"/d/b")
     assert await contents(store) == {b"/d/": b"1", b"/d/b": b"1", b"/e/alone": b"1", b"/m/": b"1"}
@@ -82,7 +82,7 @@ async def test_what_has_left_no_trace_may_still_come(name: str) -> None:
     before = await contents(store)
     store.fail_next("commit", LOST)
     with pytest.raises(OutcomeUnknownError):
-        await Certain(store).commit(TELLABLE[name])
+        await ResolvingStore(store).commit(TELLABLE[name])
     assert await contents(store) == before
 
 
@@ -95,14 +95,14 @@ async def test_a_claim_is_never_taken_for_ones_own(transaction: Transaction, app
     store = await made()
     store.fail_next("commit", LOST, applied=applied)
     with pytest.raises(OutcomeUnknownError):
-        await Certain(store).commit(transaction)
+        await ResolvingStore(store).commit(transaction)
 
 
 async def test_another_value_is_another_clients() -> None:
     store = await made()
     store.fail_next("commit", LOST)
     with pytest.raises(OutcomeUnknownError):
-        await Certain(store).commit(Transaction((exists(b"/m/"),), (Put(b"/m/", b"2"),)))
+        await ResolvingStore(store).commit(Transaction((exists(b"/m/"),), (Put(b"/m/", b"2"),)))
 
 
 async def test_a_lease_is_not_attached_because_the_value_is_the_same() -> None:
@@ -113,7 +113,7 @@ async def test_a_lease_is_not_attached_because_the_value_is_the_same() -> None:
         again = Transaction((unchanged(b"/d/a", known),), (Put(b"/d/a", b"1", lease),))
         store.fail_next("commit", LOST)
         with pytest.raises(OutcomeUnknownError):
-            await Certain(store).commit(again)
+            await ResolvingStore(store).commit(again)
 
 
 async def test_a_lease_is_known_by_its_number() -> None:
@@ -122,7 +122,7 @@ async def test_a_lease_is_known_by_its_number() -> None:
     known = await revision_of(store, b"/d/a")
     store.fail_next("commit", LOST, applied=True)
     again = Transaction((unchanged(b"/d/a", known),), (Put(b"/d/a", b"1", lease),))
-    assert (await Certain(store).commit(again)).succeeded
+    assert (await ResolvingStore(store).commit(again)).succeeded
 
 
 async def test_an_attribute_that_is_claimed_may_be_anothers() -> None:
@@ -130,7 +130,7 @@ async def test_an_attribute_that_is_claimed_may_be_anothers() -> None:
     store.fail_next("commit", LOST, applied=True)
     claim = Transaction((exists(b"/m/"),), (Put(b"/m/", b"2"),), claims=True)
     with pytest.raises(OutcomeUnknownError):
-        await Certain(store).commit(claim)
+        await ResolvingStore(store).commit(claim)
 
 
 @pytest.mark.parametrize("applied", [False, True])
@@ -143,11 +143,11 @@ async def test_a_directory_has_moved_if_it_is_there(applied: bool) -> None:
     moving = Rewriting(before=before, after=after, ranges=((b"/d/", b"/d0"),))
     store.fail_next("commit", LOST, applied=applied)
     if applied:
-        assert (await Certain(store).commit(moving.transaction(()))).succeeded
+        assert (await ResolvingStore(store).commit(moving.transaction(()))).succeeded
         return
     store.delete_now(b"/d/", b"/d0")
     with pytest.raises(OutcomeUnknownError):
-        await Certain(store).commit(moving.transaction(()))
+        await ResolvingStore(store).commit(moving.transaction(()))
 
 
 async def test_when_it_cannot_be_read_back_it_stays_unknown() -> None:
@@ -155,12 +155,14 @@ async def test_when_it_cannot_be_read_back_it_stays_unknown() -> None:
     store.fail_next("commit", LOST, applied=True)
     store.fail_next("commit", StoreUnavailableError("gone"))
     with pytest.raises(OutcomeUnknownError):
-        await Certain(store).commit(TELLABLE["unlink"])
+        await ResolvingStore(store).commit(TELLABLE["unlink"])
 
 
 async def test_an_answer_that_comes_is_passed_on() -> None:
     store = await made()
-    assert not (await Certain(store).commit(remove_file(b"/x", None, is_value=False))).succeeded
+    assert not (
+        await ResolvingStore(store).commit(remove_file(b"/x", None, is_value=False))
+    ).succeeded
 
 
 @pytest.mark.parametrize(("is_there", "claims"), [(False, True), (True, False), (None, False)])

@@ -11,9 +11,9 @@ from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
 from etcdfs.mirror import applier as applier_module
 from etcdfs.mirror.applier import BATCH_KEYS, WAITING_MAX, Applier
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.tree import Cached, Entry, File, Inode, Tree
-from etcdfs.tree.update import Switch
-from etcdfs.tree.value_cache import Contents
+from etcdfs.tree.tree import Cached, Dentry, File, Inode, Tree
+from etcdfs.tree.update import Update
+from etcdfs.tree.value_cache import ValueCache
 
 
 class SlowKernel:
@@ -32,7 +32,7 @@ class SlowKernel:
     def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
         raise NotImplementedError
 
-    def let_go(self) -> None:
+    def invalidate(self) -> None:
         asked, self.asked = self.asked, []
         for _, done in asked:
             if done is not None:
@@ -47,12 +47,12 @@ class Rig:
         load(self.tree, [put(name, 1) for name in names])
         for node in self.tree.root.children.values():
             self.tree.remember(node)
-            node.told = True
+            node.kernel_may_cache = True
         self.kernel = SlowKernel()
         self.failures = 0
-        self.switch = Switch(self.tree)
-        self.contents = Contents(1 << 20)
-        self.applier = Applier(self.switch, self.contents, self.kernel, self._fail)
+        self.update = Update(self.tree)
+        self.value_cache = ValueCache(1 << 20)
+        self.applier = Applier(self.update, self.value_cache, self.kernel, self._fail)
 
     def _fail(self) -> None:
         self.failures += 1
@@ -60,8 +60,8 @@ class Rig:
     def shown(self, name: bytes) -> int:
         file = self.tree.root.children[name]
         assert isinstance(file, File)
-        assert file.facts is not None
-        return file.facts.mod_revision
+        assert file.key_state is not None
+        return file.key_state.mod_revision
 
 
 def put(name: bytes, revision: int) -> KeyValue:
@@ -86,7 +86,7 @@ async def test_values_that_nobody_can_ask_for_are_let_go(autojump_clock: MockClo
     kept = [(b"hot", 19), (b"hot", 18), (b"open", 2), (b"open", 20), (b"deleted", 2)]
     for name in (b"hot", b"open", b"deleted"):
         for revision in range(1, 21):
-            value = rig.contents.get(b"/" + name, Revision(revision))
+            value = rig.value_cache.get(b"/" + name, Revision(revision))
             assert (value is not None) == ((name, revision) in kept)
 
 
@@ -96,7 +96,7 @@ async def test_a_batch_is_shown_when_the_kernel_has_let_go(autojump_clock: MockC
     assert (rig.shown(b"a"), rig.shown(b"b"), rig.applier.revision) == (1, 1, 0)
     files = [rig.tree.root.children[name] for name in (b"a", b"b")]
     assert [cached for cached, _ in rig.kernel.asked] == [set(map(rig.tree.listing_of, files))]
-    rig.kernel.let_go()
+    rig.kernel.invalidate()
     assert (rig.shown(b"a"), rig.shown(b"b"), rig.applier.revision) == (2, 2, 2)
 
 
@@ -106,10 +106,10 @@ async def test_what_comes_meanwhile_is_shown_in_one_step(autojump_clock: MockClo
     for revision in range(3, 1000):
         await rig.applier.take([put(b"a", revision)])
     await rig.applier.take([gone(b"b", 1000)])
-    rig.kernel.let_go()
+    rig.kernel.invalidate()
     assert rig.shown(b"a") == rig.applier.revision == 2
     await wait_all_tasks_blocked()
-    rig.kernel.let_go()
+    rig.kernel.invalidate()
     assert rig.shown(b"a") == 999
     assert b"b" not in rig.tree.root.children
     assert rig.applier.revision == 1000
@@ -130,7 +130,7 @@ async def test_a_backlog_is_bounded(autojump_clock: MockClock) -> None:
     assert scope.cancelled_caught
     assert taken == WAITING_MAX * BATCH_KEYS
     rig.kernel.is_slow = False
-    rig.kernel.let_go()
+    rig.kernel.invalidate()
     with trio.fail_after(60):
         await rig.applier.idle()
     assert rig.applier.revision == taken + 2
@@ -143,7 +143,7 @@ async def test_one_revision_is_never_cut(autojump_clock: MockClock) -> None:
     events: list[Event] = [put(b"%d" % number, 3) for number in range(2 * BATCH_KEYS)]
     await rig.applier.take(events)
     rig.kernel.is_slow = False
-    rig.kernel.let_go()
+    rig.kernel.invalidate()
     with trio.fail_after(60):
         await rig.applier.idle()
     assert rig.applier.batches == 2
@@ -152,10 +152,10 @@ async def test_one_revision_is_never_cut(autojump_clock: MockClock) -> None:
 async def test_a_call_that_holds_the_lock_is_not_waited_for(autojump_clock: MockClock) -> None:
     rig = Rig(b"a")
     await rig.applier.take([put(b"a", 2)])
-    with rig.applier.letting.holding([Entry(rig.tree.root.inode, b"x")]):
+    with rig.applier.invalidator.holding([Dentry(rig.tree.root.inode, b"x")]):
         assert rig.shown(b"a") == 2
     assert rig.applier.early == 1
-    rig.kernel.let_go()  # late, and nobody cares
+    rig.kernel.invalidate()  # late, and nobody cares
     assert rig.applier.batches == 1
 
 
@@ -164,15 +164,15 @@ async def test_after_a_failure_nothing_is_shown_before_a_new_listing(
 ) -> None:
     monkeypatch.setattr(applier_module.log, "exception", lambda *_: None)
     rig = Rig(b"a")
-    plan = rig.switch.plan
-    monkeypatch.setattr(rig.switch, "plan", lambda *_, **__: 1 / 0)
+    plan = rig.update.plan
+    monkeypatch.setattr(rig.update, "plan", lambda *_, **__: 1 / 0)
     await rig.applier.take([put(b"a", 2)])
     assert rig.failures == 1
-    monkeypatch.setattr(rig.switch, "plan", plan)
+    monkeypatch.setattr(rig.update, "plan", plan)
     await rig.applier.take([put(b"a", 3)])
     assert (rig.shown(b"a"), rig.applier.revision) == (1, 0)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(rig.applier.replace, [put(b"a", 3)], 3)
         await wait_all_tasks_blocked()
-        rig.kernel.let_go()
+        rig.kernel.invalidate()
     assert (rig.shown(b"a"), rig.applier.revision) == (3, 3)

@@ -12,7 +12,7 @@ from etcdfs.consistency.audit_index import Staging
 from etcdfs.errors import CompactedError, NotFoundError, StoreUnavailableError
 from etcdfs.keyspace.store import Delete, KeyValue, Put, Revision, Transaction
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.tree import Entry, Listing
+from etcdfs.tree.tree import CachedAttributes, Dentry
 from tests.service.mirrors import AGAIN, BOUND_S, content, quiet
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
@@ -80,14 +80,16 @@ async def test_only_what_the_kernel_knows_is_invalidated(
         assert mount.kernel.invalidated == []
         store.put_now(b"/d/known", b"2")
         await quiet(mount)
-        assert mount.kernel.invalidated == [Listing(known.inode, Entry(directory.inode, b"known"))]
+        assert mount.kernel.invalidated == [
+            CachedAttributes(known.inode, Dentry(directory.inode, b"known"))
+        ]
         after = await mount.kernel.stat((b"d", b"known"))
         assert after.inode == known.inode
         assert after.mtime_ns > known.mtime_ns
         assert (await mount.kernel.stat((b"d",))).mtime_ns == directory.mtime_ns
         store.put_now(b"/d/new", b"1")
         await quiet(mount)
-        listing = Listing(directory.inode, Entry(mount.tree.root.inode, b"d"))
+        listing = CachedAttributes(directory.inode, Dentry(mount.tree.root.inode, b"d"))
         assert mount.kernel.invalidated[1:] == [listing]
         assert (await mount.kernel.stat((b"d",))).mtime_ns > directory.mtime_ns
 
@@ -171,9 +173,9 @@ async def test_a_directory_that_a_call_of_ours_holds_is_no_alarm(
     async with open_mount(store) as mount:
         assert await content(mount, (b"d", b"a")) == b"1"
         directory = mount.tree.root.children[b"d"].inode
-        with mount.view.holding((Entry(directory, b"b"),)):
+        with mount.view.holding((Dentry(directory, b"b"),)):
             mount.kernel.stick(directory, trio.current_time() - 1)
-            assert mount.mirror.link.statistics().stale_s == 1
+            assert mount.mirror.staleness.statistics().stale_s == 1
             mount.kernel.stick(directory, None)
 
 
@@ -198,20 +200,20 @@ async def test_what_is_in_a_stuck_directory_is_not_kept(
             assert missing is None
             return [found.timeout_s, mount.filesystem.kernel_timeout_s]
 
-        stick, link = mount.kernel.stick, mount.mirror.link
+        stick, staleness = mount.kernel.stick, mount.mirror.staleness
         stick(d, trio.current_time() - 1)
         assert (await lifetimes(d), await lifetimes(e)) == ([0, 0], [60, 60])
         await trio.sleep(2)
-        assert link.statistics().stale_s == 3
+        assert staleness.statistics().stale_s == 3
         stick(None, trio.current_time())
         assert (await lifetimes(d), await lifetimes(e)) == ([0, 0], [0, 0])
         stick(d, None)
         await trio.sleep(2)
-        assert link.statistics().stale_s == 2
-        assert link.statistics().connected
+        assert staleness.statistics().stale_s == 2
+        assert staleness.statistics().connected
         stick(None, None)
         assert (await lifetimes(d), await lifetimes(e)) == ([60, 60], [60, 60])
-        assert link.statistics().stale_s == 0
+        assert staleness.statistics().stale_s == 0
 
 
 async def test_a_name_that_appears_is_not_cached_as_missing_meanwhile(
@@ -263,7 +265,7 @@ async def test_own_change_is_visible_when_the_call_returns(
         await mount.kernel.rmdir((b"d",))
         assert await mount.kernel.listdir(()) == []
         assert mount.mirror.statistics().ahead == 0
-        assert not mount.mirror._letting._held  # nothing of what was changed is kept
+        assert not mount.mirror._invalidator._held  # nothing of what was changed is kept
 
 
 @pytest.mark.expect_log(LATE)
@@ -508,10 +510,10 @@ async def test_after_compaction_only_what_changed_is_invalidated(
         with trio.fail_after(BOUND_S):
             await mount.mirror.reached(store.revision)
         root = mount.tree.root.inode
-        told = {c for c in mount.kernel.invalidated if isinstance(c, Entry)}
-        assert told == {Entry(root, b"deleted"), Entry(root, b"new")}
-        followed = {c.within for c in mount.kernel.invalidated if isinstance(c, Listing)}
-        assert followed == {None, Entry(root, b"changed")}, "the root's attributes, and its"
+        told = {c for c in mount.kernel.invalidated if isinstance(c, Dentry)}
+        assert told == {Dentry(root, b"deleted"), Dentry(root, b"new")}
+        followed = {c.within for c in mount.kernel.invalidated if isinstance(c, CachedAttributes)}
+        assert followed == {None, Dentry(root, b"changed")}, "the root's attributes, and its"
         assert (await mount.kernel.stat((b"same",))).inode == same.inode
         assert await content(mount, (b"changed",)) == b"2"
         assert await content(mount, (b"deleted",)) is None
@@ -583,8 +585,8 @@ async def test_batch_that_cannot_be_applied_leads_to_a_new_listing(
     store.put_now(b"/f", b"1")
     async with open_mount(store) as mount:
         await mount.kernel.stat((b"f",))
-        switch = mount.mirror.switch
-        plan = switch.plan
+        update = mount.mirror.update
+        plan = update.plan
         calls = iter([True])
 
         def failing(*args: object, **kwargs: object) -> object:
@@ -592,7 +594,7 @@ async def test_batch_that_cannot_be_applied_leads_to_a_new_listing(
                 raise RuntimeError("planted")
             return plan(*args, **kwargs)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(switch, "plan", failing)
+        monkeypatch.setattr(update, "plan", failing)
         store.put_now(b"/f", b"2")
         with trio.fail_after(BOUND_S):
             await mount.mirror.reached(store.revision)
@@ -646,8 +648,8 @@ async def test_a_publish_that_fails_half_way_leaves_nothing_of_itself(
         above = await mount.kernel.stat((b"d",))
         opened = await mount.kernel.open((b"same", b"f"), os.O_RDONLY)
         old = await mount.kernel.open((b"gone", b"b"), os.O_RDONLY)
-        draft = await mount.kernel.open((b"d", b"new"), os.O_WRONLY | os.O_CREAT)
-        await mount.kernel.write(draft, 0, b"mine")
+        buffer = await mount.kernel.open((b"d", b"new"), os.O_WRONLY | os.O_CREAT)
+        await mount.kernel.write(buffer, 0, b"mine")
         with pytest.raises(FileNotFoundError):
             await mount.kernel.stat((b"d", b"missing"))
         tree, left = mount.tree, iter(range(calls_before))
@@ -674,7 +676,7 @@ async def test_a_publish_that_fails_half_way_leaves_nothing_of_itself(
         assert await mount.kernel.read(opened) == b"1"
         for handle in (opened, old):
             await mount.kernel.close(handle)
-        await mount.kernel.close(draft)
+        await mount.kernel.close(buffer)
         assert store.current(b"/d/new") is not None
         store.put_now(b"/gone/b", b"3")
         await quiet(mount)
@@ -704,16 +706,16 @@ async def test_whatever_goes_wrong_with_what_comes_the_mirror_goes_on(
 ) -> None:
     store.put_now(b"/f", b"1")
     async with open_mount(store) as mount:
-        replica = mount.mirror.replica
-        assert replica is not None
-        receive, calls = replica.receive, iter(range(1))
+        state_machine = mount.mirror.state_machine
+        assert state_machine is not None
+        receive, calls = state_machine.receive, iter(range(1))
 
         def failing(*args: object) -> object:
             if next(calls, None) is not None:
                 raise ValueError("planted")
             return receive(*args)  # type: ignore[arg-type]
 
-        monkeypatch.setattr(replica, "receive", failing)
+        monkeypatch.setattr(state_machine, "receive", failing)
         store.put_now(b"/f", b"2")
         with trio.fail_after(BOUND_S):
             await mount.mirror.reached(store.revision)
@@ -771,7 +773,7 @@ async def test_comparing_a_listing_lets_others_have_their_turn(
     entries = [KeyValue(key, b"v", Revision(2), Revision(2), 1) for key in sorted(keys)]
     async with open_mount(store) as mount:
         load(mount.tree, entries)
-        staging = Staging(mount.tree, mount.contents, most_bytes=1000)
+        staging = Staging(mount.tree, mount.value_cache, most_bytes=1000)
         staging.add(entries[: len(entries) // 2])
         turns = 0
 

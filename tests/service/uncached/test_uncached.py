@@ -8,7 +8,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from etcdfs.errors import CompactedError
-from etcdfs.keyspace.attribute_records import is_side_key, side_key
+from etcdfs.keyspace.attribute_records import is_record_key, record_key
 from etcdfs.keyspace.store import Get, Put, Transaction
 from etcdfs.uncached.uncached import MAX_LISTINGS
 from tests.support.fake_kernel import FakeMount, Path, open_mount
@@ -85,7 +85,7 @@ async def test_values_that_are_known_are_not_fetched_again(
         await mount.kernel.listdir((b"d",))
         before = len(store.range_calls)
         await mount.kernel.listdir((b"d",))
-        others = [c for c in store.range_calls[before:] if not is_side_key(c.start)]
+        others = [c for c in store.range_calls[before:] if not is_record_key(c.start)]
         assert all(call.keys_only or call.end is None for call in others)
 
 
@@ -300,7 +300,7 @@ async def test_a_directory_that_is_known_is_asked_for_by_one_key(
         await mount.kernel.stat((b"d", b"e", b"1"))
         assert set(ranges_asked(store, before)) == {b"/d/e/1/"}
         store.put_now(b"/d/", b"")
-        store.put_now(side_key(b"/d/"), b'{"uid":5}')
+        store.put_now(record_key(b"/d/"), b'{"uid":5}')
         assert (await mount.kernel.stat((b"d",))).uid == 5, "its own marker is looked at"
         store.delete_now(b"/d/", b"/d0")
         with pytest.raises(FileNotFoundError):

@@ -414,7 +414,7 @@ async def test_unlink_and_flush_of_one_file_at_once(
             await mount.kernel.flush(handle)
             store.release_watches()
         assert keys(store) == {}
-        assert not mount.view.switch.intents
+        assert not mount.view.update.intents
         await mount.kernel.close(handle)
         await quiet(mount)
 
@@ -677,8 +677,10 @@ async def test_attributes_can_be_set(autojump_clock: MockClock, store: FakeStore
         got = await mount.filesystem.setattr(inode, change)
         assert (got.size, got.mode & 0o7777, got.uid, got.gid) == (2, 0o600, 1, 2)
         assert (got.atime_ns, got.mtime_ns) == (3, 4)
-        side = b'{"atime_ns":3,"gid":2,"mode":"0600","mtime_ns":4,"mtime_revision":3,"uid":1}'
-        assert keys(store) == {b"/f": b"12", b"/.etcdfs/attrs//f": side}
+        stored_record = (
+            b'{"atime_ns":3,"gid":2,"mode":"0600","mtime_ns":4,"mtime_revision":3,"uid":1}'
+        )
+        assert keys(store) == {b"/f": b"12", b"/.etcdfs/attrs//f": stored_record}
         with pytest.raises(Exception, match="directory"):
             await mount.filesystem.setattr(1, Change(size=0))
         got = await mount.filesystem.setattr(1, Change(mode=0o700))
@@ -738,8 +740,8 @@ async def test_failed_changes_leave_everything_as_it_was(
             assert keys(store) == before
             await quiet(mount)
             assert await mount.kernel.listdir(()) == [b"d", b"f"]
-            assert not mount.view.switch.intents
-            assert not mount.view.switch.locked
+            assert not mount.view.update.intents
+            assert not mount.view.update.locked
 
 
 async def test_read_only_mount_refuses_every_change(

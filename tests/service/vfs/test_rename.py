@@ -11,7 +11,7 @@ import trio.testing
 from trio.testing import MockClock
 
 from etcdfs.errors import EtcdfsError, StorePermissionError
-from etcdfs.keyspace.attribute_records import Record, encode, side_key
+from etcdfs.keyspace.attribute_records import Record, encode, record_key
 from etcdfs.keyspace.store import Committed, Get, Put, Transaction
 from etcdfs.tree.tree import Directory
 from tests.support.fake_kernel import FakeMount, Path, open_mount
@@ -378,7 +378,7 @@ async def test_attributes_go_along(
 ) -> None:
     fill(store, {b"/d/f": b"1", b"/d/": b"", b"/g": b"2"})
     for key, mode in ((b"/d/f", 0o600), (b"/d/", 0o700), (b"/g", 0o640)):
-        store.put_now(side_key(key), encode(Record(mode=mode)))
+        store.put_now(record_key(key), encode(Record(mode=mode)))
 
     def modes() -> set[bytes]:
         found = store.range_now(b"/.etcdfs/", b"/.etcdfs0").entries
@@ -420,7 +420,7 @@ async def test_without_rights_on_attributes_content_moves_unless_they_would_be_l
     before = keys(store)
     if known:
         for key in (b"/d/f", b"/g"):
-            store.put_now(side_key(key), encode(Record(mode=0o600)))
+            store.put_now(record_key(key), encode(Record(mode=0o600)))
     async with open_mount(store, cache=cache) as mount:
         for path in ((b"d", b"f"), (b"g",)):
             await mount.kernel.walk(path)

@@ -16,7 +16,7 @@ from etcdfs.errors import (
     StorePermissionError,
     StoreUnavailableError,
 )
-from etcdfs.keyspace.attribute_records import RECHECK_S, is_side_key, side_key
+from etcdfs.keyspace.attribute_records import RECHECK_S, is_record_key, record_key
 from etcdfs.keyspace.store import Delete, Operation, Put, Transaction
 from etcdfs.vfs.attributes import Attributes, Caller, Change
 from etcdfs.vfs.leases import NUMBER_BITS, OURS
@@ -35,12 +35,12 @@ def cache(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(params=[b"/", b"/p/"], ids=["inside", "outside"])
 def prefix(request: pytest.FixtureRequest) -> bytes:
-    """Return a prefix that has the side keys inside, and one that has not."""
+    """Return a prefix that has the record keys inside, and one that has not."""
     return bytes(request.param)
 
 
 def record(store: FakeStore, key: bytes) -> bytes | None:
-    found = store.current(side_key(key))
+    found = store.current(record_key(key))
     return None if found is None else found.value
 
 
@@ -56,12 +56,12 @@ async def stat_of(mount: FakeMount, *path: bytes) -> Attributes:
     return await mount.kernel.stat(path)
 
 
-def side_keys_of(operations: tuple[Operation, ...]) -> list[bytes]:
+def record_keys_of(operations: tuple[Operation, ...]) -> list[bytes]:
     found: list[bytes] = []
     for operation in operations:
         if isinstance(operation, Transaction):
-            found += side_keys_of((*operation.then, *operation.otherwise))
-        elif is_side_key(operation.key):
+            found += record_keys_of((*operation.then, *operation.otherwise))
+        elif is_record_key(operation.key):
             found.append(operation.key)
     return found
 
@@ -69,18 +69,18 @@ def side_keys_of(operations: tuple[Operation, ...]) -> list[bytes]:
 def forbid(
     store: FakeStore, monkeypatch: pytest.MonkeyPatch, *, reading: bool, writing: bool
 ) -> None:
-    """Have etcd refuse whatever touches side keys, as roles without that range do."""
+    """Have etcd refuse whatever touches record keys, as roles without that range do."""
     commit, look = store.commit, store.range
 
     async def guarded_commit(transaction: Transaction) -> Any:
-        found = side_keys_of((transaction,))
+        found = record_keys_of((transaction,))
         writes = [o for o in _flat((transaction,)) if isinstance(o, (Put, Delete))]
-        if (reading and found) or (writing and any(is_side_key(o.key) for o in writes)):
+        if (reading and found) or (writing and any(is_record_key(o.key) for o in writes)):
             raise StorePermissionError("etcdserver: permission denied")
         return await commit(transaction)
 
     async def guarded_range(start: bytes, *args: Any, **kwargs: Any) -> Any:
-        if reading and is_side_key(start):
+        if reading and is_record_key(start):
             raise StorePermissionError("etcdserver: permission denied")
         return await look(start, *args, **kwargs)
 
@@ -122,9 +122,11 @@ async def test_a_foreign_change_arrives(
     store.put_now(prefix + b"d/f", b"value")
     async with open_mount(store, cache=cache, prefix=prefix) as mount:
         inode = (await stat_of(mount, b"d", b"f")).inode
-        store.put_now(side_key(prefix + b"d/f"), b'{"mode":"0400","mtime_ns":7,"mtime_revision":2}')
+        store.put_now(
+            record_key(prefix + b"d/f"), b'{"mode":"0400","mtime_ns":7,"mtime_revision":2}'
+        )
         store.put_now(prefix + b"d/", b"")
-        store.put_now(side_key(prefix + b"d/"), b'{"mode":"0700","uid":5}')
+        store.put_now(record_key(prefix + b"d/"), b'{"mode":"0700","uid":5}')
         await trio.testing.wait_all_tasks_blocked()
         found = await stat_of(mount, b"d", b"f")
         assert (found.mode & 0o7777, found.mtime_ns, found.inode) == (0o400, 7, inode)
@@ -135,7 +137,7 @@ async def test_a_foreign_change_arrives(
         found = await stat_of(mount, b"d", b"f")
         assert found.mode & 0o7777 == 0o400
         assert found.mtime_ns != 7, "the time was that of the other version"
-        store.delete_now(side_key(prefix + b"d/f"))
+        store.delete_now(record_key(prefix + b"d/f"))
         store.delete_now(prefix + b"d/")
         await trio.testing.wait_all_tasks_blocked()
         assert (await stat_of(mount, b"d", b"f")).mode & 0o7777 == 0o644
@@ -167,11 +169,11 @@ async def test_the_listing_has_attributes(
     for key in (b"f", b"plain", b"v", b"v/below", b"d/", b"d/deep/er/x", b"void"):
         store.put_now(prefix + key, b"value")
     for key in (b"f", b"v", b"v/below", b"d/", b"d/deep/er/x", b"missing"):
-        store.put_now(side_key(prefix + key), b'{"uid":5}')
-    store.put_now(side_key(prefix + b"void"), b'{"uid":5}')
+        store.put_now(record_key(prefix + key), b'{"uid":5}')
+    store.put_now(record_key(prefix + b"void"), b'{"uid":5}')
     store.delete_now(prefix + b"void")
     store.put_now(prefix + b"void", b"new")
-    store.put_now(side_key(prefix + b"v/"), b'{"uid":6}')  # there is no such marker
+    store.put_now(record_key(prefix + b"v/"), b'{"uid":6}')  # there is no such marker
     async with open_mount(store, cache=cache, prefix=prefix) as mount:
         owners: dict[bytes, int] = {}
         for path in ((), (b"v",)):
@@ -226,7 +228,7 @@ async def test_a_lost_race_is_run_again(
 
         async def racing(transaction: Transaction) -> Any:
             if foreign and any(isinstance(o, Put) for o in transaction.then):
-                store.put_now(side_key(prefix + b"f"), foreign.pop())
+                store.put_now(record_key(prefix + b"f"), foreign.pop())
             return await commit(transaction)
 
         monkeypatch.setattr(store, "commit", racing)
@@ -295,7 +297,7 @@ async def test_times_go_along_with_what_was_written(
 ) -> None:
     key = prefix + b"f"
     store.put_now(key, b"value")
-    store.put_now(side_key(key), b'{"mode":"0600","mtime_ns":5}')
+    store.put_now(record_key(key), b'{"mode":"0600","mtime_ns":5}')
     async with open_mount(store, cache=cache, prefix=prefix) as mount:
         inode = (await stat_of(mount, b"f")).inode
         for data, times in ((b"1", True), (b"1", True), (b"2", False)):
@@ -308,14 +310,14 @@ async def test_times_go_along_with_what_was_written(
             await mount.files.flush(handle)
             await mount.files.release(handle)
             assert store.revision == before + 1
-            own, side = store.current(key), store.current(side_key(key))
+            own, stored_record = store.current(key), store.current(record_key(key))
             assert own is not None
-            assert side is not None
+            assert stored_record is not None
             if times:
-                assert side.mod_revision == store.revision
+                assert stored_record.mod_revision == store.revision
                 assert (await stat_of(mount, b"f")).mtime_ns == LONG_AGO
             else:
-                assert side.value == b'{"mode":"0600"}', "what no longer holds is dropped"
+                assert stored_record.value == b'{"mode":"0600"}', "what no longer holds is dropped"
 
 
 @pytest.mark.parametrize(
@@ -349,7 +351,7 @@ async def test_b63_without_rights_to_side_keys_content_still_works(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     store.put_now(b"/p/f", b"value")
-    store.put_now(side_key(b"/p/f"), b'{"mode":"0600"}')
+    store.put_now(record_key(b"/p/f"), b'{"mode":"0600"}')
     forbid(store, monkeypatch, reading=reading, writing=True)
     async with open_mount(store, cache=cache, prefix=b"/p/") as mount:
         inode = (await stat_of(mount, b"f")).inode
@@ -386,11 +388,11 @@ async def test_b64_what_was_missed_is_known_before_anything_opens(
 
     def make() -> None:
         key = b"/p/%d" % next(names)
-        puts = (Put(key, b"secret"), Put(side_key(key), b'{"mode":"0600"}'))
+        puts = (Put(key, b"secret"), Put(record_key(key), b'{"mode":"0600"}'))
         store.commit_now(Transaction(then=puts))
 
     async def guarded_range(start: bytes, *args: Any, **kwargs: Any) -> Any:
-        if not is_side_key(start):
+        if not is_record_key(start):
             return await look(start, *args, **kwargs)
         if refusing:
             raise StorePermissionError("etcdserver: permission denied")
@@ -402,7 +404,7 @@ async def test_b64_what_was_missed_is_known_before_anything_opens(
         return found
 
     async def guarded_commit(transaction: Transaction) -> Any:
-        if refusing and side_keys_of((transaction,)):
+        if refusing and record_keys_of((transaction,)):
             raise StorePermissionError("etcdserver: permission denied")
         return await commit(transaction)
 
@@ -442,12 +444,12 @@ async def test_b64_what_can_be_read_says_nothing_of_what_is_refused(
     commit, refused = store.commit, trio.Event()
 
     async def guarded_commit(transaction: Transaction) -> Any:
-        found = side_keys_of((transaction,))
-        if side_key(b"/secret") in found:
+        found = record_keys_of((transaction,))
+        if record_key(b"/secret") in found:
             refused.set()
             raise StorePermissionError("etcdserver: permission denied")
         committed = await commit(transaction)
-        if side_key(b"/open") in found:
+        if record_key(b"/open") in found:
             await refused.wait()
             await trio.sleep(0.1)
         return committed
@@ -455,7 +457,7 @@ async def test_b64_what_can_be_read_says_nothing_of_what_is_refused(
     store.commit = guarded_commit  # type: ignore[method-assign]
     store.put_now(b"/open", b"value")
     store.put_now(b"/secret", b"value")
-    store.put_now(side_key(b"/secret"), b'{"mode":"0600"}')
+    store.put_now(record_key(b"/secret"), b'{"mode":"0600"}')
     async with open_mount(store, cache=False) as mount, trio.open_nursery() as nursery:
         for _ in range(3):
             nursery.start_soon(stat_of, mount, b"open")
@@ -480,7 +482,7 @@ async def test_changes_that_other_rights_forbid_say_so(
             number = await errno_of(mount.filesystem.mkdir(1, b"d", 0o700, CALLER))
             assert os.strerror(number) == "Permission denied"
             rights = mount.tree.rights.statistics()
-            assert rights.writable, "it was not the side key that was refused"
+            assert rights.writable, "it was not the record key that was refused"
 
 
 async def test_a_ttl(autojump_clock: MockClock, store: FakeStore, cache: bool) -> None:
@@ -503,7 +505,7 @@ async def test_a_lease_needs_no_right_to_attributes(
     autojump_clock: MockClock, store: FakeStore, cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put_now(b"/f", b"value")
-    store.put_now(side_key(b"/f"), b'{"mode":"0640","mtime_ns":5,"mtime_revision":2}')
+    store.put_now(record_key(b"/f"), b'{"mode":"0640","mtime_ns":5,"mtime_revision":2}')
     async with open_mount(store, cache=cache) as mount:
         inode = (await stat_of(mount, b"f")).inode
         assert (await stat_of(mount, b"f")).mtime_ns == 5
@@ -553,17 +555,19 @@ async def test_a_lease_that_was_not_attached(
 async def test_a_key_is_never_seen_before_its_attributes(
     autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The side keys have a watch of their own, and it may be late."""
+    """The record keys have a watch of their own, and it may be late."""
     pull = FakeWatch.pull
 
     def late(watch: FakeWatch) -> None:
-        if not is_side_key(watch._start):
+        if not is_record_key(watch._start):
             pull(watch)
 
     async with open_mount(store, prefix=b"/p/") as mount:
         monkeypatch.setattr(FakeWatch, "pull", late)
         store.commit_now(
-            Transaction(then=(Put(b"/p/f", b"secret"), Put(side_key(b"/p/f"), b'{"mode":"0600"}')))
+            Transaction(
+                then=(Put(b"/p/f", b"secret"), Put(record_key(b"/p/f"), b'{"mode":"0600"}'))
+            )
         )
         await trio.testing.wait_all_tasks_blocked()
         assert (await stat_of(mount, b"f")).mode & 0o7777 == 0o600
@@ -575,12 +579,12 @@ async def test_side_keys_are_listed_again_after_a_compaction(
 ) -> None:
     for name in (b"a", b"b", b"c"):
         store.put_now(b"/p/" + name, b"value")
-        store.put_now(side_key(b"/p/" + name), b'{"uid":5}')
+        store.put_now(record_key(b"/p/" + name), b'{"uid":5}')
     async with open_mount(store, prefix=b"/p/") as mount:
         assert [(await stat_of(mount, n)).uid for n in (b"a", b"b", b"c")] == [5, 5, 5]
         store.hold_watches()
-        store.delete_now(side_key(b"/p/a"))
-        store.put_now(side_key(b"/p/b"), b'{"uid":6}')
+        store.delete_now(record_key(b"/p/a"))
+        store.put_now(record_key(b"/p/b"), b'{"uid":6}')
         store.compact_now(store.revision)
         store.break_watches()
         store.release_watches()

@@ -76,17 +76,17 @@ def early_publish(module: Any) -> None:
 @defect("negative-entries", "etcdfs.tree.update")
 def negative_entries(module: Any) -> None:
     """A name that was missing is not invalidated when it appears."""
-    original = module.Switch.invalidations
+    original = module.Update.invalidations
 
     def invalidations(self: Any, plan: Any) -> Any:
         appearing = {
-            module.Entry(directory.inode, name)
+            module.Dentry(directory.inode, name)
             for directory, name, before, _ in plan.changes()
             if before is None
         }
         return original(self, plan) - appearing
 
-    replace(module.Switch, "invalidations", invalidations)
+    replace(module.Update, "invalidations", invalidations)
 
 
 @defect("keep-cache-always", "etcdfs.tree.update")
@@ -94,38 +94,38 @@ def keep_cache_always(module: Any) -> None:
     """A version that another client wrote keeps what the kernel has of the old, pages and all."""
     original = module.Tree.renew
 
-    def renew(self: Any, file: Any, facts: Any) -> None:
-        stored = file.stored
-        original(self, file, facts)
-        file.pages, file.stored = facts.mod_revision, stored
+    def renew(self: Any, file: Any, key_state: Any) -> None:
+        stored = file.pages_pushed
+        original(self, file, key_state)
+        file.pages, file.pages_pushed = key_state.mod_revision, stored
 
-    replace(module.Switch, "_of_version", lambda _self, _file: set())
+    replace(module.Update, "_of_version", lambda _self, _file: set())
     replace(module.Tree, "renew", renew)
 
 
-# --- the replica ----------------------------------------------------------------------------
+# --- the state machine ----------------------------------------------------------------------------
 
 
 @defect("no-deduplication", "etcdfs.tree.changes")
 def no_deduplication(module: Any) -> None:
     """Events that were applied before are applied again."""
-    replica: Any = importlib.import_module("etcdfs.mirror.state_machine")
-    original = replica.Replica._on_events
+    state_machine: Any = importlib.import_module("etcdfs.mirror.state_machine")
+    original = state_machine.StateMachine._on_events
 
     def on_events(self: Any, events: Any) -> Any:
         steps = original(self, events)
         if steps or not events:
             return steps
-        return (replica.Apply(events, events[-1].mod_revision),)
+        return (state_machine.Apply(events, events[-1].mod_revision),)
 
-    replace(replica.Replica, "_on_events", on_events)
+    replace(state_machine.StateMachine, "_on_events", on_events)
     replace(module.Planner, "_is_behind", lambda _self, _event, _known: False)
 
 
 @defect("out-of-order", "etcdfs.mirror.state_machine")
 def out_of_order(module: Any) -> None:
     """Some batches are applied after newer ones."""
-    original, now = module.Replica.receive, sometimes(10)
+    original, now = module.StateMachine.receive, sometimes(10)
     kept: list[Any] = []
     left = [0]
 
@@ -145,13 +145,13 @@ def out_of_order(module: Any) -> None:
             return ()
         return steps
 
-    replace(module.Replica, "receive", receive)
+    replace(module.StateMachine, "receive", receive)
 
 
 @defect("split-revision", "etcdfs.mirror.state_machine")
 def split_revision(module: Any) -> None:
     """The keys of one transaction become visible one after the other."""
-    original = module.Replica.receive
+    original = module.StateMachine.receive
 
     def receive(self: Any, message: Any) -> Any:
         steps = original(self, message)
@@ -159,7 +159,7 @@ def split_revision(module: Any) -> None:
             return tuple(module.Apply((event,), event.mod_revision) for event in steps[0].events)
         return steps
 
-    replace(module.Replica, "receive", receive)
+    replace(module.StateMachine, "receive", receive)
 
 
 @defect("no-witness", "etcdfs.mirror.messages")
@@ -171,14 +171,14 @@ def no_witness(module: Any) -> None:
 @defect("resume-too-late", "etcdfs.mirror.state_machine")
 def resume_too_late(module: Any) -> None:
     """A watch that is resumed leaves out what happened meanwhile."""
-    original = module.Replica._open
+    original = module.StateMachine._open
 
     def open_(self: Any) -> Any:
         step = original(self)
         # From 0 on, etcd takes for: from now on.
         return module.OpenWatch(module.Revision(0)) if self._resuming else step
 
-    replace(module.Replica, "_open", open_)
+    replace(module.StateMachine, "_open", open_)
 
 
 # --- the mirror -----------------------------------------------------------------------------
@@ -244,16 +244,16 @@ def no_hasleader(module: Any) -> None:
 @defect("lost-acknowledgement", "etcdfs.files.writeback")
 def lost_acknowledgement(module: Any) -> None:
     """Some writes are reported as done and never sent."""
-    original, now = module.Publisher.publish, sometimes(10)
+    original, now = module.Writeback.write_back, sometimes(10)
 
-    async def publish(self: Any, file: Any) -> None:
-        draft = file.draft
-        if isinstance(draft, module.Draft) and draft.is_dirty and now():
-            draft.published(draft.value)
+    async def write_back(self: Any, file: Any) -> None:
+        buffer = file.buffer
+        if isinstance(buffer, module.WriteBuffer) and buffer.is_dirty and now():
+            buffer.written_back(buffer.value)
             return
         await original(self, file)
 
-    replace(module.Publisher, "publish", publish)
+    replace(module.Writeback, "write_back", write_back)
 
 
 @defect("blind-overwrite", "etcdfs.files.writeback")

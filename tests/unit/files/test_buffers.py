@@ -5,7 +5,7 @@ import errno
 import pytest
 
 from etcdfs.errors import BufferFullError, BufferShareError
-from etcdfs.files.write_buffer import SHARES, WriteBuffers
+from etcdfs.files.write_buffer import SHARES, WriteBufferQuota
 from etcdfs.tree.inodes import File
 from etcdfs.tree.tree import Inode
 
@@ -18,7 +18,7 @@ def files(count: int) -> list[File]:
 
 
 def test_a_user_has_a_share() -> None:
-    buffers = WriteBuffers(LIMIT, max_file_size=1)
+    buffers = WriteBufferQuota(LIMIT, max_file_size=1)
     mine, other, anothers = files(3)
     buffers.take(mine, 1, SHARE - 1)
     with pytest.raises(BufferShareError) as caught:
@@ -33,7 +33,7 @@ def test_a_user_has_a_share() -> None:
 
 
 def test_all_users_have_all_of_it() -> None:
-    buffers = WriteBuffers(LIMIT, max_file_size=1)
+    buffers = WriteBufferQuota(LIMIT, max_file_size=1)
     *full, last = files(SHARES + 1)
     for uid, file in enumerate(full):
         buffers.take(file, uid, SHARE)
@@ -45,7 +45,7 @@ def test_all_users_have_all_of_it() -> None:
 
 
 def test_who_wrote_first_answers_for_a_file() -> None:
-    buffers = WriteBuffers(LIMIT, max_file_size=1)
+    buffers = WriteBufferQuota(LIMIT, max_file_size=1)
     shared, mine = files(2)
     buffers.take(shared, 1, 1)
     buffers.take(shared, 2, SHARE)
@@ -55,7 +55,7 @@ def test_who_wrote_first_answers_for_a_file() -> None:
 
 
 def test_what_becomes_smaller_or_ends_makes_room() -> None:
-    buffers = WriteBuffers(LIMIT, max_file_size=1)
+    buffers = WriteBufferQuota(LIMIT, max_file_size=1)
     first, second = files(2)
     buffers.take(first, 1, SHARE)
     buffers.take(first, 1, 10)
@@ -67,6 +67,6 @@ def test_what_becomes_smaller_or_ends_makes_room() -> None:
 
 
 def test_a_file_fits_however_little_room_there_is() -> None:
-    buffers = WriteBuffers(1, max_file_size=100)
+    buffers = WriteBufferQuota(1, max_file_size=100)
     (file,) = files(1)
     buffers.take(file, 1, 100)

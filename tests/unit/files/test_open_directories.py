@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from etcdfs.files.open_directories import PIECE, Listings
+from etcdfs.files.open_directories import PIECE, OpenDirectories
 from etcdfs.tree.tree import Directory, File, Inode
 
 ONE = File(Inode(2), None, 0)
@@ -17,7 +17,7 @@ def directory_of(names: list[bytes]) -> Directory:
 
 @given(st.lists(st.binary(max_size=3), unique=True, max_size=600), st.integers(0, 700))
 def test_a_listing_goes_on_where_it_was(names: list[bytes], start: int) -> None:
-    listings = Listings()
+    listings = OpenDirectories()
     handle = listings.open(directory_of(names))
     listings.take(handle)
     assert list(listings.names(handle, start)) == list(enumerate(names, 1))[start:]
@@ -25,7 +25,7 @@ def test_a_listing_goes_on_where_it_was(names: list[bytes], start: int) -> None:
 
 def test_a_listing_is_of_one_moment() -> None:
     directory = directory_of([b"a", b"b"])
-    listings = Listings()
+    listings = OpenDirectories()
     handle = listings.open(directory)
     assert list(listings.names(handle)) == []
     listings.take(handle)
@@ -36,7 +36,7 @@ def test_a_listing_is_of_one_moment() -> None:
 def test_listings_of_a_directory_share_what_they_have_in_common() -> None:
     names = [b"%06d" % n for n in range(50 * PIECE)]
     directory = directory_of(names)
-    listings = Listings()
+    listings = OpenDirectories()
     first = listings.open(directory)
     listings.take(first)
     alone = len(listings)

@@ -10,7 +10,7 @@ import trio.testing
 
 import etcdfs.fuse.notify
 from etcdfs.fuse.notify import LOOKS, STUCK_S, KernelCache
-from etcdfs.tree.tree import Cached, Entry, Inode, Listing
+from etcdfs.tree.tree import Cached, CachedAttributes, Dentry, Inode
 
 PATIENCE_S = 20
 UNKNOWN = Inode(1000)
@@ -30,21 +30,21 @@ class Locks:
             self._free[directory] = threading.Event()
             self.entered[directory] = threading.Event()
 
-    def let_go(self, *directories: int) -> None:
+    def invalidate(self, *directories: int) -> None:
         for directory in directories:
             self._free.pop(directory).set()
 
     def let_all_go(self) -> None:
-        self.let_go(*list(self._free))
+        self.invalidate(*list(self._free))
 
-    def invalidate_entry(self, entry: Entry) -> None:
+    def invalidate_entry(self, entry: Dentry) -> None:
         self._wait(entry.directory)
         self.told.append(entry)
 
     def invalidate_attributes(self, inode: int, *, pages: bool) -> bool:
         if pages:
             self._wait(inode)
-        self.told.append(Listing(Inode(inode), None))
+        self.told.append(CachedAttributes(Inode(inode), None))
         return inode != UNKNOWN
 
     def _wait(self, lock: int) -> None:
@@ -105,7 +105,7 @@ async def started(locks: Locks) -> AsyncIterator[tuple[KernelCache, Listener]]:
 
 
 def names(directory: int, count: int = 1) -> list[Cached]:
-    return [Entry(Inode(directory), b"%d" % number) for number in range(count)]
+    return [Dentry(Inode(directory), b"%d" % number) for number in range(count)]
 
 
 def submit(kernel: KernelCache, *cached: Cached) -> Callable[[], bool]:
@@ -131,7 +131,7 @@ async def test_what_waits_is_not_queued_again(locks: Locks) -> None:
             kernel.submit(entries)
         # The first one is being told just now, which may be too early: it is told again.
         assert kernel.statistics().waiting == len(entries)
-        locks.let_go(1)
+        locks.invalidate(1)
         await finish(kernel, *entries)
         assert kernel.statistics().waiting == 0
     assert locks.told[:4] == [*entries, entries[0]]
@@ -149,7 +149,7 @@ async def test_a_stuck_directory_stops_no_other(locks: Locks, impatient: None) -
         assert (statistics.stuck, statistics.stuck_ever) == (1, 1)
         assert statistics.finished == statistics.submitted
         assert statistics.waiting == 5, "all of them: the first is being told, and once more"
-        locks.let_go(1)
+        locks.invalidate(1)
         await listener.until()
         assert kernel.statistics().waiting == 0
         assert kernel.statistics().stuck == 0
@@ -161,27 +161,30 @@ async def test_attributes_wait_for_a_stuck_directory_only_by_their_name(
     locks: Locks, impatient: None
 ) -> None:
     locks.hold(1)
-    entry = Entry(Inode(1), b"name")
+    entry = Dentry(Inode(1), b"name")
     async with started(locks) as (kernel, listener):
         await finish(kernel, entry)
         await listener.until(1)
-        await finish(kernel, Listing(Inode(7), entry), Listing(UNKNOWN, entry))
-        assert locks.told == [Listing(Inode(7), None), Listing(UNKNOWN, None)]
-        locks.let_go(1)
+        await finish(kernel, CachedAttributes(Inode(7), entry), CachedAttributes(UNKNOWN, entry))
+        assert locks.told == [CachedAttributes(Inode(7), None), CachedAttributes(UNKNOWN, None)]
+        locks.invalidate(1)
         await listener.until()
-    unknown = Listing(UNKNOWN, None)
+    unknown = CachedAttributes(UNKNOWN, None)
     assert locks.told[2:] == [entry, unknown, entry, unknown]
 
 
 async def test_pages_may_be_stuck_as_names_may(locks: Locks, impatient: None) -> None:
     locks.hold(7)
-    pages, attributes = Listing(Inode(7), None, pages=True), Listing(Inode(7), None)
+    pages, attributes = (
+        CachedAttributes(Inode(7), None, pages=True),
+        CachedAttributes(Inode(7), None),
+    )
     async with started(locks) as (kernel, listener):
         await finish(kernel, pages, *names(1))
         await listener.until(7)
         await finish(kernel, pages, attributes)
         assert locks.told[:2] == [*names(1), attributes], "these wait for no page"
-        locks.let_go(7)
+        locks.invalidate(7)
         await listener.until()
     assert locks.told.count(attributes) == 3
 
@@ -193,7 +196,7 @@ async def test_a_directory_may_be_stuck_again(locks: Locks, impatient: None) -> 
             await finish(kernel, *names(1))
             await listener.until(1)
             assert kernel.statistics().stuck_ever == times
-            locks.let_go(1)
+            locks.invalidate(1)
             await listener.until()
 
 
@@ -209,9 +212,9 @@ async def test_beyond_the_threads_there_may_be_nobody_waits_for_the_kernel(
         assert submit(kernel, *names(6))(), "at once"
         assert kernel.statistics().stuck == 3
         assert locks.told == []
-        locks.let_go(1)
+        locks.invalidate(1)
         await listener.until(2, 3, None)
-        locks.let_go(4)
+        locks.invalidate(4)
         await listener.until(2, 3)
         assert locks.told == [*names(1), *names(4), *names(5), *names(6)]
         await finish(kernel, *names(7))
@@ -232,7 +235,7 @@ async def test_what_goes_on_is_not_stuck(
                 await trio.testing.wait_all_tasks_blocked()
                 autojump_clock.jump(STUCK_S / LOOKS)
             assert not done.is_set()
-            locks.let_go(1)
+            locks.invalidate(1)
             await done.wait()
         assert kernel.statistics().stuck_ever == 0
         assert listener.stuck == set()

@@ -1,4 +1,4 @@
-"""Side keys: the mapping, the record's text, and when a record is void."""
+"""Record keys: the mapping, the record's text, and when a record is void."""
 
 import json
 from dataclasses import replace
@@ -17,17 +17,17 @@ from etcdfs.keyspace.attribute_records import (
     clamped,
     decode,
     encode,
-    is_side_key,
+    is_record_key,
     is_void,
     is_xattr_name,
     moved,
     owner_of,
     read,
-    side_key,
-    side_range,
+    record_key,
+    record_range,
 )
 from etcdfs.keyspace.store import KeyValue, Revision
-from etcdfs.tree.tree import Facts, File, Inode, Side
+from etcdfs.tree.tree import File, Inode, KeyState, StoredRecord
 from etcdfs.vfs.attributes import Attributes, Change, Defaults
 from tests.support.odd_records import ODD, Odd
 
@@ -77,8 +77,8 @@ def spliced(draw: st.DrawFn) -> bytes:
 
 
 def shown(record: Record) -> Attributes:
-    file = File(Inode(2), Facts(Revision(1), Revision(1), 1, 0, 0), 0)
-    file.side = Side(record, Facts(Revision(1), Revision(1), 1, 0, 0))
+    file = File(Inode(2), KeyState(Revision(1), Revision(1), 1, 0, 0), 0)
+    file.stored_record = StoredRecord(record, KeyState(Revision(1), Revision(1), 1, 0, 0))
     return DEFAULTS.of(file, 0.0)
 
 
@@ -90,18 +90,18 @@ def group_and_others(record: Record) -> int:
 class TestKeys:
     @given(st.binary(min_size=1))
     def test_each_key_has_its_own(self, key: bytes) -> None:
-        assert owner_of(side_key(key)) == key
-        assert is_side_key(side_key(key))
-        assert ATTRIBUTES < side_key(key) < ATTRIBUTES_END
+        assert owner_of(record_key(key)) == key
+        assert is_record_key(record_key(key))
+        assert ATTRIBUTES < record_key(key) < ATTRIBUTES_END
 
     def test_a_name_that_only_begins_alike_is_none(self) -> None:
-        assert not is_side_key(b"/.etcdfs/attrs")
-        assert not is_side_key(b"/.etcdfs/attributes/x")
+        assert not is_record_key(b"/.etcdfs/attrs")
+        assert not is_record_key(b"/.etcdfs/attributes/x")
 
     @given(st.binary(max_size=4), st.binary(min_size=1, max_size=8))
     def test_the_range_of_a_prefix_holds_what_is_below_it(self, prefix: bytes, key: bytes) -> None:
-        start, end = side_range(prefix)
-        assert (start <= side_key(key) < end) == key.startswith(prefix)
+        start, end = record_range(prefix)
+        assert (start <= record_key(key) < end) == key.startswith(prefix)
 
 
 class TestRecords:
@@ -142,11 +142,11 @@ class TestRecords:
 
     @pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd.name)
     def test_an_odd_record_narrows_access(self, odd: Odd) -> None:
-        record = read(entry(side_key(b"f"), odd.value, 1, REVISION))
+        record = read(entry(record_key(b"f"), odd.value, 1, REVISION))
         found = shown(record)
         assert (found.mode, found.uid, found.gid) == (odd.mode, odd.uid, odd.gid)
         assert sorted(record.xattrs) == sorted(odd.xattrs)
-        assert read(entry(side_key(b"f"), encode(record), 1, REVISION)) == record
+        assert read(entry(record_key(b"f"), encode(record), 1, REVISION)) == record
 
     @pytest.mark.parametrize("name", ["mode", "uid", "gid", "type"])
     def test_b53_nothing_said_of_who_may_have_it_is_no_default(self, name: str) -> None:
@@ -161,7 +161,7 @@ class TestRecords:
         try:
             record = decode(value, REVISION)
         except RecordError:
-            assert group_and_others(read(entry(side_key(b"f"), value, 1, REVISION))) == 0
+            assert group_and_others(read(entry(record_key(b"f"), value, 1, REVISION))) == 0
             return
         shown(record)
         assert decode(encode(record), REVISION) == record
@@ -187,7 +187,7 @@ class TestRecords:
         def deep(levels: int) -> Record:
             if levels:
                 return deep(levels - 1)
-            return read(entry(side_key(b"f"), value, 1, REVISION))
+            return read(entry(record_key(b"f"), value, 1, REVISION))
 
         assert deep(0) == deep(600)
         assert (group_and_others(deep(0)) == 0o066) == (depth < DEPTH_MAX)
@@ -199,8 +199,8 @@ class TestRecords:
     @given(records)
     def test_who_sets_a_mode_leaves_no_doubt(self, record: Record) -> None:
         record = replace(record, unknown={"mode": "1", "uid": "-1", "gid": '""', "other": "1"})
-        file = File(Inode(2), Facts(Revision(1), Revision(1), 1, 0, 0), 0)
-        file.side = Side(record, Facts(Revision(1), Revision(1), 1, 0, 0))
+        file = File(Inode(2), KeyState(Revision(1), Revision(1), 1, 0, 0), 0)
+        file.stored_record = StoredRecord(record, KeyState(Revision(1), Revision(1), 1, 0, 0))
         changed = DEFAULTS.changed(file, Change(mode=0o604), mtime_holds=True)
         assert not changed.is_doubtful
         assert changed.unknown == {"other": "1"}
@@ -217,27 +217,29 @@ class TestRecords:
         assert not other.without_mtime()
 
     def test_one_older_than_its_key_is_void(self) -> None:
-        side = entry(side_key(b"a"), b"{}", 1, 5)
-        assert is_void(side, 6)
-        assert not is_void(side, 5)
-        assert not is_void(side, 4)
+        stored_record = entry(record_key(b"a"), b"{}", 1, 5)
+        assert is_void(stored_record, 6)
+        assert not is_void(stored_record, 5)
+        assert not is_void(stored_record, 4)
 
 
 class TestMoved:
     def test_what_was_set_for_this_version_is_set_for_the_new_key(self) -> None:
-        side = entry(side_key(b"a"), b'{"mode":"0600","mtime_ns":5,"mtime_revision":8}', 9, 9)
-        assert moved(side, entry(b"a", b"", 3, 8)) == b'{"mode":"0600","mtime_ns":5}'
+        stored_record = entry(
+            record_key(b"a"), b'{"mode":"0600","mtime_ns":5,"mtime_revision":8}', 9, 9
+        )
+        assert moved(stored_record, entry(b"a", b"", 3, 8)) == b'{"mode":"0600","mtime_ns":5}'
 
     def test_the_mtime_of_an_older_version_stays_behind(self) -> None:
-        side = entry(side_key(b"a"), b'{"mode":"0600","mtime_ns":5}', 7, 7)
-        assert moved(side, entry(b"a", b"", 3, 8)) == b'{"mode":"0600"}'
-        nothing = entry(side_key(b"a"), b'{"mtime_ns":5}', 7, 7)
+        stored_record = entry(record_key(b"a"), b'{"mode":"0600","mtime_ns":5}', 7, 7)
+        assert moved(stored_record, entry(b"a", b"", 3, 8)) == b'{"mode":"0600"}'
+        nothing = entry(record_key(b"a"), b'{"mtime_ns":5}', 7, 7)
         assert moved(nothing, entry(b"a", b"", 3, 8)) is None
 
     def test_a_void_record_stays_behind(self) -> None:
-        side = entry(side_key(b"a"), b'{"mode":"0600"}', 2, 2)
-        assert moved(side, entry(b"a", b"", 3, 3)) is None
+        stored_record = entry(record_key(b"a"), b'{"mode":"0600"}', 2, 2)
+        assert moved(stored_record, entry(b"a", b"", 3, 3)) is None
 
     def test_what_cannot_be_read_is_taken_along_as_it_is(self) -> None:
-        side = entry(side_key(b"a"), b"?", 4, 4)
-        assert moved(side, entry(b"a", b"", 3, 3)) == b"?"
+        stored_record = entry(record_key(b"a"), b"?", 4, 4)
+        assert moved(stored_record, entry(b"a", b"", 3, 3)) == b"?"

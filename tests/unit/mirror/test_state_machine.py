@@ -31,7 +31,7 @@ from etcdfs.mirror.messages import (
     Step,
     WatchLost,
 )
-from etcdfs.mirror.state_machine import Replica, State
+from etcdfs.mirror.state_machine import State, StateMachine
 
 START, END = b"/a/", b"/a0"
 
@@ -65,15 +65,15 @@ class Driven:
     """A replica that is checked after every message."""
 
     def __init__(self) -> None:
-        self.replica = Replica(START, END, page_size=2)
-        assert self.replica.start() == (FIRST_PAGE,)
+        self.state_machine = StateMachine(START, END, page_size=2)
+        assert self.state_machine.start() == (FIRST_PAGE,)
 
     def tell(self, *messages: Message) -> tuple[Step, ...]:
         """Give messages one after another and return the steps of the last."""
         steps: tuple[Step, ...] = ()
         for message in messages:
-            steps = self.replica.receive(message)
-            self.replica.check_invariants()
+            steps = self.state_machine.receive(message)
+            self.state_machine.check_invariants()
         return steps
 
 
@@ -88,7 +88,7 @@ def watching() -> Driven:
     driven = Driven()
     driven.tell(page(A5, B9, at=10), WatchOpened(rev(10)))
     assert driven.tell(page(B9, at=10)) == (Restore(rev(10)),)
-    assert driven.replica.state is State.WATCHING
+    assert driven.state_machine.state is State.WATCHING
     return driven
 
 
@@ -116,16 +116,16 @@ def test_nothing_is_restored_before_the_history_is_confirmed(driven: Driven) -> 
     driven.tell(page(A5, B9, at=10, more=True), page(c9, at=10))
     # The newest of the first page, and the newest of the others.
     assert driven.tell(WatchOpened(rev(12))) == (Read(b"/a/b", None, rev(10), 1),)
-    assert driven.replica.revision == 0
+    assert driven.state_machine.revision == 0
     assert driven.tell(page(B9, at=12)) == (Read(b"/a/c", None, rev(10), 1),)
     assert driven.tell(page(c9, at=12)) == (Restore(rev(10)),)
-    assert driven.replica.revision == 10
+    assert driven.state_machine.revision == 10
 
 
 def test_pages_of_two_histories_are_not_restored(driven: Driven) -> None:
     driven.tell(page(A5, B9, at=10, more=True), page(kv(b"/a/c", 9), at=10), WatchOpened(rev(12)))
     assert "another history" in relisting(driven.tell(page(at=12))).reason
-    assert driven.replica.statistics().refuted == 1
+    assert driven.state_machine.statistics().refuted == 1
 
 
 def test_an_empty_range_is_its_own_witness(driven: Driven) -> None:
@@ -164,7 +164,7 @@ def test_a_listing_that_cannot_be_begins_again(driven: Driven, answer: PageArriv
     back_off, read = driven.tell(answer)
     assert isinstance(back_off, BackOff)
     assert read == FIRST_PAGE
-    assert driven.replica.statistics().violations == 1
+    assert driven.state_machine.statistics().violations == 1
 
 
 # --- resuming -------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ def test_a_lost_watch_resumes_after_the_last_revision(watching: Driven) -> None:
     assert watching.tell(lost)[1] == BackOff(1, "gone", relist=False)
     assert watching.tell(WatchOpened(rev(3))) == (Read(b"/a/c", None, rev(12), 1),)
     assert watching.tell(page(kv(b"/a/c", 12, b"new"), at=14)) == ()
-    statistics = watching.replica.statistics()
+    statistics = watching.state_machine.statistics()
     assert (statistics.breaks, statistics.resumes, statistics.lists) == (2, 1, 1)
     watching.tell(events(kv(b"/a/c", 13)))
     assert watching.tell(lost)[1] == BackOff(0, "gone", relist=False)
@@ -198,7 +198,7 @@ def test_a_lost_watch_resumes_after_the_last_revision(watching: Driven) -> None:
 def test_a_witness_that_differs_means_another_history(watching: Driven, answer: Message) -> None:
     watching.tell(events(kv(b"/a/c", 12, b"new")), WatchLost("gone"), WatchOpened(rev(14)))
     relisting(watching.tell(answer))
-    assert watching.replica.statistics().refuted == 1
+    assert watching.state_machine.statistics().refuted == 1
 
 
 def test_a_deletion_is_witnessed_on_both_sides(watching: Driven) -> None:
@@ -206,7 +206,7 @@ def test_a_deletion_is_witnessed_on_both_sides(watching: Driven) -> None:
     assert watching.tell(WatchOpened(rev(15))) == (Read(b"/a/a", None, rev(11), 1),)
     assert watching.tell(page(A5, at=15)) == (Read(b"/a/a", None, rev(15), 1),)
     assert watching.tell(page(at=15)) == ()
-    assert watching.replica.state is State.WATCHING
+    assert watching.state_machine.state is State.WATCHING
 
 
 @pytest.mark.parametrize("answers", [[page(at=15)], [page(A5, at=15), page(A5, at=15)]])
@@ -225,22 +225,22 @@ def test_a_witness_read_that_fails_is_done_again(watching: Driven) -> None:
 def test_compaction_means_listing_again(watching: Driven) -> None:
     relisting(watching.tell(RevisionCompacted(20)))
     watching.tell(page(A5, at=21), WatchOpened(rev(21)), RevisionCompacted(22))
-    assert watching.replica.state is State.LISTING
-    assert watching.replica.revision == 10
-    assert watching.replica.statistics().compactions == 2
+    assert watching.state_machine.state is State.LISTING
+    assert watching.state_machine.revision == 10
+    assert watching.state_machine.statistics().compactions == 2
 
 
 def test_doubt_means_listing_again(watching: Driven) -> None:
     assert relisting(watching.tell(Doubted("audit"))).reason == "audit"
     assert watching.tell(Doubted("audit")) == ()
-    assert watching.replica.statistics().doubts == 2
+    assert watching.state_machine.statistics().doubts == 2
 
 
 def test_a_listing_behind_what_was_known_is_counted(watching: Driven) -> None:
     watching.tell(Doubted("audit"), page(A5, at=8), WatchOpened(rev(8)))
     assert watching.tell(page(A5, at=8)) == (Restore(rev(8)),)
-    assert watching.replica.statistics().regressions == 1
-    assert watching.replica.revision == 8
+    assert watching.state_machine.statistics().regressions == 1
+    assert watching.state_machine.revision == 8
 
 
 # --- watching -------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ def test_events_are_applied_up_to_their_own_revision(watching: Driven) -> None:
     # The header of a watch that catches up names a revision whose events are yet to come.
     batch = (kv(b"/a/a", 11), kv(b"/a/b", 11), gone(b"/a/a", 12))
     assert watching.tell(WatchEvents(batch, rev(99))) == (Apply(batch, rev(12)),)
-    assert watching.replica.revision == 12
+    assert watching.state_machine.revision == 12
     assert watching.tell(WatchEvents((), rev(99))) == ()
 
 
@@ -260,8 +260,8 @@ def test_repeated_events_are_dropped(watching: Driven) -> None:
     watching.tell(events(*old))
     assert watching.tell(events(*old)) == ()
     assert watching.tell(events(old[1], new)) == (Apply((new,), rev(13)),)
-    assert watching.replica.statistics().dropped_duplicates == 3
-    assert watching.replica.statistics().applied_events == 3
+    assert watching.state_machine.statistics().dropped_duplicates == 3
+    assert watching.state_machine.statistics().applied_events == 3
 
 
 @pytest.mark.parametrize(
@@ -277,8 +277,8 @@ def test_events_that_break_a_guarantee(
     watching: Driven, guarantee: str, changes: list[Event]
 ) -> None:
     assert relisting(watching.tell(events(*changes))).reason.startswith(guarantee)
-    assert watching.replica.statistics().violations == 1
-    assert watching.replica.statistics().applied_events == 0
+    assert watching.state_machine.statistics().violations == 1
+    assert watching.state_machine.statistics().applied_events == 0
 
 
 def test_a_revision_in_two_parts_is_not_atomic(watching: Driven) -> None:
@@ -290,7 +290,7 @@ def test_a_revision_in_two_parts_is_not_atomic(watching: Driven) -> None:
 def test_an_event_after_its_bookmark_is_a_lie(watching: Driven) -> None:
     watching.tell(events(kv(b"/a/c", 12)))
     assert watching.tell(WatchProgress(rev(20))) == ()
-    assert watching.replica.revision == 20
+    assert watching.state_machine.revision == 20
     assert relisting(watching.tell(events(kv(b"/a/d", 15)))).reason.startswith("bookmarkable")
 
 
@@ -303,7 +303,7 @@ def test_a_bookmark_goes_back_only_on_a_member_that_is_behind(watching: Driven) 
     watching.tell(WatchProgress(rev(20)), WatchLost("gone"), WatchOpened(rev(15)))
     watching.tell(page(B9, at=20))
     assert watching.tell(WatchProgress(rev(17))) == ()
-    assert watching.replica.revision == 20
+    assert watching.state_machine.revision == 20
     assert relisting(watching.tell(WatchProgress(rev(16)))).reason.startswith("bookmarkable")
 
 
@@ -313,7 +313,7 @@ def test_a_bookmark_goes_back_only_on_a_member_that_is_behind(watching: Driven) 
 def test_nothing_comes_after_close(watching: Driven) -> None:
     assert watching.tell(Close()) == (CloseWatch(),)
     assert watching.tell(events(kv(b"/a/c", 12))) == ()
-    assert watching.replica.statistics().state == "closed"
+    assert watching.state_machine.statistics().state == "closed"
     assert Driven().tell(Close()) == ()
 
 
@@ -344,4 +344,4 @@ def test_pages_come_nearer_to_the_end_by_what_they_bring(driven: Driven) -> None
     assert isinstance(back_off, BackOff)
     assert back_off.relist
     assert read == FIRST_PAGE
-    assert driven.replica.statistics().violations == 1
+    assert driven.state_machine.statistics().violations == 1

@@ -38,7 +38,7 @@ def at(tree: Tree, names: tuple[bytes, ...]) -> Node | None:
 
 def is_alike(there: Node | None, node: Node) -> bool:
     if isinstance(there, File) and isinstance(node, File):
-        return there.facts == node.facts
+        return there.key_state == node.key_state
     return isinstance(there, Directory) and isinstance(node, Directory)
 
 
@@ -66,7 +66,7 @@ def test_what_is_made_anew_is_the_listing(
     paths = {tree.names(n): n for n in nodes if n.lookups and tree.is_attached(n)}
     rebuild(tree, make(after, tree))
     tree.check_invariants()
-    assert dict(tree.facts()) == dict(expected.facts())
+    assert dict(tree.key_state()) == dict(expected.key_state())
     shown = {tree.names(d) for d in tree.directories()}
     assert shown == {expected.names(d) for d in expected.directories()}
     for names, node in paths.items():

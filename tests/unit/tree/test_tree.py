@@ -15,15 +15,15 @@ from etcdfs.tree.tree import (
     MAX_NEGATIVES,
     NOT_IN_ETCD,
     TOLD_LATER_NS,
+    CachedAttributes,
+    Dentry,
     Directory,
-    Entry,
-    Facts,
     File,
-    Listing,
+    KeyState,
     Node,
-    Side,
+    StoredRecord,
     Tree,
-    facts_of,
+    key_state_of,
 )
 
 ROOT = Keyspace(b"/")
@@ -72,7 +72,7 @@ def test_every_key_is_loaded_at_its_path(keys: set[bytes], cut: int, marked: boo
     load(tree, entries[:cut])
     load(tree, entries[cut:])
     tree.check_invariants()
-    assert dict(tree.facts()) == {e.key: facts_of(e) for e in entries}
+    assert dict(tree.key_state()) == {e.key: key_state_of(e) for e in entries}
     for directory in tree.directories():
         assert tree.is_attached(directory)
         for child in directory.children.values():
@@ -144,12 +144,12 @@ def test_lookups_are_counted() -> None:
     file = at(tree, b"f")
     for _ in range(3):
         tree.remember(file)
-    file.told = True
+    file.kernel_may_cache = True
     tree.forget(file.inode, 2)
     assert tree.statistics().inodes_known == 2
     tree.forget(file.inode, 1)
     assert tree.statistics().inodes_known == 1
-    assert not file.told
+    assert not file.kernel_may_cache
     tree.forget(file.inode, 1)
     tree.forget(1, 1)
     assert tree.statistics().inodes_known == 1
@@ -180,7 +180,7 @@ def test_complete_tree_prunes_nothing() -> None:
 
 
 def test_only_a_complete_tree_lets_the_kernel_cache() -> None:
-    name = Entry(tree_of().root.inode, b"f")
+    name = Dentry(tree_of().root.inode, b"f")
     tree = tree_of()
     assert tree.may_cache(name)
     tree.switching.add(name)
@@ -191,13 +191,13 @@ def test_only_a_complete_tree_lets_the_kernel_cache() -> None:
 
 def test_missing_names_that_were_told() -> None:
     tree = tree_of()
-    assert not tree.is_told(tree.root, b"f")
+    assert not tree.may_be_cached(tree.root, b"f")
     assert tree.tell_negative(tree.root, b"f", 1000)
-    assert tree.is_told(tree.root, b"f")
+    assert tree.may_be_cached(tree.root, b"f")
     assert tree.statistics().negatives == 1
     tree.attach(tree.root, b"f", tree.new_file(None))
     assert tree.statistics().negatives == 0
-    assert not tree.is_told(tree.root, b"f")
+    assert not tree.may_be_cached(tree.root, b"f")
 
 
 def test_missing_names_are_bounded() -> None:
@@ -227,8 +227,8 @@ def test_missing_names_make_room_in_the_order_in_which_they_end(
         TOLD_LATER_NS + 850
     )  # now the time of b is up, but not that of a, which was told again
     assert tree.tell_negative(tree.root, b"e", 1000)
-    assert not tree.is_told(tree.root, b"b")
-    assert tree.is_told(tree.root, b"a")
+    assert not tree.may_be_cached(tree.root, b"b")
+    assert tree.may_be_cached(tree.root, b"a")
     assert not tree.tell_negative(tree.root, b"f", 1000)
 
 
@@ -239,7 +239,7 @@ def test_a_clock_that_jumps_ahead_ends_nothing(monkeypatch: pytest.MonkeyPatch) 
     assert tree.tell_negative(tree.root, b"a", 1000)
     wall.now += HOUR_NS
     assert not tree.tell_negative(tree.root, b"b", 1000)
-    assert tree.is_told(tree.root, b"a"), "the kernel has it still"
+    assert tree.may_be_cached(tree.root, b"a"), "the kernel has it still"
     passed.now += TOLD_LATER_NS + 1000
     assert tree.tell_negative(tree.root, b"b", 1000)
 
@@ -248,19 +248,19 @@ def test_names_in_a_forgotten_directory_are_not_told() -> None:
     tree = tree_of(b"/d/f")
     directory, file = at(tree, b"d"), at(tree, b"d", b"f")
     assert isinstance(directory, Directory)
-    file.told = True
-    assert not tree.is_told(directory, b"f")
+    file.kernel_may_cache = True
+    assert not tree.may_be_cached(directory, b"f")
     tree.remember(directory)
-    assert tree.is_told(directory, b"f")
+    assert tree.may_be_cached(directory, b"f")
 
 
 def test_listing_of() -> None:
     tree = tree_of(b"/d/f")
     directory = at(tree, b"d")
     assert isinstance(directory, Directory)
-    assert tree.listing_of(tree.root) == Listing(tree.root.inode, None)
-    within = Entry(tree.root.inode, b"d")
-    assert tree.listing_of(directory) == Listing(directory.inode, within)
+    assert tree.listing_of(tree.root) == CachedAttributes(tree.root.inode, None)
+    within = Dentry(tree.root.inode, b"d")
+    assert tree.listing_of(directory) == CachedAttributes(directory.inode, within)
 
 
 # --- versions -------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_listing_of() -> None:
 
 def held_file(tree: Tree) -> File:
     """Return the file `f`, which the kernel holds."""
-    file = tree.new_file(Facts(Revision(2), Revision(2), 1, 0, 1))
+    file = tree.new_file(KeyState(Revision(2), Revision(2), 1, 0, 1))
     tree.attach(tree.root, b"f", file)
     tree.remember(file)
     return file
@@ -279,7 +279,7 @@ def test_a_newer_version_answers_for_one_that_was_open() -> None:
     old = held_file(tree)
     old.handles = 1
     assert not tree.may_follow(old)
-    new = tree.new_version(old, Facts(Revision(2), Revision(3), 2, 0, 1))
+    new = tree.new_version(old, KeyState(Revision(2), Revision(3), 2, 0, 1))
     tree.detach(tree.root, b"f", gone=False)
     tree.attach(tree.root, b"f", new)
     assert tree.current(old) is tree.current(new) is new
@@ -294,8 +294,10 @@ def test_nothing_else_answers_for_what_is_no_version_of_it(how: str) -> None:
     old.removed = how == "removed"
     tree.detach(tree.root, b"f", gone=True)
     assert tree.returning(tree.root, b"f") is (None if how == "removed" else old)
-    new = tree.new_file(Facts(Revision(3), Revision(3), 1, 0, 1))
-    new.side = Side(Record(type=None if how == "removed" else "symlink"), NOT_IN_ETCD)
+    new = tree.new_file(KeyState(Revision(3), Revision(3), 1, 0, 1))
+    new.stored_record = StoredRecord(
+        Record(type=None if how == "removed" else "symlink"), NOT_IN_ETCD
+    )
     tree.attach(tree.root, b"f", new)
     assert tree.current(old) is old
 
@@ -303,18 +305,18 @@ def test_nothing_else_answers_for_what_is_no_version_of_it(how: str) -> None:
 def test_what_was_let_go_of_since_it_was_open_has_no_pages() -> None:
     tree = Tree(ROOT, Clock(), complete=True)
     file = held_file(tree)
-    file.pages, file.value, file.stored = 2, b"v", True
-    tree.renew(file, Facts(Revision(2), Revision(3), 2, 0, 1))
+    file.pages, file.value, file.pages_pushed = 2, b"v", True
+    tree.renew(file, KeyState(Revision(2), Revision(3), 2, 0, 1))
     assert kept_of(file) == (2, None, False, 3)
-    file.unpaged = True
+    file.pages_invalidated = True
     before = file.mtime_ns
-    tree.renew(file, Facts(Revision(2), Revision(4), 3, 0, 1))
+    tree.renew(file, KeyState(Revision(2), Revision(4), 3, 0, 1))
     assert kept_of(file) == (None, None, False, 4)
     assert file.mtime_ns > before
 
 
 def kept_of(file: File) -> tuple[object, ...]:
-    return file.pages, file.value, file.stored, file.version
+    return file.pages, file.value, file.pages_pushed, file.version
 
 
 def test_what_is_held_comes_back_until_the_kernel_forgets_it() -> None:
@@ -343,7 +345,7 @@ def test_directories_that_are_gone_are_kept_up_to_a_limit() -> None:
         tree.remember(directory)
         tree.detach(tree.root, name, gone=True)
     root = tree.root.inode
-    assert tree.held.excess() == {Entry(root, names[0]), Entry(root, names[1])}
+    assert tree.held.excess() == {Dentry(root, names[0]), Dentry(root, names[1])}
     assert tree.held.excess() == set()
 
 
@@ -353,7 +355,7 @@ def test_numbers_lead_to_what_has_a_name() -> None:
     assert isinstance(directory, Directory)
     file = at(tree, b"d", b"f")
     assert tree.numbered(file.inode) is file
-    new = tree.new_file(Facts(Revision(2), Revision(2), 1, 0, 1))
+    new = tree.new_file(KeyState(Revision(2), Revision(2), 1, 0, 1))
     tree.attach(directory, b"g", new)
     assert tree.numbered(new.inode) is new
     assert tree.numbered(directory.inode) is directory
@@ -365,13 +367,13 @@ def test_numbers_lead_to_what_has_a_name() -> None:
 def test_new_version_has_a_later_mtime_even_if_the_clock_went_back() -> None:
     clock = Clock()
     tree = Tree(ROOT, clock, complete=True)
-    old = tree.new_file(Facts(Revision(2), Revision(2), 1, 0, 1))
+    old = tree.new_file(KeyState(Revision(2), Revision(2), 1, 0, 1))
     clock.now -= 500
-    new = tree.new_version(old, Facts(Revision(2), Revision(3), 2, 0, 1))
+    new = tree.new_version(old, KeyState(Revision(2), Revision(3), 2, 0, 1))
     assert new.mtime_ns == new.ctime_ns > old.mtime_ns
     assert new.inode != old.inode
     clock.now += 5000
-    assert tree.new_version(new, Facts(Revision(2), Revision(4), 3, 0, 1)).mtime_ns == clock.now
+    assert tree.new_version(new, KeyState(Revision(2), Revision(4), 3, 0, 1)).mtime_ns == clock.now
 
 
 @pytest.mark.parametrize(("created", "kept"), [(2, True), (5, False)])
@@ -379,9 +381,9 @@ def test_attributes_stay_with_the_incarnation(created: int, kept: bool) -> None:
     tree = tree_of(b"/f")
     old = at(tree, b"f")
     assert isinstance(old, File)
-    old.side = side = object()  # type: ignore[assignment]
-    new = tree.new_version(old, Facts(Revision(created), Revision(5), 1, 0, 1))
-    assert (new.side is side) == kept
+    old.stored_record = stored_record = object()  # type: ignore[assignment]
+    new = tree.new_version(old, KeyState(Revision(created), Revision(5), 1, 0, 1))
+    assert (new.stored_record is stored_record) == kept
 
 
 def test_directory_times_never_go_back() -> None:

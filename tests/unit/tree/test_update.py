@@ -9,8 +9,8 @@ from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
 from etcdfs.tree.bulk_load import load
 from etcdfs.tree.changes import Intent
-from etcdfs.tree.tree import Directory, Entry, Expiry, File, Listing, Node, Tree
-from etcdfs.tree.update import Switch
+from etcdfs.tree.tree import CachedAttributes, Dentry, Directory, Expiry, File, Node, Tree
+from etcdfs.tree.update import Update
 from tests.support.fake_store import FakeStore
 
 ROOT = Keyspace(b"/")
@@ -28,12 +28,12 @@ def tree_of(store: FakeStore) -> Tree:
     return tree
 
 
-def made(*keys: bytes) -> tuple[FakeStore, Tree, Switch]:
+def made(*keys: bytes) -> tuple[FakeStore, Tree, Update]:
     store = FakeStore()
     for key in keys:
         store.put_now(key, b"" if key.endswith(b"/") else b"v")
     tree = tree_of(store)
-    return store, tree, Switch(tree)
+    return store, tree, Update(tree)
 
 
 def at(tree: Tree, *names: bytes) -> Node:
@@ -61,12 +61,12 @@ def shape(tree: Tree) -> dict[tuple[bytes, ...], object]:
         found[names] = directory.marker
         for name, child in directory.children.items():
             if isinstance(child, File):
-                found[*names, name] = child.facts
+                found[*names, name] = child.key_state
     return found
 
 
-def apply(switch: Switch, events: Iterable[Event]) -> None:
-    switch.publish(switch.plan(events))
+def apply(update: Update, events: Iterable[Event]) -> None:
+    update.apply(update.plan(events))
 
 
 def commit(store: FakeStore, changes: list[tuple[bytes, bytes | None]]) -> None:
@@ -89,14 +89,14 @@ def test_a_batch_makes_the_tree_what_a_listing_would(
     for changes in batch:
         commit(store, changes)
     events = since(store, revision)
-    switch = Switch(tree)
+    update = Update(tree)
     untouched = shape(tree)
-    plan = switch.plan(events)
+    plan = update.plan(events)
     assert shape(tree) == untouched, "planning changes nothing"
-    switch.publish(plan)
+    update.apply(plan)
     tree.check_invariants()
     assert shape(tree) == shape(tree_of(store))
-    again = switch.plan(events)
+    again = update.plan(events)
     assert not list(again.changes()), "the same batch once more changes nothing"
 
 
@@ -111,82 +111,84 @@ def test_the_kernel_is_told_exactly_of_what_changed(
     for directory in list(tree.directories()):
         for child in (directory, *directory.children.values()):
             tree.remember(child)
-            child.told = True
+            child.kernel_may_cache = True
     held = {
-        Entry(d.inode, name): child.inode
+        Dentry(d.inode, name): child.inode
         for d in tree.directories()
         for name, child in d.children.items()
     }
     revision = store.revision
     for changes in batch:
         commit(store, changes)
-    switch = Switch(tree)
-    plan = switch.plan(since(store, revision))
+    update = Update(tree)
+    plan = update.plan(since(store, revision))
     written = {name for file in plan.renewed if (name := tree.listing_of(file).within)}
-    stale = switch.invalidations(plan)
-    untold = switch.untold(plan)
-    assert stale <= untold
-    switch.publish(plan)
+    stale = update.invalidations(plan)
+    uncacheable = update.uncacheable(plan)
+    assert stale <= uncacheable
+    update.apply(plan)
     now = {
-        Entry(d.inode, name): child.inode
+        Dentry(d.inode, name): child.inode
         for d in tree.directories()
         for name, child in d.children.items()
     }
     assert {
-        c.within if isinstance(c, Expiry) else c for c in stale if not isinstance(c, Listing)
+        c.within if isinstance(c, Expiry) else c
+        for c in stale
+        if not isinstance(c, CachedAttributes)
     } == {name for name, inode in held.items() if now.get(name) != inode}
-    assert {c.inode for c in stale if isinstance(c, Listing) and c.within in written} >= {
+    assert {c.inode for c in stale if isinstance(c, CachedAttributes) and c.within in written} >= {
         now[name] for name in written if now.get(name) == held.get(name)
     }, "the attributes of what follows its key"
 
 
 def test_key_that_becomes_a_directory_and_a_file_again() -> None:
-    store, tree, switch = made(b"/a")
+    store, tree, update = made(b"/a")
     file = at(tree, b"a")
     revision = store.revision
     store.put_now(b"/a/b", b"v")
-    apply(switch, since(store, revision))
+    apply(update, since(store, revision))
     assert at(tree, b"a", b"%value") is file
     revision = store.revision
     store.delete_now(b"/a/b")
-    apply(switch, since(store, revision))
+    apply(update, since(store, revision))
     assert at(tree, b"a") is file
     tree.check_invariants()
 
 
 def test_deep_directory_goes_with_its_last_key() -> None:
-    store, tree, switch = made(b"/a/b/c", b"/a/")
+    store, tree, update = made(b"/a/b/c", b"/a/")
     directory = at(tree, b"a")
     revision = store.revision
     store.delete_now(b"/a/b/c")
-    apply(switch, since(store, revision))
+    apply(update, since(store, revision))
     assert at(tree, b"a") is directory
     assert isinstance(directory, Directory)
     assert not directory.children
 
 
 def test_older_events_are_ignored_unless_by_force() -> None:
-    _, tree, switch = made(b"/f", b"/d/")
+    _, tree, update = made(b"/f", b"/d/")
     file, directory = file_at(tree, b"f"), at(tree, b"d")
     old: list[Event] = [
         KeyValue(b"/f", b"older", Revision(1), Revision(1), 1),
         Tombstone(b"/d/", Revision(1)),
     ]
-    apply(switch, old)
+    apply(update, old)
     assert at(tree, b"f") is file
     assert at(tree, b"d") is directory
-    switch.publish(switch.plan(old, force=True))
+    update.apply(update.plan(old, force=True))
     assert file_at(tree, b"f").version == 1
     assert b"d" not in tree.root.children
 
 
 def test_deletion_of_what_is_not_there() -> None:
-    _, tree, switch = made(b"/d/f")
+    _, tree, update = made(b"/d/f")
     before = shape(tree)
     gone: list[Event] = [
         Tombstone(key, Revision(9)) for key in (b"/x", b"/x/y", b"/d", b"/d/f/g", b"/x/")
     ]
-    apply(switch, gone)
+    apply(update, gone)
     assert shape(tree) == before
 
 
@@ -194,39 +196,39 @@ def test_deletion_of_what_is_not_there() -> None:
 
 
 def test_own_put_keeps_the_inode() -> None:
-    store, tree, switch = made(b"/f")
+    store, tree, update = made(b"/f")
     file = file_at(tree, b"f")
-    switch.intents[b"/f"] = Intent(file=file, value=b"mine")
+    update.intents[b"/f"] = Intent(file=file, value=b"mine")
     revision = store.revision
     store.put_now(b"/f", b"mine")
-    plan = switch.plan(since(store, revision))
-    assert not switch.invalidations(plan)
-    switch.publish(plan)
+    plan = update.plan(since(store, revision))
+    assert not update.invalidations(plan)
+    update.apply(plan)
     assert at(tree, b"f") is file
-    assert file.facts is not None
-    assert file.facts.mod_revision == store.revision
+    assert file.key_state is not None
+    assert file.key_state.mod_revision == store.revision
 
 
 def test_foreign_put_of_another_value_is_not_ours() -> None:
-    store, tree, switch = made(b"/f")
+    store, tree, update = made(b"/f")
     file = file_at(tree, b"f")
     file.handles = 1
-    switch.intents[b"/f"] = Intent(file=file, value=b"mine")
+    update.intents[b"/f"] = Intent(file=file, value=b"mine")
     revision = store.revision
     store.put_now(b"/f", b"theirs")
-    apply(switch, since(store, revision))
+    apply(update, since(store, revision))
     assert at(tree, b"f") is not file
     assert tree.key_of(file) == b"/f", "superseded, not deleted"
 
 
 def test_own_rename_moves_the_file() -> None:
-    store, tree, switch = made(b"/f", b"/g")
+    store, tree, update = made(b"/f", b"/g")
     file, replaced = file_at(tree, b"f"), file_at(tree, b"g")
-    switch.intents[b"/f"] = Intent(file=file)
-    switch.intents[b"/g"] = Intent(file=file, value=b"v", replaces=True)
+    update.intents[b"/f"] = Intent(file=file)
+    update.intents[b"/g"] = Intent(file=file, value=b"v", replaces=True)
     revision = store.revision
     commit(store, [(b"/f", None), (b"/g", b"v")])
-    apply(switch, since(store, revision))
+    apply(update, since(store, revision))
     assert at(tree, b"g") is file
     assert b"f" not in tree.root.children
     assert tree.key_of(replaced) is None
@@ -235,97 +237,97 @@ def test_own_rename_moves_the_file() -> None:
 
 def test_put_and_deletion_of_a_new_file_in_one_batch() -> None:
     """The put is ours, so what another client deleted right after it was ours."""
-    store, tree, switch = made()
+    store, tree, update = made()
     file = tree.new_file(None)
     tree.attach(tree.root, b"f", file)
-    switch.intents[b"/f"] = Intent(file=file, value=b"mine")
+    update.intents[b"/f"] = Intent(file=file, value=b"mine")
     store.put_now(b"/f", b"mine")
     store.delete_now(b"/f")
-    apply(switch, since(store, 1))
+    apply(update, since(store, 1))
     assert not tree.root.children
 
 
 def test_deletion_of_an_older_version_spares_a_new_file() -> None:
-    store, tree, switch = made()
+    store, tree, update = made()
     file = tree.new_file(None)
     tree.attach(tree.root, b"f", file)
     store.put_now(b"/f", b"theirs")
     store.delete_now(b"/f")
-    apply(switch, since(store, 1))
+    apply(update, since(store, 1))
     assert at(tree, b"f") is file
 
 
 def test_emptied_marker_of_ours_is_not_shown() -> None:
-    store, tree, switch = made(b"/d/")
+    store, tree, update = made(b"/d/")
     directory = at(tree, b"d")
     assert isinstance(directory, Directory)
     file = tree.new_file(None)
     tree.attach(directory, b"%marker", file)
-    switch.intents[b"/d/"] = Intent(file=file, value=b"")
+    update.intents[b"/d/"] = Intent(file=file, value=b"")
     revision = store.revision
     store.put_now(b"/d/", b"")
-    apply(switch, since(store, revision))
+    apply(update, since(store, revision))
     assert not directory.children
 
 
 def test_locked_names_are_not_invalidated() -> None:
     """The kernel puts them right by itself when the call returns."""
-    store, tree, switch = made(b"/f", b"/g")
+    store, tree, update = made(b"/f", b"/g")
     for name in (b"f", b"g"):
         tree.remember(at(tree, name))
-        at(tree, name).told = True
-    switch.locked[Entry(tree.root.inode, b"f")] = 1
+        at(tree, name).kernel_may_cache = True
+    update.locked[Dentry(tree.root.inode, b"f")] = 1
     revision = store.revision
     commit(store, [(b"/f", None), (b"/g", None)])
     inodes = [tree.root.inode, at(tree, b"f").inode, at(tree, b"g").inode]
-    stale = switch.invalidations(switch.plan(since(store, revision)))
-    attributes = {Listing(inode, None) for inode in inodes}
-    assert stale == {Entry(tree.root.inode, b"g"), *attributes}, "whoever holds them may ask"
+    stale = update.invalidations(update.plan(since(store, revision)))
+    attributes = {CachedAttributes(inode, None) for inode in inodes}
+    assert stale == {Dentry(tree.root.inode, b"g"), *attributes}, "whoever holds them may ask"
 
 
 # --- ahead of the watch ---------------------------------------------------------------------
 
 
 def test_ahead_of_the_watch() -> None:
-    store, tree, switch = made(b"/f")
+    store, tree, update = made(b"/f")
     file = file_at(tree, b"f")
     tree.remember(file)
-    file.told = True
+    file.kernel_may_cache = True
     revision = store.revision
     store.put_now(b"/f", b"theirs")
     store.delete_now(b"/f")
     events = since(store, revision)
-    stale = switch.apply_ahead(events[1:], remember=True)
-    assert Entry(tree.root.inode, b"f") in stale
+    stale = update.apply_ahead(events[1:], remember=True)
+    assert Dentry(tree.root.inode, b"f") in stale
     assert not tree.root.children
-    apply(switch, events[:1])
+    apply(update, events[:1])
     assert not tree.root.children, "an older event does not undo it"
-    switch.reached(store.revision)
+    update.reached(store.revision)
     store.put_now(b"/f", b"new")
-    apply(switch, since(store, revision + 2))
-    assert file_at(tree, b"f").facts is not None
+    apply(update, since(store, revision + 2))
+    assert file_at(tree, b"f").key_state is not None
 
 
 def test_another_history_knows_nothing_of_what_was_ahead() -> None:
-    _, tree, switch = made()
-    switch.apply_ahead([Tombstone(b"/f", Revision(100))], remember=True)
-    switch.relisted()
-    apply(switch, [KeyValue(b"/f", b"v", Revision(3), Revision(3), 1)])
+    _, tree, update = made()
+    update.apply_ahead([Tombstone(b"/f", Revision(100))], remember=True)
+    update.relisted()
+    apply(update, [KeyValue(b"/f", b"v", Revision(3), Revision(3), 1)])
     assert list(tree.root.children) == [b"f"]
 
 
 def test_withdrawn_file_takes_the_directory_that_only_it_kept() -> None:
-    store, tree, switch = made(b"/d/f")
+    store, tree, update = made(b"/d/f")
     directory = at(tree, b"d")
     assert isinstance(directory, Directory)
     tree.remember(directory)
-    directory.told = True
+    directory.kernel_may_cache = True
     tree.attach(directory, b"new", tree.new_file(None))
     revision = store.revision
     store.delete_now(b"/d/f")
-    apply(switch, since(store, revision))
+    apply(update, since(store, revision))
     assert list(directory.children) == [b"new"]
-    stale = switch.withdraw(directory, b"new", gone=True)
-    assert Expiry(Entry(tree.root.inode, b"d")) in stale
+    stale = update.withdraw(directory, b"new", gone=True)
+    assert Expiry(Dentry(tree.root.inode, b"d")) in stale
     assert not tree.root.children
     tree.check_invariants()

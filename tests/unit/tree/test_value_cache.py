@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from etcdfs.keyspace.store import Revision
-from etcdfs.tree.value_cache import ENTRY_OVERHEAD, Contents
+from etcdfs.tree.value_cache import ENTRY_OVERHEAD, ValueCache
 
 CAPACITY = 4 * (ENTRY_OVERHEAD + 100)
 
@@ -13,12 +13,12 @@ _revisions = st.integers(1, 3).map(Revision)
 _sizes = st.sampled_from((0, 1, 100, 101, 1000, CAPACITY - ENTRY_OVERHEAD))
 
 
-class ContentsMachine(RuleBasedStateMachine):
+class ValueCacheMachine(RuleBasedStateMachine):
     """Against a list of versions, oldest use first, that is added up anew each time."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.contents = Contents(CAPACITY)
+        self.value_cache = ValueCache(CAPACITY)
         self.model: list[tuple[bytes, Revision, bytes]] = []
         self.hits = self.misses = self.evictions = 0
 
@@ -38,14 +38,14 @@ class ContentsMachine(RuleBasedStateMachine):
         held = self.held(key, revision)
         value = b"x" * size if held is None else held
         self.model.append((key, revision, value))
-        self.contents.put(key, revision, value)
+        self.value_cache.put(key, revision, value)
         while self.size() > CAPACITY:
             del self.model[0]
             self.evictions += 1
 
     @rule(key=_keys, revision=_revisions)
     def put_what_never_fits(self, key: bytes, revision: Revision) -> None:
-        self.contents.put(key, revision, b"x" * (CAPACITY - ENTRY_OVERHEAD + 1))
+        self.value_cache.put(key, revision, b"x" * (CAPACITY - ENTRY_OVERHEAD + 1))
 
     @precondition(lambda self: len(self.model) < 9)
     @rule(data=st.data(), size=_sizes)
@@ -54,14 +54,14 @@ class ContentsMachine(RuleBasedStateMachine):
         free = [(k, Revision(r)) for k in (b"a", b"b", b"c") for r in (1, 2, 3)]
         key, revision = data.draw(st.sampled_from([v for v in free if v not in held]))
         fits = self.size() + ENTRY_OVERHEAD + size <= CAPACITY
-        assert self.contents.put_if_room(key, revision, b"y" * size) == fits
+        assert self.value_cache.put_if_room(key, revision, b"y" * size) == fits
         if fits:
             self.model.append((key, revision, b"y" * size))
 
     @rule(key=_keys, revision=_revisions)
     def get(self, key: bytes, revision: Revision) -> None:
         value = self.held(key, revision)
-        assert self.contents.get(key, revision) == value
+        assert self.value_cache.get(key, revision) == value
         if value is None:
             self.misses += 1
         else:
@@ -71,12 +71,12 @@ class ContentsMachine(RuleBasedStateMachine):
     @rule(key=_keys, revision=_revisions)
     def discard(self, key: bytes, revision: Revision) -> None:
         self.held(key, revision)
-        self.contents.discard(key, revision)
+        self.value_cache.discard(key, revision)
 
     @invariant()
     def counted(self) -> None:
-        self.contents.check_invariants()
-        statistics = self.contents.statistics()
+        self.value_cache.check_invariants()
+        statistics = self.value_cache.statistics()
         assert statistics.entries == len(self.model)
         assert statistics.size == self.size() <= statistics.capacity == CAPACITY
         assert statistics.hits == self.hits
@@ -84,26 +84,26 @@ class ContentsMachine(RuleBasedStateMachine):
         assert statistics.evictions == self.evictions
 
 
-TestContentsMachine = ContentsMachine.TestCase
+TestValueCacheMachine = ValueCacheMachine.TestCase
 
 
 def test_no_capacity_keeps_nothing() -> None:
-    contents = Contents(0)
-    contents.put(b"k", Revision(1), b"")
-    assert not contents.put_if_room(b"k", Revision(1), b"")
-    assert contents.get(b"k", Revision(1)) is None
-    assert contents.statistics().evictions == 0
+    value_cache = ValueCache(0)
+    value_cache.put(b"k", Revision(1), b"")
+    assert not value_cache.put_if_room(b"k", Revision(1), b"")
+    assert value_cache.get(b"k", Revision(1)) is None
+    assert value_cache.statistics().evictions == 0
 
 
 def test_an_empty_value_is_a_hit() -> None:
-    contents = Contents(CAPACITY)
-    contents.put(b"k", Revision(1), b"")
-    assert contents.get(b"k", Revision(1)) == b""
-    assert contents.statistics().hits == 1
+    value_cache = ValueCache(CAPACITY)
+    value_cache.put(b"k", Revision(1), b"")
+    assert value_cache.get(b"k", Revision(1)) == b""
+    assert value_cache.statistics().hits == 1
 
 
 def test_tiny_values_are_charged_for_what_they_really_take() -> None:
-    contents = Contents(1_000_000)
+    value_cache = ValueCache(1_000_000)
     for revision in range(10_000):
-        contents.put(b"k", Revision(revision), b"x")
-    assert contents.statistics().entries == 1_000_000 // (ENTRY_OVERHEAD + 1)
+        value_cache.put(b"k", Revision(revision), b"x")
+    assert value_cache.statistics().entries == 1_000_000 // (ENTRY_OVERHEAD + 1)

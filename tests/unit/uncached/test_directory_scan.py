@@ -45,9 +45,9 @@ def test_every_name_is_found_once(keys: set[bytes], limit: int, prefix: bytes) -
             expected[names[0]] = expected.get(names[0], False) or is_directory
     level, *_ = listed(store, limit, prefix)
     assert {name: value is None for name, value in level.found.items()} == expected
-    for name, witness in level.witnesses.items():
+    for name, witness in level.evidence_keys.items():
         assert keyspace.locate(witness)[0][0] == name
-    assert level.witnesses.keys() == {name for name, below in expected.items() if below}
+    assert level.evidence_keys.keys() == {name for name, below in expected.items() if below}
 
 
 @pytest.mark.parametrize("kind", ["numbered", "random", "words"])

@@ -2,12 +2,12 @@
 
 import stat
 
-from etcdfs.files.write_buffer import Draft
+from etcdfs.files.write_buffer import WriteBuffer
 from etcdfs.keyspace.attribute_records import Record
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import KeyValue, Revision
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.tree import NOT_IN_ETCD, Directory, File, Side, Tree
+from etcdfs.tree.tree import NOT_IN_ETCD, Directory, File, StoredRecord, Tree
 from etcdfs.vfs.attributes import Defaults, mtime_of, size_of
 
 DEFAULTS = Defaults(uid=7, gid=8, file_mode=0o666, dir_mode=0o777, umask=0o022)
@@ -54,9 +54,9 @@ def test_removed_file_has_no_link() -> None:
 
 def test_unpublished_bytes_count() -> None:
     file = file_of(tree_of(b"/f"))
-    draft = Draft(b"12345")
-    draft.write(0, b"6", append=True, now_ns=2000)
-    file.draft = draft
+    buffer = WriteBuffer(b"12345")
+    buffer.write(0, b"6", append=True, now_ns=2000)
+    file.buffer = buffer
     assert (size_of(file), mtime_of(file)) == (6, 2000)
     assert DEFAULTS.of(file, 0.0).ctime_ns == 2000
 
@@ -68,7 +68,7 @@ def test_file_that_is_not_in_etcd_yet() -> None:
 
 def test_attributes_of_its_own() -> None:
     file = file_of(tree_of(b"/f"))
-    file.side = Side(Record(mode=0o4600, uid=1, gid=2, atime_ns=3), NOT_IN_ETCD)
+    file.stored_record = StoredRecord(Record(mode=0o4600, uid=1, gid=2, atime_ns=3), NOT_IN_ETCD)
     found = DEFAULTS.of(file, 0.0)
     assert found.mode == stat.S_IFREG | 0o4600
     assert (found.uid, found.gid, found.atime_ns, found.mtime_ns) == (1, 2, 3, 1000)
