@@ -45,6 +45,14 @@ UnmountTimeout = Annotated[
         "--timeout", metavar="S", show_default="30", help="How long to wait for the daemon's end."
     ),
 ]
+Lazy = Annotated[
+    bool,
+    typer.Option(
+        "--lazy",
+        "-z",
+        help="Free the mountpoint even while programs are inside; they go on, the daemon with them.",
+    ),
+]
 InstallRoot = Annotated[
     Path,
     typer.Option(

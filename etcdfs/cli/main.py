@@ -24,6 +24,7 @@ from etcdfs.cli.argv import has_empty_operand, original_form
 from etcdfs.cli.flags import (
     Foreground,
     InstallRoot,
+    Lazy,
     MountedAt,
     Mountpoint,
     OptionLists,
@@ -103,9 +104,9 @@ def mount(
 
 
 @app.command()
-def umount(mountpoint: MountedAt, timeout: UnmountTimeout = "30") -> None:
+def umount(mountpoint: MountedAt, timeout: UnmountTimeout = "30", lazy: Lazy = False) -> None:
     """Take a mount away. Returns once its daemon has ended."""
-    unmount(resolve(str(mountpoint)), parse_seconds(timeout))
+    unmount(resolve(str(mountpoint)), parse_seconds(timeout), lazy=lazy)
 
 
 @app.command()

@@ -366,12 +366,14 @@ def _set_nosymfollow(directory: int, path: str) -> int:
 # --- taking away ----------------------------------------------------------------------------
 
 
-def unmount(mountpoint: str, timeout_s: float) -> None:
+def unmount(mountpoint: str, timeout_s: float, *, lazy: bool = False) -> None:
     """Unmount and wait until the daemon has ended; a dead mount is cleared.
 
     Args:
         mountpoint: As `resolve` returns it.
         timeout_s: Bound of the wait.
+        lazy: Free the mountpoint even where programs are inside, which go on there; the daemon
+            ends with the last of them, and is not waited for.
 
     Raises:
         NotMountedError: No mount of ours is there.
@@ -387,7 +389,19 @@ def unmount(mountpoint: str, timeout_s: float) -> None:
             _unmount(mountpoint, lazy=_is_dead(mountpoint))
             return
         pid, pidfd = daemon
-        _unmount(mountpoint, lazy=False)
+        if not _is_unmounted(mountpoint, lazy=False):
+            if not lazy:
+                raise UnmountError(
+                    f"{mountpoint} is busy: a program has a file open or its working directory"
+                    " there; --lazy frees it all the same"
+                )
+            _unmount(mountpoint, lazy=True)
+            log.warning(
+                "%s is free; its daemon (process %d) goes on serving those who are inside",
+                mountpoint,
+                pid,
+            )
+            return
         if _is_held(mounted):
             log.warning(
                 "%s is free; its daemon (process %d) goes on serving a copy of the mount, "
@@ -452,10 +466,23 @@ def _find_server(mounted: Mounted) -> int | None:
 
 
 def _unmount(path: str, *, lazy: bool) -> None:
-    """Take a mount away with fusermount3, or with umount(8) where that is missing.
+    """Take a mount away.
 
     Raises:
         UnmountError: It stayed.
+    """
+    if not _is_unmounted(path, lazy=lazy):
+        raise UnmountError(f"{path} is busy")
+
+
+def _is_unmounted(path: str, *, lazy: bool) -> bool:
+    """Take a mount away with fusermount3, or with umount(8) where that is missing.
+
+    Returns:
+        False when it is busy, and stayed.
+
+    Raises:
+        UnmountError: It stayed for another reason.
     """
     if shutil.which("fusermount3") is not None:
         command = ["fusermount3", "-uz" if lazy else "-u", "--", path]
@@ -474,11 +501,10 @@ def _unmount(path: str, *, lazy: bool) -> None:
         )
     except (OSError, subprocess.TimeoutExpired) as exc:
         raise UnmountError(f"{path} could not be unmounted: {exc}") from None
-    if done.returncode != 0:
-        raise UnmountError(_why_unmount_failed(path, done.stderr.strip()))
-
-
-def _why_unmount_failed(path: str, said: str) -> str:
+    said = done.stderr.strip()
+    if done.returncode == 0:
+        return True
     if "busy" in said:
-        return f"{path} is busy: a program has a file open or its working directory there"
-    return f"{path} could not be unmounted: {said.splitlines()[-1] if said else 'no reason given'}"
+        return False
+    reason = said.splitlines()[-1] if said else "no reason given"
+    raise UnmountError(f"{path} could not be unmounted: {reason}")

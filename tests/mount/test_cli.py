@@ -566,6 +566,34 @@ def test_b85_a_daemon_ends_with_the_last_copy_of_its_mount(
     wait_for_end(pidfd)
 
 
+def test_a_lazy_unmount_frees_the_place_and_serves_who_is_inside(
+    shared_etcd: EtcdProcess, mnt: Path
+) -> None:
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    with (mnt / "test-lazy").open("w") as inside:
+        refused(run_etcdfs("umount", str(mnt)), 15, "is busy: a program has a file open")
+        daemon = find_daemon(str(mnt))
+        assert daemon is not None
+        pidfd = os.pidfd_open(daemon)
+        done = run_etcdfs("umount", "--lazy", str(mnt))
+        assert (done.returncode, done.stderr.count("\n")) == (0, 1)
+        assert f"(process {daemon}) goes on serving those who are inside" in done.stderr
+        assert not os.path.ismount(mnt)
+        inside.write("published all the same")
+    wait_for_end(pidfd)
+    got = shared_etcd.etcdctl("get", "--print-value-only", "/test-lazy")
+    assert got.decode() == "published all the same\n"
+
+
+def test_a_lazy_unmount_of_what_nobody_uses_is_an_ordinary_one(
+    shared_etcd: EtcdProcess, mnt: Path
+) -> None:
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    done = run_etcdfs("umount", "--lazy", str(mnt))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert find_daemon(str(mnt)) is None
+
+
 def test_without_dev_fuse_it_is_refused(mnt: Path) -> None:
     def hidden(*command: str) -> "subprocess.CompletedProcess[str]":
         script = 'mount -t tmpfs none /dev && exec "$@"'

@@ -490,6 +490,19 @@ def test_unmount_says_why_not(
         unmount(place, timeout_s=1)
 
 
+@pytest.mark.expect_log("%s is free; its daemon (process %d) goes on serving those who are inside")
+def test_a_lazy_unmount_is_one_only_if_it_must_be(
+    table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = 'echo "$*" >>"$0.notes"; [ "$1" != -u ] || { echo busy >&2; exit 1; }'
+    install(tmp_path, monkeypatch, script)
+    enter(table, place)
+    with daemon(place):
+        unmount(place, timeout_s=1, lazy=True)
+    notes = tmp_path / "bin" / "fusermount3.notes"
+    assert notes.read_text() == f"-u -- {place}\n-uz -- {place}\n"
+
+
 def test_unmount_uses_umount_where_fusermount3_is_missing(
     table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
