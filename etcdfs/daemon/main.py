@@ -16,10 +16,8 @@ Concurrency: one trio loop; the kernel door has a thread of its own.
 import argparse
 import faulthandler
 import gc
-import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
@@ -34,6 +32,8 @@ import trio
 from etcdfs.consistency.staleness import Liveness
 from etcdfs.consistency.times_record import TimesRecord
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
+from etcdfs.daemon.service_manager import ServiceManager, find_service_manager
+from etcdfs.daemon.signals import Serving, Signals
 from etcdfs.errors import (
     CommandError,
     EtcdRefusedError,
@@ -46,7 +46,7 @@ from etcdfs.errors import (
     TlsError,
     UnpublishedError,
 )
-from etcdfs.etcd.client import open_store
+from etcdfs.etcd.client import EtcdStore, open_store
 from etcdfs.files.handles import Handles
 from etcdfs.files.write_buffer import WriteBufferQuota
 from etcdfs.files.writeback import Writeback
@@ -72,6 +72,7 @@ from etcdfs.process.mountpoint import (
     is_there,
     tear_down,
 )
+from etcdfs.process.printable import printable
 from etcdfs.process.processes import take_name
 from etcdfs.process.startup_protocol import (
     Failed,
@@ -231,6 +232,16 @@ class Components:
                 self.outside,
             )
 
+    def status(self) -> str:
+        """Return the state of the mount in one line, as `systemctl status` shows it."""
+        if self.mirror is None:
+            return "Mounted; every operation asks etcd"
+        staleness = self.mirror.staleness.statistics()
+        line = f"Revision {self.mirror.revision}, {staleness.stale_s:.0f} s behind"
+        if staleness.refused:
+            return f"{line}; nothing is shown: {printable(staleness.refused)}"
+        return line if staleness.connected else f"{line}; not connected to etcd"
+
     async def flush(self) -> None:
         """Publish what is still unpublished, as far as that can be done in time."""
         with trio.move_on_after(FLUSH_TIMEOUTS * self.options.timeout_s):
@@ -251,23 +262,26 @@ class Components:
             raise UnpublishedError(f"etcd did not take what was written to {shown}: it is lost")
 
 
-async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None:
+async def serve(
+    options: MountOptions, reporter: Reporter, manager: ServiceManager, claim: Claim
+) -> None:
     """Mount, serve until unmounted or told to end, and clean up.
 
     Args:
         options: What is to be mounted, and how.
         reporter: Who is told how the start goes.
+        manager: Who is told how it goes on.
         claim: To the mountpoint; released once it is mounted.
 
     Raises:
         CommandError: It could not be mounted; nothing was left behind.
     """
     async with trio.open_nursery() as nursery:
-        ending = _Ending(nursery.cancel_scope)
-        await nursery.start(ending.run)
+        signals = Signals(manager, nursery.cancel_scope.cancel)
+        await nursery.start(signals.run)
         async with AsyncExitStack() as stack:
             waiting = _Waiting(options.wait_for_etcd_s, reporter)
-            components, client_url = await _open_components(stack, options, waiting)
+            components, store, client_url = await _open_components(stack, options, waiting)
             tasks = await stack.enter_async_context(trio.open_nursery())
             stack.callback(tasks.cancel_scope.cancel)
             if not options.no_attrs:
@@ -288,8 +302,13 @@ async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None
                 if _forbids_links(options):
                     forbid_links(options.mountpoint)
                 components.kernel.start(tasks)
-                tasks.start_soon(_announce, components, reporter, client_url)
-                ending.begin(components, mount)
+                go_on = partial(tasks.start_soon, manager.run, components.status)
+                tasks.start_soon(_announce, components, reporter, client_url, go_on)
+                signals.serving = Serving(
+                    statistics=components.statistics,
+                    reread=store.renew,
+                    end=partial(_end_serving, components, mount),
+                )
                 await mount.run()
                 await components.flush()
                 await _leave_kernel(components.kernel, mount, mounted)
@@ -297,6 +316,12 @@ async def serve(options: MountOptions, reporter: Reporter, claim: Claim) -> None
             log.info("unmounted %s", options.mountpoint)
             components.check_published()
         nursery.cancel_scope.cancel()
+
+
+async def _end_serving(components: Components, mount: FuseMount) -> None:
+    await components.flush()
+    await components.kernel.aclose()  # while requests are answered: they hold locks
+    mount.stop()
 
 
 async def _leave_kernel(kernel: KernelCache, mount: FuseMount, mounted: Mounted | None) -> None:
@@ -328,7 +353,7 @@ def _found_by_name(mountpoint: str) -> Mounted | None:
 
 async def _open_components(
     stack: AsyncExitStack, options: MountOptions, waiting: "_Waiting"
-) -> tuple[Components, str | None]:
+) -> tuple[Components, EtcdStore, str | None]:
     endpoints: tuple[Endpoint, ...] = options.endpoints
     client_url = None
     if options.embedded:
@@ -336,7 +361,7 @@ async def _open_components(
         embedded = await stack.enter_async_context(open_embedded(directory))
         endpoints, client_url = (embedded,), str(embedded)
 
-    async def connect() -> Store:
+    async def connect() -> EtcdStore:
         with _store_errors():
             opening = open_store(endpoints, timeout_s=options.timeout_s, security=options.security)
             store = await stack.enter_async_context(opening)
@@ -344,7 +369,8 @@ async def _open_components(
                 await _check_readable(store, Keyspace(options.prefix))
             return store
 
-    return Components(options, await waiting.until_done(connect)), client_url
+    store = await waiting.until_done(connect)
+    return Components(options, store), store, client_url
 
 
 async def _check_readable(store: Store, keyspace: Keyspace) -> None:
@@ -401,8 +427,17 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
         gc.freeze()
 
 
-async def _announce(components: Components, reporter: Reporter, client_url: str | None) -> None:
-    """Say that the mount is usable, once a call through the kernel has shown it."""
+async def _announce(
+    components: Components, reporter: Reporter, client_url: str | None, then: Callable[[], None]
+) -> None:
+    """Say that the mount is usable, once a call through the kernel has shown it.
+
+    Args:
+        components: Those of the mount.
+        reporter: Who is told.
+        client_url: Where the embedded etcd listens; None without one.
+        then: Called after that.
+    """
     mountpoint = components.options.mountpoint
     with trio.fail_after(components.options.timeout_s):
         await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
@@ -420,44 +455,9 @@ async def _announce(components: Components, reporter: Reporter, client_url: str 
             etcd=etcd,
         )
     )
+    then()
     if mirror is not None:
         await mirror.keep_loaded()
-
-
-@final
-class _Ending:
-    """Hears signals: SIGUSR1 logs the counters, the others end the mount in order.
-
-    SIGHUP is what a terminal sends that goes away; one that is ignored (nohup) stays so.
-    """
-
-    def __init__(self, starting: trio.CancelScope) -> None:
-        self._starting = starting
-        self._serving: tuple[Components, FuseMount] | None = None
-
-    def begin(self, components: Components, mount: FuseMount) -> None:
-        """From now on there is a mount to be taken down."""
-        self._serving = (components, mount)
-
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Wait for signals, for ever."""
-        wanted = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            wanted.append(signal.SIGHUP)
-        with trio.open_signal_receiver(*wanted) as signals:
-            task_status.started()
-            async for number in signals:
-                if number == signal.SIGUSR1:
-                    if self._serving is not None:
-                        log.info("statistics: %s", json.dumps(self._serving[0].statistics()))
-                elif self._serving is None:
-                    self._starting.cancel()
-                else:
-                    log.info("%s: taking down the mount", signal.Signals(number).name)
-                    components, mount = self._serving
-                    await components.flush()
-                    await components.kernel.aclose()  # while requests are answered: they hold locks
-                    mount.stop()
 
 
 def _kernel_timeout_s(options: MountOptions) -> float:
@@ -522,7 +522,8 @@ def main() -> int:
     handover = read_options(arguments.options_fd)
     if handover is None:
         return 0
-    reporter = open_reporter(arguments.status_fd)
+    manager = find_service_manager()
+    reporter = open_reporter(arguments.status_fd, manager.tell)
     if arguments.status_fd is not None:
         os.chdir("/")  # a daemon must not keep anybody's disk busy
     try:
@@ -530,7 +531,7 @@ def main() -> int:
         keep_heap_small()
         faulthandler.enable(_STDERR)  # what dies in a library in C leaves a word, too
         with claimed(handover.options.mountpoint) as claim:
-            trio.run(serve, handover.options, reporter, claim)
+            trio.run(serve, handover.options, reporter, manager, claim)
     except BaseExceptionGroup as group:
         failure = _command_error(group)
         if failure is None:

@@ -96,8 +96,8 @@ RETRY_MAX_S: Final = 0.5
 _RETRY_FACTOR: Final = 2.0
 _RETRY_JITTER: Final = 0.2
 
-_ANY_KEY: Final = b"\0"
-"""Any key does for a question whose answer is that there is one."""
+_PROBE: Final = wire.range_request(b"\0", None, limit=1, revision=0, keys_only=True)
+"""A question whose answer is that there is one, whatever it says."""
 
 
 @final
@@ -249,6 +249,29 @@ class EtcdStore(LeaseCalls):
         """Return if a write could be entrusted to a member; see the port."""
         await self._trusted(self._deadline())
 
+    async def renew(self) -> None:
+        """Connect anew, with what certificates and the password file hold now.
+
+        The member in use is asked on the new connection first. If it does not answer there, all
+        stays as it was; else every call goes that way from now on, or over connections that are
+        made later. A watch stays on the one it has: nobody would look at a certificate again.
+
+        Raises:
+            StoreError: A file is of no use, or the member does not answer, or lets us in no more.
+        """
+        deadline = self._deadline()
+        made = await self._members.separate(self.endpoint)
+        try:
+            await made.range(_PROBE, deadline)
+        except grpc.RpcError as exc:
+            if exc.code() is not grpc.StatusCode.PERMISSION_DENIED:  # it knows who we are
+                await made.close()
+                raise wire.read_error(exc, made.endpoint) from exc
+        except StoreError:
+            await made.close()
+            raise
+        self._members.renew(made)
+
     async def status(self) -> StoreStatus:
         """Ask the member in use for its version and size."""
         about_to_wait()
@@ -278,11 +301,9 @@ class EtcdStore(LeaseCalls):
         await self._probe_quorum(self._deadline(), at_once=at_once)
 
     async def _probe_quorum(self, deadline: float, *, at_once: bool = False) -> None:
-        request = wire.range_request(_ANY_KEY, None, limit=1, revision=0, keys_only=True)
-
         async def send(connection: Connection) -> wire.Message:
             try:
-                return await connection.range(request, deadline)
+                return await connection.range(_PROBE, deadline)
             except grpc.RpcError as exc:
                 if exc.code() is grpc.StatusCode.PERMISSION_DENIED:
                     connection.heard = trio.current_time()

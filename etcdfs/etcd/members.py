@@ -171,6 +171,12 @@ class Members:
             self._put_aside(connection)
         self.failed(connection.endpoint)
 
+    def renew(self, made: Connection) -> None:
+        """Give up all connections; this one, on which its member has just answered, is used."""
+        for connection in self._connections.values():
+            self._put_aside(connection)
+        self._connections = {made.endpoint: made}
+
     def silent(self, connection: Connection) -> None:
         """Give up a connection whose member keeps quiet, and the watches on it too.
 

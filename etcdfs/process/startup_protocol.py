@@ -21,10 +21,9 @@ import contextlib
 import fcntl
 import json
 import os
-import socket
 import sys
 import termios
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, final
@@ -239,14 +238,13 @@ class PipeReporter:
 class TerminalReporter:
     """Reports to whoever started the daemon in the foreground: a person, or systemd."""
 
-    def __init__(self, notify_socket: str = "") -> None:
-        """Report to stdout and stderr, and to the service manager's socket, if it gave one."""
-        self._notify_socket = notify_socket
+    def __init__(self, tell_manager: Callable[[str], None]) -> None:
+        """Report to stdout and stderr, and to the service manager, if there is one."""
+        self._tell_manager = tell_manager
 
     def report(self, report: Report) -> None:
         """Print the client URL of an embedded etcd, a failure, a wait; progress is not shown."""
-        if self._notify_socket:
-            _notify(self._notify_socket, _service_state(report))
+        self._tell_manager(_service_state(report))
         with contextlib.suppress(OSError):  # the terminal is gone
             _print(report)
 
@@ -270,12 +268,9 @@ def _print(report: Report) -> None:
             return
 
 
-def open_reporter(status_fd: int | None) -> Reporter:
+def open_reporter(status_fd: int | None, tell_manager: Callable[[str], None]) -> Reporter:
     """Return the reporter for `--status-fd`; without one the daemon is in the foreground."""
-    if status_fd is not None:
-        return PipeReporter(status_fd)
-    # Taken out: nobody that the daemon starts has anything to say to the service manager.
-    return TerminalReporter(os.environ.pop("NOTIFY_SOCKET", ""))
+    return TerminalReporter(tell_manager) if status_fd is None else PipeReporter(status_fd)
 
 
 def _service_state(report: Report) -> str:
@@ -289,14 +284,6 @@ def _service_state(report: Report) -> str:
             return f"STATUS=Waiting: {printable(reason)}\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
         case Failed(message=message):
             return f"STATUS={printable(' '.join(message.split()))}"
-
-
-def _notify(address: str, state: str) -> None:
-    # In NOTIFY_SOCKET an abstract name begins with `@`.
-    path = "\0" + address[1:] if address.startswith("@") else address
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-        sock.setblocking(False)
-        sock.sendto(state.encode(errors="surrogateescape"), path)
 
 
 def _queued(fd: int) -> int:

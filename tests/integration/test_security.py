@@ -237,6 +237,35 @@ async def test_certificates_are_rotated_under_a_store(tmp_path: Path, session_bi
             await store.commit(PUT)
 
 
+async def test_a_connection_is_renewed_when_that_is_asked_for(
+    asking: EtcdProcess, authority: Authority, tmp_path: Path
+) -> None:
+    """A certificate that is of no use leaves the connection alone; a good one replaces it."""
+    authority.issue("client", "client@example.com")
+    use = [tmp_path / "pem", tmp_path / "key"]
+    security = Security(cacert=str(authority.cacert), cert=str(use[0]), key=str(use[1]))
+
+    def take(home: Path) -> None:
+        for path, name in zip(use, ("client.pem", "client.key"), strict=True):
+            path.write_bytes((home / name).read_bytes())
+
+    take(authority.home)
+    stranger = Authority(tmp_path / "stranger")
+    stranger.issue("client", "client@example.com")
+    async with opened(asking, security, SHORT_S) as store:
+        await store.commit(PUT)
+        use[1].write_text("no key")
+        with pytest.raises(StoreTlsError, match="cannot be used together"):
+            await store.renew()
+        take(stranger.home)
+        with pytest.raises(StoreError):
+            await store.renew()
+        await store.commit(PUT)
+        take(authority.home)
+        await store.renew()
+        await store.commit(PUT)
+
+
 async def test_an_expired_certificate(tmp_path: Path, session_binary: Path) -> None:
     """Refused, even where verification is left out: gRPC insists."""
     authority = Authority(tmp_path)
@@ -371,6 +400,27 @@ async def test_a_changed_password(guarded: EtcdProcess, tmp_path: Path) -> None:
         file.write_text("second\n")
         await store.commit(APP_PUT)
         await store.range(b"/app/a")
+
+
+async def test_a_renewed_connection_has_a_login_of_its_own(
+    guarded: EtcdProcess, tmp_path: Path
+) -> None:
+    file = tmp_path / "password"
+    file.write_text("word")
+    add_user(guarded, f"renewing{guarded.pid}", "word", ("readwrite", b"/app/"))
+    user = Security(user=f"renewing{guarded.pid}", password_file=str(file))
+    async with opened(guarded, user) as store:
+        await store.commit(APP_PUT)
+        async with store.watch(b"/app/", APP_END, 0) as watch:
+            assert isinstance(await watch.receive(), WatchOpened)
+            file.write_text("another")
+            with pytest.raises(StoreLoginError, match="is not let in"):
+                await store.renew()
+            revision = (await store.commit(APP_PUT)).revision
+            file.write_text("word")
+            await store.renew()
+            await store.commit(APP_PUT)
+            assert (await watch.receive()).revision == revision
 
 
 async def test_a_role_that_changes_under_a_store(guarded: EtcdProcess) -> None:

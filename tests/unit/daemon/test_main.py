@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import etcdfs.daemon.main
+from etcdfs.daemon.service_manager import ServiceManager
 from etcdfs.errors import EtcdUnreachableError
 from etcdfs.options import LogSettings, MountOptions
 from etcdfs.process.startup_protocol import Handover, Reporter, send_handover
@@ -34,7 +35,9 @@ def run_daemon(
 ) -> int:
     """Run the daemon with a mount that ends by an error."""
 
-    async def serve(options: MountOptions, reporter: Reporter, claim: None) -> None:
+    async def serve(
+        options: MountOptions, reporter: Reporter, manager: ServiceManager, claim: None
+    ) -> None:
         raise ExceptionGroup("nursery", [error]) if grouped else error
 
     def claimed(mountpoint: str) -> AbstractContextManager[None]:

@@ -4,7 +4,6 @@ import contextlib
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -105,9 +104,13 @@ def pipe() -> Iterator[tuple[int, int]]:
         os.close(reading)
 
 
+def nobody(_: str) -> None:
+    """Stand in for the service manager that is not there."""
+
+
 def test_progress_is_dropped_when_nobody_reads_and_the_last_word_still_fits() -> None:
     with pipe() as (reading, writing):
-        reporter = open_reporter(writing)
+        reporter = open_reporter(writing, nobody)
         for keys in range(10_000):
             reporter.report(Progress(keys=keys, bytes=0))
         reporter.report(Failed(message="x" * 1_000_000, exit_code=3))
@@ -129,7 +132,7 @@ def test_reports_to_a_parent_that_is_gone_are_lost_quietly() -> None:
 def test_nothing_is_said_after_the_last_word() -> None:
     """The number of the pipe belongs to somebody else by then: it once got our progress."""
     with pipe() as (reading, writing), pipe() as (elsewhere, other):
-        reporter = open_reporter(writing)
+        reporter = open_reporter(writing, nobody)
         reporter.report(Ready(revision=1, keys=1))
         os.dup2(other, writing)
         os.close(other)
@@ -142,7 +145,7 @@ def test_nothing_is_said_after_the_last_word() -> None:
 
 
 def test_foreground_prints_the_url_and_the_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    reporter = open_reporter(None)
+    reporter = open_reporter(None, nobody)
     assert isinstance(reporter, TerminalReporter)
     reporter.report(Progress(keys=1, bytes=1))
     reporter.report(Ready(revision=1, keys=1))
@@ -153,28 +156,19 @@ def test_foreground_prints_the_url_and_the_failure(capsys: pytest.CaptureFixture
     assert capsys.readouterr() == ("unix:///d/client:0\n", said)
 
 
-@pytest.mark.parametrize("abstract", [False, True])
-def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind("" if abstract else str(tmp_path / "notify"))
-        name = manager.getsockname()
-        address = "@" + name[1:].decode() if abstract else name
-        monkeypatch.setenv("NOTIFY_SOCKET", address)
-        reporter = open_reporter(None)
-        assert "NOTIFY_SOCKET" not in os.environ
-        reporter.report(Progress(keys=7, bytes=1))
-        assert b"STATUS=Loading: 7 keys\nEXTEND_TIMEOUT_USEC=" in manager.recv(4096)
-        reporter.report(Ready(revision=1, keys=1))
-        assert manager.recv(4096).startswith(b"READY=1\n")
-        reporter.report(Failed(message="no\nREADY=1", exit_code=1))
-        assert manager.recv(4096) == b"STATUS=no READY=1"
-
-
-def test_a_service_manager_that_is_gone_is_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "nobody"))
-    open_reporter(None).report(Ready(revision=1, keys=1))
+def test_the_service_manager_hears_how_the_start_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    told: list[str] = []
+    reporter = open_reporter(None, told.append)
+    reporter.report(Progress(keys=7, bytes=1))
+    reporter.report(Waiting(reason="nobody there", left_s=4.6))
+    reporter.report(Ready(revision=1, keys=1))
+    reporter.report(Failed(message="no\nREADY=1", exit_code=1))
+    assert told == [
+        "STATUS=Loading: 7 keys\nEXTEND_TIMEOUT_USEC=60000000",
+        "STATUS=Waiting: nobody there\nEXTEND_TIMEOUT_USEC=60000000",
+        "READY=1\nSTATUS=Mounted",
+        "STATUS=no READY=1",
+    ]
 
 
 # --- the parent's side ----------------------------------------------------------------------
@@ -201,7 +195,7 @@ class StandIn:
             _, mountpoint, _, options_fd, _, status_fd = sys.argv
             handover = read_options(int(options_fd))
             setup_logging(handover.log, foreground=False)
-            reporter = open_reporter(int(status_fd))
+            reporter = open_reporter(int(status_fd), str)
         """
         text = textwrap.dedent(head) + textwrap.dedent(code)
         (self._home / "stand_in.py").write_text(text)

@@ -1,0 +1,104 @@
+"""A mount as a service: what the service manager hears, and what SIGHUP does."""
+
+import os
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.mount.lab import MODES
+from tests.support.etcd_process import EtcdProcess
+from tests.support.mounted import COMMAND
+
+pytestmark = [pytest.mark.fuse, pytest.mark.etcd]
+
+TIMEOUT_S = 30
+WATCHDOG_US = 200_000
+
+
+class Manager:
+    """A service manager that starts one mount, and listens."""
+
+    def __init__(self, home: Path) -> None:
+        self.mountpoint = home / "mnt"
+        self.mountpoint.mkdir()
+        self.log = home / "log"
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind(str(home / "notify"))
+        self._socket.settimeout(TIMEOUT_S)
+
+    @contextmanager
+    def started(self, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """Start the mount; like every service without a terminal."""
+        command = [*COMMAND, "mount", str(self.mountpoint), "--foreground", *options]
+        notify = {"NOTIFY_SOCKET": self._socket.getsockname(), "WATCHDOG_USEC": str(WATCHDOG_US)}
+        with subprocess.Popen(
+            [*command, "--log-file", str(self.log)], env=os.environ | notify, start_new_session=True
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+                subprocess.run(["fusermount3", "-uzq", self.mountpoint], check=False)
+                self._socket.close()
+
+    def hear(self, *wanted: str) -> str:
+        """Return the first word that begins with one of these."""
+        while not (word := self._socket.recv(4096).decode()).startswith(wanted):
+            pass
+        return word
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_service_from_start_to_end(shared_etcd: EtcdProcess, tmp_path: Path, mode: str) -> None:
+    manager = Manager(tmp_path)
+    with manager.started("--endpoints", shared_etcd.client_url, mode) as daemon:
+        manager.hear("READY=1\n")
+        assert os.path.ismount(manager.mountpoint)
+        status = "every operation asks etcd" if mode == "--no-cache" else ", 0 s behind"
+        assert manager.hear("WATCHDOG=1\nSTATUS=").endswith(status)
+        manager.hear("WATCHDOG=1")
+        (tmp_path / "log").rename(tmp_path / "log.1")
+        daemon.send_signal(signal.SIGHUP)
+        manager.hear("RELOADING=1\nMONOTONIC_USEC=")
+        manager.hear("READY=1")
+        assert manager.log.read_text().endswith(
+            "SIGHUP: reading certificates and the password again\n"
+        )
+        (manager.mountpoint / "test-service").write_text(mode)
+        daemon.send_signal(signal.SIGTERM)
+        manager.hear("STOPPING=1\n")
+        assert daemon.wait(TIMEOUT_S) == 0
+    assert not os.path.ismount(manager.mountpoint)
+
+
+def test_the_status_tells_how_far_behind_it_is(own_etcd: EtcdProcess, tmp_path: Path) -> None:
+    manager = Manager(tmp_path)
+    with manager.started("--endpoints", own_etcd.client_url, "--cache"):
+        manager.hear("READY=1\n")
+        revision = int(own_etcd.etcdctl("put", "/a", "1") and 2)
+        manager.hear(f"WATCHDOG=1\nSTATUS=Revision {revision}, 0 s behind")
+        own_etcd.kill()
+        while not manager.hear("WATCHDOG=1\nSTATUS=").endswith("; not connected to etcd"):
+            pass
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_cannot_be_read_again_leaves_all_as_it_was(
+    own_etcd: EtcdProcess, tmp_path: Path, mode: str
+) -> None:
+    manager = Manager(tmp_path)
+    with manager.started("--endpoints", own_etcd.client_url, mode, "--timeout", "1") as daemon:
+        manager.hear("READY=1\n")
+        own_etcd.kill()
+        daemon.send_signal(signal.SIGHUP)
+        manager.hear("RELOADING=1\n")
+        manager.hear("READY=1")
+        assert " WARNING " in manager.log.read_text()
+        assert "the connection to etcd stays as it was: " in manager.log.read_text()
+        own_etcd.start()
+        (manager.mountpoint / "a").write_text("1")
