@@ -273,6 +273,16 @@ class LogSettings:
         "there is one, else nowhere.",
         name="log-file",
     )
+    format: str = option(
+        "text",
+        Kind.CHOICE,
+        Panel.LOGGING,
+        "Lines for a person, or fields for a program.",
+        choices=("text", "journal", "json"),
+        more="`json` has an object in each line, `journal` goes to systemd's journal with the same "
+        "fields, and not to a file.",
+        name="log-format",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,7 +38,7 @@ from etcdfs.cli.option_values import OFF, ON, parse_fields, parse_seconds
 from etcdfs.errors import CommandError, UsageError
 from etcdfs.options import OPTIONS, SECURITY, Kind, LogSettings
 from etcdfs.process.launcher import dismiss, run_in_foreground, start_in_background
-from etcdfs.process.logs import Formatter, open_log
+from etcdfs.process.logs import Formatter, has_journal, open_log
 from etcdfs.process.mountpoint import prepare, resolve, unmount
 from etcdfs.process.printable import printable
 from etcdfs.process.spawn import Spawned
@@ -198,6 +198,10 @@ def _handover(mountpoint: Path, texts: dict[str, str], fuse_options: tuple[str, 
     log = LogSettings(**parse_fields(LogSettings, texts))
     if log.file is not None:
         _check_log_file(log.file)
+    if log.format == "journal" and log.file is not None:
+        raise UsageError("--log-format journal goes to the journal, not to --log-file")
+    if log.format == "journal" and not has_journal():
+        raise UsageError("--log-format journal: there is no journal of systemd here")
     return Handover(options=options, log=log)
 
 

@@ -92,18 +92,25 @@ class Staleness:
         self._asked = True
         self._wake()
 
-    def turn(self, *, connected: bool) -> None:
-        """Note whether a confirmed watch stands. One that does is word from etcd, too."""
+    def turn(self, *, connected: bool) -> float | None:
+        """Note whether a confirmed watch stands. One that does is word from etcd, too.
+
+        Returns:
+            After a loss, how many seconds that lasted, if it is over now.
+        """
         if connected:
             self.heard()
         if connected == self._connected:
-            return
+            return None
         if connected:  # confirmed, by reading
             self._denied = None
+        now = trio.current_time()
+        lasted_s = None if self._turned is None or not connected else now - self._turned
         self._connected = connected
-        self._turned = trio.current_time()
+        self._turned = now
         self._losses += not connected
         self._wake()
+        return lasted_s
 
     def deny(self, error: StorePermissionError) -> None:
         """Note that etcd no longer lets us read what the mirror holds."""

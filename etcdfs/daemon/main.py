@@ -313,7 +313,7 @@ async def serve(
                 await components.flush()
                 await _leave_kernel(components.kernel, mount, mounted)
                 mount.unmounts = mounted is not None and is_there(mounted)
-            log.info("unmounted %s", options.mountpoint)
+            log.info("unmounted %s", options.mountpoint, extra={"event": "unmounted"})
             components.check_published()
         nursery.cancel_scope.cancel()
 
@@ -441,7 +441,7 @@ async def _announce(
     mountpoint = components.options.mountpoint
     with trio.fail_after(components.options.timeout_s):
         await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
-    log.info("mounted %s", mountpoint)
+    log.info("mounted %s", mountpoint, extra={"event": "mounted"})
     mirror = components.mirror
     etcd = ""
     if client_url is not None:
@@ -527,7 +527,11 @@ def main() -> int:
     if arguments.status_fd is not None:
         os.chdir("/")  # a daemon must not keep anybody's disk busy
     try:
-        setup_logging(handover.log, foreground=arguments.status_fd is None)
+        setup_logging(
+            handover.log,
+            foreground=arguments.status_fd is None,
+            mountpoint=handover.options.mountpoint,
+        )
         keep_heap_small()
         faulthandler.enable(_STDERR)  # what dies in a library in C leaves a word, too
         with claimed(handover.options.mountpoint) as claim:

@@ -33,10 +33,18 @@ async def watch_over(mirror: Mirror) -> None:
             nursery.start_soon(_watch_rights, mirror)
         while True:
             await mirror.staleness.until_refused()
-            log.warning("nothing is shown any more: %s", mirror.staleness.statistics().refused)
+            log.warning(
+                "nothing is shown any more: %s",
+                mirror.staleness.statistics().refused,
+                extra={"event": "hidden"},
+            )
             await _forget_everything(mirror)
             await mirror.staleness.until_shown()
-            log.info("the mirror is shown again, at revision %d", mirror.revision)
+            log.info(
+                "the mirror is shown again, at revision %d",
+                mirror.revision,
+                extra={"event": "shown", "fields": {"revision": mirror.revision}},
+            )
 
 
 async def _watch_rights(mirror: Mirror) -> None:

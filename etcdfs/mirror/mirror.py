@@ -317,7 +317,17 @@ class Mirror:
     def _note(self, state_machine: StateMachine) -> None:
         """Tell the others whether the watch is confirmed, and can be believed."""
         connected = state_machine.state is State.WATCHING and not self.update.tree.doubtful
-        self.staleness.turn(connected=connected)
+        lasted_s = self.staleness.turn(connected=connected)
+        if lasted_s is not None:
+            log.info(
+                "regained etcd after %.1f s, at revision %d",
+                lasted_s,
+                self.revision,
+                extra={
+                    "event": "regained",
+                    "fields": {"revision": self.revision, "seconds": lasted_s},
+                },
+            )
         self.auditor.note(connected=connected, dropped=state_machine.dropped)
 
     def doubt(self, reason: str) -> None:
@@ -478,7 +488,15 @@ class Mirror:
             date(self.update.tree)
             bind_all(self.update.tree)
             self._applier.revision = revision
-            log.info("synced %d keys at revision %d", self._staged_keys, revision)
+            log.info(
+                "synced %d keys at revision %d",
+                self._staged_keys,
+                revision,
+                extra={
+                    "event": "synced",
+                    "fields": {"revision": revision, "keys": self._staged_keys},
+                },
+            )
             return
         await self._applier.idle()
         if self._fresh is not None:
@@ -487,7 +505,15 @@ class Mirror:
         assert self._staging is not None
         events = await self._staging.differences(revision)
         self._staging = None
-        log.info("listed again at revision %d: %d keys differ", revision, len(events))
+        log.info(
+            "listed again at revision %d: %d keys differ",
+            revision,
+            len(events),
+            extra={
+                "event": "relisted",
+                "fields": {"revision": revision, "differing": len(events)},
+            },
+        )
         # By force: in another history a newer state may have older revisions.
         self.update.relisted()
         self.update.tree.revisions.forget_after(revision)

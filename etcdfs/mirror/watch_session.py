@@ -225,6 +225,7 @@ async def back_off(step: BackOff) -> None:
         step.reason,
         "listing everything again" if step.relist else "trying again",
         step.attempt + 1,
+        extra={"event": "lost", "fields": {"reason": step.reason, "attempt": step.attempt + 1}},
     )
     await pause(step.attempt)
 

@@ -7,6 +7,11 @@ Knows: the three places a log can go to. Does not know: who logs what.
 * in the foreground: stderr, where systemd and container engines expect it. What whoever reads it
   leaves unread is lost, and counted.
 * in the background: syslog (the journal under systemd), if there is one; else nowhere.
+* `--log-format journal`: systemd's journal, by its own protocol, wherever the daemon runs.
+
+`--log-format json` and `journal` have fields beside the text: the mountpoint, and for an event in
+the life of a mount its name and figures, which whoever logs it hands over as `extra`: `event`, a
+word, and `fields`, a dictionary. What repeats itself without end is cut off (`Repeats`).
 
 What is logged may be anybody's text, so that it is made printable, and each line of a traceback
 begins with blanks: nobody can write a line of their own.
@@ -16,14 +21,19 @@ another process: a daemon that waits for its own log can hang every user of the 
 """
 
 import contextlib
+import json
 import logging
 import os
 import queue
 import socket
+import struct
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, final
@@ -34,6 +44,9 @@ from etcdfs.process.printable import printable
 _FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 _SYSLOG_FORMAT: Final = "%(levelname)s %(name)s: %(message)s"  # syslog adds the time
 _SYSLOG_SOCKET: Final = "/dev/log"
+_JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
+_MESSAGE_MAX: Final = 64 * 1024
+"""Characters of a message to the journal: a datagram must fit into the socket's buffer."""
 _STDERR: Final = 2
 
 _FILE_FLAGS: Final = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
@@ -50,18 +63,31 @@ LINES_MAX: Final = 1000
 PARTING_S: Final = 1.0
 """How long the end of the daemon waits for the last of them to be read."""
 
+REPEATS_S: Final = 60.0
+REPEATS_MAX: Final = 10
+"""So many lines that say the same are logged in `REPEATS_S`."""
+_WINDOWS_MAX: Final = 256
+"""Texts of which it is known how often they were logged; more are forgotten, the oldest first."""
+
 _FACILITY_DAEMON: Final = 3 << 3  # syslog(3)
 
 
-def setup_logging(settings: LogSettings, *, foreground: bool) -> None:
+def setup_logging(settings: LogSettings, *, foreground: bool, mountpoint: str = "") -> None:
     """Send everything that is logged from `settings.level` on to its place.
+
+    Args:
+        settings: What is logged, and how.
+        foreground: Whether stderr is read by somebody.
+        mountpoint: Tells the lines of several mounts apart, where there are fields.
 
     Raises:
         OSError: The log file cannot be opened.
     """
     root = logging.getLogger()
     root.setLevel(settings.level.upper())
-    root.addHandler(_handler(settings, foreground=foreground))
+    handler = _handler(settings, foreground=foreground, mountpoint=mountpoint)
+    handler.addFilter(Repeats())
+    root.addHandler(handler)
     sys.excepthook = _say_last_words
     if settings.file is not None and not foreground:
         _connect_output(settings.file)
@@ -95,18 +121,74 @@ def _connect_output(file: str) -> None:
     os.close(fd)
 
 
-def _handler(settings: LogSettings, *, foreground: bool) -> logging.Handler:
+def has_journal() -> bool:
+    """Tell whether systemd's journal takes messages here."""
+    return _JOURNAL_SOCKET.is_socket()
+
+
+def _handler(settings: LogSettings, *, foreground: bool, mountpoint: str) -> logging.Handler:
     handler: logging.Handler
+    if settings.format == "journal":
+        return JournalHandler(_JOURNAL_SOCKET, mountpoint)
+    line = _FORMAT
     if settings.file is not None:
         handler = LogFileHandler(Path(settings.file))
     elif foreground:
         handler = StderrHandler()
     else:
         handler = SyslogHandler(_SYSLOG_SOCKET)
-        handler.setFormatter(Formatter(_SYSLOG_FORMAT))
-        return handler
-    handler.setFormatter(Formatter(_FORMAT))
+        line = _SYSLOG_FORMAT
+    is_text = settings.format == "text"
+    handler.setFormatter(Formatter(line) if is_text else JsonFormatter(mountpoint))
     return handler
+
+
+@final
+class Repeats(logging.Filter):
+    """Cuts off what is logged again and again, and says later how much that was.
+
+    An etcd that comes and goes would fill a disk. What is an error is told apart by its whole text,
+    so that each lost file is named; else what was written into the code counts, whatever is put
+    into it. What is only logged at the level debug is wanted.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Make it; `clock` is in seconds."""
+        super().__init__()
+        self._clock = clock
+        self._windows: dict[str, _Window] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Tell whether a record is to be logged; the first after a pause says what was not."""
+        if record.levelno <= logging.DEBUG:
+            return True
+        text = str(record.msg)
+        is_named = record.levelno >= logging.ERROR or text == "%s"
+        key = f"{record.name} {text} {record.args if is_named else ''}"
+        now = self._clock()
+        window = self._windows.pop(key, None)
+        if window is None or now >= window.until:
+            if window is not None and window.count > REPEATS_MAX:
+                _add_to(record, f" (and {window.count - REPEATS_MAX} more like it before)")
+            window = _Window(now + REPEATS_S)
+        self._windows[key] = window  # at the end: the one that was used last
+        if len(self._windows) > _WINDOWS_MAX:
+            del self._windows[next(iter(self._windows))]
+        window.count += 1
+        return window.count <= REPEATS_MAX
+
+
+@dataclass(slots=True)
+class _Window:
+    until: float
+    count: int = 0
+
+
+def _add_to(record: logging.LogRecord, note: str) -> None:
+    if isinstance(record.args, tuple):  # not the dictionary that there may be instead
+        text = str(record.msg)
+        record.msg = f"{text if record.args else text.replace('%', '%%')}%s"
+        record.args = (*record.args, note)
 
 
 @final
@@ -125,6 +207,44 @@ class Formatter(logging.Formatter):
     def formatException(self, ei: Any) -> str:  # noqa: ANN401, N802 -- of logging, too
         """Return the traceback; the texts of exceptions in it may be anybody's."""
         return _printable_lines(super().formatException(ei))
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what a record says beside its text: its event's name and figures, printable."""
+    event = getattr(record, "event", None)
+    if event is None:
+        return {}
+    figures = getattr(record, "fields", {})
+    return {
+        "event": event,
+        **{n: printable(v) if isinstance(v, str) else v for n, v in figures.items()},
+    }
+
+
+@final
+class JsonFormatter(logging.Formatter):
+    """Makes an object of a record, in one line."""
+
+    def __init__(self, mountpoint: str) -> None:
+        """Name the mount in each of them."""
+        super().__init__()
+        self._mountpoint = printable(mountpoint)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the object."""
+        told = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        fields = {
+            "time": told.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": printable(record.getMessage()),
+            "mountpoint": self._mountpoint,
+            "pid": os.getpid(),
+            **_fields(record),
+        }
+        if record.exc_info:
+            fields["exception"] = _printable_lines(self.formatException(record.exc_info))
+        return json.dumps(fields)
 
 
 def _printable_lines(text: str) -> str:
@@ -328,6 +448,50 @@ class SyslogHandler(logging.Handler):
         """Close the socket."""
         self._socket.close()
         super().close()
+
+
+@final
+class JournalHandler(logging.Handler):
+    """Sends each record to systemd's journal with its fields, or drops it; never waits.
+
+    systemd's "Native Journal Protocol": a datagram of fields. A value that may have line breaks in
+    it comes after its length, so that no text can begin a field of its own.
+    """
+
+    def __init__(self, path: Path, mountpoint: str) -> None:
+        super().__init__()
+        self._path = str(path)
+        self._mountpoint = mountpoint
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record; a missing or stalled journal loses it."""
+        text = Formatter("%(message)s").format(record)[:_MESSAGE_MAX]
+        fields = {
+            "MESSAGE": text,
+            "PRIORITY": _severity(record),
+            "SYSLOG_IDENTIFIER": "etcdfs",
+            "SYSLOG_FACILITY": _FACILITY_DAEMON >> 3,
+            "CODE_FILE": record.pathname,
+            "CODE_LINE": record.lineno,
+            "CODE_FUNC": record.funcName,
+            "LOGGER": record.name,
+            "ETCDFS_MOUNTPOINT": printable(self._mountpoint),
+            **{f"ETCDFS_{name.upper()}": value for name, value in _fields(record).items()},
+        }
+        with contextlib.suppress(OSError):
+            self._socket.sendto(b"".join(map(_journal_field, fields.items())), self._path)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self._socket.close()
+        super().close()
+
+
+def _journal_field(field: tuple[str, object]) -> bytes:
+    value = str(field[1]).encode(errors="backslashreplace")
+    return b"%s\n%s%s\n" % (field[0].encode(), struct.pack("<Q", len(value)), value)
 
 
 def _severity(record: logging.LogRecord) -> int:

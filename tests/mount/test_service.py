@@ -1,5 +1,6 @@
 """A mount as a service: what the service manager hears, and what SIGHUP does."""
 
+import json
 import os
 import signal
 import socket
@@ -12,7 +13,7 @@ import pytest
 
 from tests.mount.lab import MODES
 from tests.support.etcd_process import EtcdProcess
-from tests.support.mounted import COMMAND
+from tests.support.mounted import COMMAND, Mounted
 
 pytestmark = [pytest.mark.fuse, pytest.mark.etcd]
 
@@ -102,3 +103,23 @@ def test_what_cannot_be_read_again_leaves_all_as_it_was(
         assert "the connection to etcd stays as it was: " in manager.log.read_text()
         own_etcd.start()
         (manager.mountpoint / "a").write_text("1")
+
+
+def test_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
+    with Mounted(own_etcd, "--cache", "--log-format", "json") as mounted:
+        own_etcd.kill()
+        own_etcd.start()
+        revision = mounted.put("/a", "1")
+        mounted.close()
+    lines = [json.loads(line) for line in mounted.log.splitlines()]
+    assert {line["mountpoint"] for line in lines} == {str(mounted.path)}
+    events = [(line["event"], line) for line in lines if "event" in line]
+    names = [name for name, _ in events]
+    assert names[:3] == ["synced", "mounted", "lost"]
+    assert names[-2:] == ["regained", "unmounted"]
+    assert set(names[3:-2]) <= {"lost"}
+    told = dict(reversed(events))
+    assert told["synced"]["keys"] == 0
+    assert told["lost"]["attempt"] == 1
+    assert told["regained"]["seconds"] > 0
+    assert told["regained"]["revision"] == revision - 1

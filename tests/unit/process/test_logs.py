@@ -1,6 +1,7 @@
 """Where the log goes."""
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -19,12 +20,17 @@ import etcdfs.process.logs
 from etcdfs.options import OPTIONS, LogSettings
 from etcdfs.process.logs import (
     LINES_MAX,
+    REPEATS_MAX,
+    REPEATS_S,
     LogFileHandler,
+    Repeats,
     StderrHandler,
     SyslogHandler,
+    has_journal,
     keep_out_of,
     setup_logging,
 )
+from etcdfs.process.printable import printable
 
 log = logging.getLogger("etcdfs.test")
 
@@ -275,3 +281,153 @@ def test_a_syslog_that_is_missing_or_stalled_is_not_waited_for(tmp_path: Path) -
         for _ in range(2000):  # more than a socket's queue (net.unix.max_dgram_qlen)
             handler.emit(record)
     handler.close()
+
+
+# --- fields for programs --------------------------------------------------------------------
+
+NASTY = "\x1b[31mred\x1b[0m\nPRIORITY=0\n2026-01-01 forged"
+
+
+def objects(file: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.mark.expect_log("lost %s")
+@pytest.mark.expect_log("100%% wrong: %s")
+def test_json_has_an_object_in_each_line(root: logging.Logger, tmp_path: Path) -> None:
+    file = tmp_path / "log"
+    settings = LogSettings(file=str(file), format="json")
+    setup_logging(settings, foreground=False, mountpoint=f"/mnt/{ODD}")
+    figures = {"revision": 7, "reason": NASTY}
+    log.warning("lost %s", NASTY, extra={"event": "lost", "fields": figures})
+    log.error("100%% wrong: %s", ODD, exc_info=RuntimeError(NASTY))
+    lost, wrong = objects(file)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", str(lost.pop("time")))
+    assert lost == {
+        "level": "warning",
+        "logger": "etcdfs.test",
+        "message": f"lost {printable(NASTY)}",
+        "mountpoint": "/mnt/odd \\udcff",
+        "pid": os.getpid(),
+        "event": "lost",
+        "revision": 7,
+        "reason": printable(NASTY),
+    }
+    assert wrong["message"] == "100% wrong: odd \\udcff"
+    trace = str(wrong["exception"]).split("\n")
+    assert trace[-1].startswith("    ")
+    assert "\x1b" not in file.read_text()
+
+
+def parse_journal(datagram: bytes) -> dict[str, str]:
+    """Read a datagram as journald does ("Native Journal Protocol")."""
+    fields = {}
+    while datagram:
+        line, _, datagram = datagram.partition(b"\n")
+        name, equals, value = line.partition(b"=")
+        if not equals:
+            size = int.from_bytes(datagram[:8], "little")
+            value, datagram = datagram[8 : 8 + size], datagram[8 + size + 1 :]
+        assert name.decode() not in fields
+        fields[name.decode()] = value.decode()
+    return fields
+
+
+@pytest.mark.expect_log(NASTY)
+def test_the_journal_gets_fields_that_nobody_can_forge(
+    root: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "journal"))
+        journal.setblocking(False)
+        monkeypatch.setattr(etcdfs.process.logs, "_JOURNAL_SOCKET", tmp_path / "journal")
+        assert has_journal()
+        setup_logging(LogSettings(format="journal"), foreground=True, mountpoint=f"/mnt/{NASTY}")
+        log.error(NASTY, extra={"event": "lost", "fields": {"revision": 7, "reason": NASTY}})
+        log.info("x" * 1_000_000)
+        fields = parse_journal(journal.recv(1 << 20))
+        long = parse_journal(journal.recv(1 << 20))
+    assert fields.pop("CODE_FILE") == __file__
+    assert int(fields.pop("CODE_LINE")) > 0
+    assert fields == {
+        "MESSAGE": printable(NASTY),
+        "PRIORITY": "3",
+        "SYSLOG_IDENTIFIER": "etcdfs",
+        "SYSLOG_FACILITY": "3",
+        "CODE_FUNC": "test_the_journal_gets_fields_that_nobody_can_forge",
+        "LOGGER": "etcdfs.test",
+        "ETCDFS_MOUNTPOINT": f"/mnt/{printable(NASTY)}",
+        "ETCDFS_EVENT": "lost",
+        "ETCDFS_REVISION": "7",
+        "ETCDFS_REASON": printable(NASTY),
+    }
+    assert 10_000 < len(long["MESSAGE"]) < 1_000_000
+
+
+@pytest.mark.expect_log("lost")
+def test_a_journal_that_is_gone_loses_what_is_logged(
+    root: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcdfs.process.logs, "_JOURNAL_SOCKET", tmp_path / "nothing")
+    assert not has_journal()
+    setup_logging(LogSettings(format="journal"), foreground=True)
+    log.warning("lost")
+
+
+# --- what repeats itself --------------------------------------------------------------------
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def logged(filtered: Repeats, level: int, message: str, *arguments: object) -> str | None:
+    record = logging.LogRecord("etcdfs.test", level, "", 0, message, arguments, None)
+    return record.getMessage() if filtered.filter(record) else None
+
+
+def test_what_is_logged_again_and_again_is_cut_off_and_counted() -> None:
+    clock = Clock()
+    filtered = Repeats(clock)
+    shown = [logged(filtered, logging.WARNING, "lost %s", n) for n in range(100)]
+    assert shown == [f"lost {n}" for n in range(REPEATS_MAX)] + [None] * (100 - REPEATS_MAX)
+    assert logged(filtered, logging.INFO, "regained") == "regained"
+    clock.now += REPEATS_S
+    left_out = 100 - REPEATS_MAX
+    assert logged(filtered, logging.WARNING, "lost %s", 100) == (
+        f"lost 100 (and {left_out} more like it before)"
+    )
+    assert logged(filtered, logging.WARNING, "lost %s", 101) == "lost 101"
+    clock.now += REPEATS_S
+    assert logged(filtered, logging.WARNING, "lost %s", 102) == "lost 102"
+
+
+def test_no_lost_file_and_nothing_that_was_asked_for_is_left_out() -> None:
+    filtered = Repeats(Clock())
+    for level, message in (
+        (logging.ERROR, "what was written to %s is lost"),
+        (logging.INFO, "%s"),
+        (logging.DEBUG, "asked %s"),
+    ):
+        assert None not in [logged(filtered, level, message, n) for n in range(3 * REPEATS_MAX)]
+    assert None in [logged(filtered, logging.ERROR, "bug") for _ in range(2 * REPEATS_MAX)]
+
+
+def test_the_count_can_be_added_to_any_line() -> None:
+    clock = Clock()
+    filtered = Repeats(clock)
+    for arguments, text in (((), "100 % %s"), (({"a": 1},), "%(a)s")):
+        for _ in range(REPEATS_MAX + 1):
+            logged(filtered, logging.INFO, text, *arguments)
+        clock.now += REPEATS_S
+        assert logged(filtered, logging.INFO, text, *arguments) is not None
+
+
+def test_only_so_many_texts_are_remembered() -> None:
+    filtered = Repeats(Clock())
+    for n in range(10_000):
+        logged(filtered, logging.INFO, f"text {n}")
+    assert len(filtered._windows) < 1000
