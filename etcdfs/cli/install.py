@@ -1,4 +1,4 @@
-"""What the system looks for in directories of its own: the helper of mount(8), units, pages.
+"""What the system looks for in directories of its own: the helper of mount(8), a unit, pages.
 
 Knows: which file of the package belongs where, and how it gets there and away again. Does not know:
 what is in the files.
@@ -21,17 +21,12 @@ import etcdfs
 from etcdfs.cli.argv import HELPER
 from etcdfs.errors import InstallError
 
-SHARE: Final = Path(etcdfs.__path__[0]) / "share"
-"""The files of the package that are no Python."""
+DATA: Final = Path(etcdfs.__path__[0]) / "data"
+"""The files of the package that are no Python, in directories as they are below /usr/local."""
 
 _COMMAND: Final = "etcdfs"
 _SBIN: Final = Path("sbin")  # where mount(8) looks for helpers, and only there
 _LOCAL: Final = Path("usr/local")
-_PLACES: Final = {
-    "systemd": _LOCAL / "lib/systemd/system",
-}
-"""By the directory below `SHARE`: where its files go."""
-
 _MODE: Final = 0o644
 
 
@@ -115,9 +110,8 @@ def _files(root: Path, command: Path) -> Iterator[tuple[Path, Path | None]]:
     own = root / _LOCAL / "bin" / _COMMAND
     if own != command:  # it was installed there to begin with
         yield own, None
-    for name, place in _PLACES.items():
-        for source in sorted((SHARE / name).iterdir()):
-            yield root / place / source.name, source
+    for source in sorted(path for path in DATA.rglob("*") if path.is_file()):
+        yield root / _LOCAL / source.relative_to(DATA), source
 
 
 def _leads_to(place: Path, command: Path) -> bool:

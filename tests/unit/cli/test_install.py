@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.cli.install import SHARE, find_command, install_files, remove_files, strangers
+from etcdfs.cli.install import DATA, find_command, install_files, remove_files, strangers
 from etcdfs.errors import InstallError
+
+UNIT = DATA / "lib/systemd/system/etcdfs@.service"
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def test_every_file_of_the_package_gets_its_place(tmp_path: Path, command: Path)
     found = contents(root)
     assert found.pop("sbin/mount.etcdfs") == str(command)
     assert found.pop("usr/local/bin/etcdfs") == str(command)
-    shared = [path for path in SHARE.rglob("*") if path.is_file()]
+    shared = [path for path in DATA.rglob("*") if path.is_file()]
     assert sorted(found.values()) == sorted(path.read_text() for path in shared)
     assert "usr/local/lib/systemd/system/etcdfs@.service" in found
     assert len(done) == len(found) + 2
@@ -100,7 +102,7 @@ def test_what_others_could_change_is_named(command: Path) -> None:
 def test_the_unit_is_one_that_systemd_takes(tmp_path: Path, command: Path) -> None:
     """As far as its own checker, which need not be there, can tell without a system."""
     unit = tmp_path / "etcdfs@mnt-etcd.service"
-    text = (SHARE / "systemd" / "etcdfs@.service").read_text()
+    text = UNIT.read_text()
     unit.write_text(text.replace("ExecStart=etcdfs ", f"ExecStart={command} "))
     try:
         done = subprocess.run(
@@ -118,9 +120,7 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path, command: Path) -> No
 def test_the_unit_sees_the_file_system_of_the_host(tmp_path: Path) -> None:
     """Every option that unshares it would hide the mount from everybody (systemd.exec(5))."""
     options = {
-        line.partition("=")[0]
-        for line in (SHARE / "systemd" / "etcdfs@.service").read_text().splitlines()
-        if not line.startswith("#")
+        line.partition("=")[0] for line in UNIT.read_text().splitlines() if not line.startswith("#")
     }
     assert not options & {
         *("BindPaths", "BindReadOnlyPaths", "DynamicUser", "ExecPaths", "InaccessiblePaths"),
