@@ -65,7 +65,7 @@ class Sweeper:
             for key, stored_record in void.items()
         )
         committed = await self._store.commit(Transaction((), parts))
-        self.swept += sum(getattr(result, "succeeded", False) for result in committed.results)
+        self.swept += sum(committed[part].succeeded for part in parts)
 
     def _deletion(self, key: bytes, mod_revision: int) -> Transaction:
         found = self._tree.find(key)

@@ -25,7 +25,6 @@ from etcdfs.keyspace.attribute_records import is_record_key, record_key, record_
 from etcdfs.keyspace.keys import VALUE_NAME
 from etcdfs.keyspace.paging import Pages, Paging
 from etcdfs.keyspace.store import Get, Store, Transaction, range_end
-from etcdfs.keyspace.transaction_results import page_of
 from etcdfs.tree.node_attributes import find_key_state, is_foreign
 from etcdfs.tree.tree import Directory, File, Node, Tree
 
@@ -172,8 +171,7 @@ class ReadBarrier:
             return {}
         gets = tuple(Get(key, keys_only=True) for key in keys)
         committed = await self._store.commit(Transaction((), gets))
-        found = [entry for result in committed.results for entry in page_of(result).entries]
-        return dict.fromkeys(keys, 0) | {entry.key: entry.mod_revision for entry in found}
+        return dict.fromkeys(keys, 0) | {e.key: e.mod_revision for e in committed.entries}
 
     async def _ask_records_below(self, directory: Directory) -> dict[bytes, int]:
         tree = self._tree
@@ -204,8 +202,8 @@ class ReadBarrier:
             return {}
         committed = await self._store.commit(Transaction((), tuple(gets)))
         wanted: dict[bytes, int] = {}
-        for get, result in zip(gets, committed.results, strict=True):
-            entries = page_of(result).entries
+        for get in gets:
+            entries = committed[get].entries
             wanted.update((entry.key, entry.mod_revision) for entry in entries)
             if not entries and get.end is None:
                 wanted[get.key] = 0

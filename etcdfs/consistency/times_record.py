@@ -23,7 +23,6 @@ from etcdfs.errors import StoreError, StorePermissionError
 from etcdfs.keyspace.attribute_records import ATTRIBUTES
 from etcdfs.keyspace.revision_times import RevisionTimes
 from etcdfs.keyspace.store import Clock, Get, Page, Put, Store, Transaction, unchanged
-from etcdfs.keyspace.transaction_results import page_of
 
 log = logging.getLogger(__name__)
 
@@ -84,17 +83,16 @@ class TimesRecord:
             newest = self._times.newest
             if not self._writes or newest <= self._saved:
                 return
-            committed = await self._store.commit(
-                Transaction(
-                    (unchanged(TIMES_KEY, self._known),),
-                    (Put(TIMES_KEY, self._times.encode()),),
-                    (Get(TIMES_KEY),),
-                )
+            known, put, get = (
+                unchanged(TIMES_KEY, self._known),
+                Put(TIMES_KEY, self._times.encode()),
+                Get(TIMES_KEY),
             )
+            committed = await self._store.commit(Transaction((known,), (put,), (get,)))
             if committed.succeeded:
                 self._known, self._saved = committed.revision, newest
                 return
-            self._take(page_of(committed.results[0]))
+            self._take(committed[get])
 
     def _take(self, page: Page) -> None:
         self._known = 0

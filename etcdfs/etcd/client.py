@@ -22,6 +22,7 @@ Concurrency: as `EtcdStore`.
 import random
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any, Final, Protocol, final
 
 import grpc
@@ -180,7 +181,7 @@ class EtcdStore(LeaseCalls):
             fault = str(exc)
         else:
             if fault is None:
-                return committed
+                return replace(committed, of=transaction)
         error = self._disbelieve(fault)
         raise error if transaction.only_reads else OutcomeUnknownError(str(error))
 

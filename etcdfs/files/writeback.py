@@ -20,11 +20,15 @@ from etcdfs.errors import (
     FileTooLargeError,
     OutcomeUnknownError,
     StoreError,
-    StorePermissionError,
     WriteConflictError,
 )
 from etcdfs.files.locks import NodeLocks
-from etcdfs.files.put_attributes import NO_ATTRIBUTES, PutAttributes, put_attributes_of
+from etcdfs.files.put_attributes import (
+    NO_ATTRIBUTES,
+    PutAttributes,
+    put_attributes_of,
+    with_attributes,
+)
 from etcdfs.files.write_buffer import Kind, WriteBuffer
 from etcdfs.keyspace.keys import MARKER_NAME
 from etcdfs.keyspace.store import (
@@ -32,7 +36,6 @@ from etcdfs.keyspace.store import (
     Event,
     Get,
     KeyValue,
-    Operation,
     Put,
     Revision,
     Store,
@@ -40,7 +43,8 @@ from etcdfs.keyspace.store import (
     absent,
     unchanged,
 )
-from etcdfs.keyspace.transaction_results import events_of, page_of
+from etcdfs.keyspace.transaction_results import events_of
+from etcdfs.keyspace.transactions import put_and_read
 from etcdfs.tree.changes import Intent
 from etcdfs.tree.tree import Cached, Dentry, File, KeyState, key_state_of
 from etcdfs.tree.value_cache import ValueCache
@@ -186,14 +190,14 @@ class Writeback:
         """Publish with the attributes that go along; without, if etcd's roles say so."""
         tree = self._view.update.tree
         put_attributes = put_attributes_of(tree, file, buffer, key)
-        try:
-            return await self._resolve(file, buffer, key, intent, put_attributes)
-        except StorePermissionError as exc:
-            if put_attributes == NO_ATTRIBUTES or not exc.is_of_role:
-                raise
-            done = await self._resolve(file, buffer, key, intent, NO_ATTRIBUTES)
-            tree.rights.refuse_writing(exc)
-            return done
+
+        async def attempt(has_company: bool) -> _Done | None:
+            along = put_attributes if has_company else NO_ATTRIBUTES
+            return await self._resolve(file, buffer, key, intent, along)
+
+        return await with_attributes(
+            tree.rights, attempt, may_drop=lambda: put_attributes != NO_ATTRIBUTES
+        )
 
     async def _resolve(
         self,
@@ -250,11 +254,12 @@ class Writeback:
         then it is added to what is there.
         """
         value = intent.value = buffer.value
-        put = Transaction((absent(key),), (*_put(key, value), *put_attributes.changed), (Get(key),))
+        operations = (*put_and_read(Put(key, value)), *put_attributes.changed)
+        put = Transaction((absent(key),), operations, (Get(key),))
         committed = await self._send(buffer, put, value)
         if committed.succeeded:
-            return _done(put, committed, value)
-        (found,) = page_of(committed.results[0]).entries
+            return _done(committed, value)
+        (found,) = committed.entries
         if file.name == MARKER_NAME:  # it is there with its directory, and means no file then
             buffer.is_bare = buffer.is_added = False
         if buffer.is_bare:
@@ -280,7 +285,7 @@ class Writeback:
             committed = await self._send(buffer, nothing, value)
             if committed.succeeded:
                 self._unchanged += 1
-                stored_records = events_of(nothing, committed)
+                stored_records = events_of(committed)
                 return _Done(file.key_state, value, merged=False, stored_records=stored_records)
         return await self._change(file, buffer, key, intent, put_attributes)
 
@@ -307,16 +312,16 @@ class Writeback:
             self.check_size(file, len(value))
             if merged:
                 intent.file = None
-            put = Transaction(
-                (unchanged(key, key_state.mod_revision),),
-                (*_put(key, value, keeps=key_state.lease), *put_attributes.changed),
-                (Get(key),),
+            put = Put(key, value, key_state.lease, keep_lease=True)
+            known = unchanged(key, key_state.mod_revision)
+            operations = (*put_and_read(put), *put_attributes.changed)
+            committed = await self._send(
+                buffer, Transaction((known,), operations, (Get(key),)), value
             )
-            committed = await self._send(buffer, put, value)
             if committed.succeeded:
                 self._rebased += merged
-                return _done(put, committed, value, merged=merged)
-            current = page_of(committed.results[0]).entries
+                return _done(committed, value, merged=merged)
+            current = committed.entries
             if not current or current[0].create_revision != key_state.create_revision:
                 return None
             found = current[0]
@@ -433,14 +438,8 @@ def _check_may_go_over(buffer: WriteBuffer, found: KeyValue) -> None:
         raise WriteConflictError(msg)
 
 
-def _put(key: bytes, value: bytes, *, keeps: int | None = None) -> tuple[Operation, ...]:
-    # The Get sees the Put of the same transaction: it tells create_revision and version.
-    put = Put(key, value) if keeps is None else Put(key, value, keeps, keep_lease=True)
-    return (put, Get(key, keys_only=True))
-
-
-def _done(put: Transaction, committed: Committed, value: bytes, *, merged: bool = False) -> _Done:
-    own, *stored_records = events_of(put, committed)
+def _done(committed: Committed, value: bytes, *, merged: bool = False) -> _Done:
+    own, *stored_records = events_of(committed)
     assert isinstance(own, KeyValue), "the put comes first"
     return _Done(key_state_of(own), value, merged=merged, stored_records=tuple(stored_records))
 

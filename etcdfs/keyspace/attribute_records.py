@@ -57,12 +57,7 @@ from typing import Final, Literal, TypeVar, final, get_args
 from etcdfs.errors import StorePermissionError
 from etcdfs.keyspace.store import (
     END_OF_KEYS,
-    Committed,
-    Delete,
     KeyValue,
-    Put,
-    Store,
-    Transaction,
     range_end,
 )
 
@@ -507,29 +502,3 @@ class Rights:
 
 def _do_nothing() -> None:
     pass
-
-
-async def commit_with(
-    store: Store, rights: Rights, with_record: Transaction, bare: Transaction
-) -> tuple[Transaction, Committed]:
-    """Commit with records; without, if that is what roles forbid: content still works.
-
-    Returns:
-        Which of the two was sent, and what became of it.
-
-    Raises:
-        StoreError: The other one was refused as well, or etcd could not be asked.
-    """
-    try:
-        committed = await store.commit(with_record)
-    except StorePermissionError as exc:
-        if with_record == bare or not exc.is_of_role:
-            raise
-        committed = await store.commit(bare)
-        rights.refuse_writing(exc)
-        return bare, committed
-    if any(
-        isinstance(each, (Put, Delete)) and is_record_key(each.key) for each in with_record.then
-    ):
-        rights.allow_writing()
-    return with_record, committed

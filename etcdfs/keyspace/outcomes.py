@@ -116,28 +116,25 @@ class ResolvingStore:
 def _questions(transaction: Transaction) -> Iterator[Get]:
     """Yield what shows whether each operation was carried out, one for each that is not inner."""
     for operation in transaction.then:
-        match operation:
-            case Put(key):
-                yield Get(key)
-            case Delete(key, end):
-                yield Get(key, end, limit=1, keys_only=True)
-            case Get():
-                yield operation
-            case Transaction():
-                yield from _questions(operation)
-            case Abort():
-                pass
-            case _:
-                assert_never(operation)
+        if isinstance(operation, Transaction):
+            yield from _questions(operation)
+        elif not isinstance(operation, Abort):
+            yield _question(operation)
+
+
+def _question(operation: Get | Put | Delete) -> Get:
+    match operation:
+        case Put(key):
+            return Get(key)
+        case Delete(key, end):
+            return Get(key, end, limit=1, keys_only=True)
+        case Get():
+            return operation
 
 
 def _resolve(transaction: Transaction, found: Committed) -> Committed | None:
     """Return what etcd would have answered; None if it cannot be told."""
-    answers = iter(found.results)
-    traces = [
-        _trace(operation, answers, found.revision, transaction.when)
-        for operation in transaction.then
-    ]
+    traces = [_trace(operation, found, transaction.when) for operation in transaction.then]
     puts = [operation for operation in transaction.then if isinstance(operation, Put)]
     deletes = [operation for operation in transaction.then if isinstance(operation, Delete)]
     claims = transaction.claims or any(
@@ -151,7 +148,8 @@ def _resolve(transaction: Transaction, found: Committed) -> Committed | None:
     if len(written) > 1:
         return None  # one transaction has one revision
     revision = Revision(max(written, default=found.revision))
-    return Committed(True, revision, tuple(trace[1] for trace in traces if trace is not None))
+    results = tuple(trace[1] for trace in traces if trace is not None)
+    return Committed(True, revision, results, transaction)
 
 
 def _wants_absent(compare: Compare, key: bytes) -> bool:
@@ -168,28 +166,26 @@ _Trace = tuple[int, _Result]
 """The revision at which an operation wrote, 0 if that cannot be seen, and its result."""
 
 
-def _trace(
-    operation: Operation, answers: Iterator[_Result], now: int, when: Sequence[Compare]
-) -> _Trace | None:
+def _trace(operation: Operation, found: Committed, when: Sequence[Compare]) -> _Trace | None:
     """Return the trace of an operation; None if there is none, or another one."""
     match operation:
         case Put():
-            entry = _entry(next(answers))
+            entry = _entry(found, operation)
             return (entry.mod_revision, None) if _is_of(entry, operation, when) else None
         case Delete():
-            return (0, 1) if _entry(next(answers)) is None else None
+            return (0, 1) if _entry(found, operation) is None else None
         case Get():
-            return 0, next(answers)
+            return 0, found[operation]
         case Abort():
             return None
         case Transaction():
             # With conditions of its own it may have had nothing to do, unless they are those of
             # the whole (`Abort`). What it did is known by its revision, if at all.
-            inner = [_trace(part, answers, now, operation.when) for part in operation.then]
+            inner = [_trace(part, found, operation.when) for part in operation.then]
             done = tuple(trace[1] for trace in inner if trace is not None)
             ran = len(done) == len(inner)
             if ran or (operation.when and not operation.otherwise):
-                return 0, Committed(ran, Revision(now), done if ran else ())
+                return 0, Committed(ran, found.revision, done if ran else ())
             return None
         case _:
             assert_never(operation)
@@ -216,6 +212,5 @@ def _names_version(compare: Compare, entry: KeyValue) -> bool:
     return compare.operator == "<" and entry.mod_revision < compare.number
 
 
-def _entry(answer: _Result) -> KeyValue | None:
-    assert isinstance(answer, Page)
-    return answer.entries[0] if answer.entries else None
+def _entry(found: Committed, operation: Put | Delete) -> KeyValue | None:
+    return next(iter(found[_question(operation)].entries), None)

@@ -13,8 +13,8 @@ the tests passes the same contract.
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, NewType, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, NewType, Protocol, overload
 
 Revision = NewType("Revision", int)
 
@@ -168,11 +168,38 @@ class Committed:
         revision: The store's revision after it.
         results: One per operation that ran: a `Page` for `Get`, the number of deleted keys
             for `Delete`, None for `Put`, a `Committed` for an inner transaction.
+        of: The transaction that it is the answer to.
     """
 
     succeeded: bool
     revision: Revision
     results: tuple["Page | Committed | int | None", ...]
+    of: Transaction = field(default=Transaction(), compare=False, repr=False)
+
+    @property
+    def operations(self) -> tuple[Operation, ...]:
+        """The operations that ran."""
+        return self.of.then if self.succeeded else self.of.otherwise
+
+    @property
+    def entries(self) -> list[KeyValue]:
+        """All that was read, in the order of the operations."""
+        pages = (result for result in self.results if isinstance(result, Page))
+        return [entry for page in pages for entry in page.entries]
+
+    @overload
+    def __getitem__(self, operation: Get) -> Page: ...
+    @overload
+    def __getitem__(self, operation: Delete) -> int: ...
+    @overload
+    def __getitem__(self, operation: Transaction) -> "Committed": ...
+    def __getitem__(self, operation: Operation) -> "Page | Committed | int | None":
+        """Return the result of an operation that ran."""
+        result = self.results[self.operations.index(operation)]
+        if isinstance(operation, Transaction):
+            assert isinstance(result, Committed)
+            return replace(result, of=operation)
+        return result
 
 
 # --- watching -------------------------------------------------------------------------------

@@ -64,6 +64,11 @@ def parent_prefix(key: bytes, root: bytes) -> bytes | None:
     return root + b"/".join(above) + b"/" if above else None
 
 
+def put_and_read(put: Put) -> tuple[Operation, ...]:
+    """Return a put and what tells its revisions and version: a read sees it already."""
+    return (put, Get(put.key, keys_only=True))
+
+
 def make_file(key: bytes, value: bytes = b"", *, is_value: bool) -> Transaction:
     """Claim a name for a new file; fails if it is a file or a directory.
 
@@ -75,17 +80,13 @@ def make_file(key: bytes, value: bytes = b"", *, is_value: bool) -> Transaction:
     conditions: tuple[Compare, ...] = (absent(key),)
     if not is_value:
         conditions += _nothing_below(key + b"/")
-    return Transaction(
-        conditions,
-        (Put(key, value), Get(key, keys_only=True)),
-    )
+    return Transaction(conditions, put_and_read(Put(key, value)))
 
 
 def make_directory(marker: bytes) -> Transaction:
     """Put the marker of a directory; fails if the name is a file or a directory."""
     return Transaction(
-        (*_no_value(marker), *_nothing_below(marker)),
-        (Put(marker, b""), Get(marker, keys_only=True)),
+        (*_no_value(marker), *_nothing_below(marker)), put_and_read(Put(marker, b""))
     )
 
 
@@ -110,7 +111,7 @@ def remove_file(key: bytes, parent: bytes | None, *, is_value: bool) -> Transact
 
 def clear_marker(marker: bytes) -> Transaction:
     """Empty the value of a directory's marker: what unlinking `%marker` means."""
-    return Transaction((exists(marker),), (Put(marker, b""), Get(marker, keys_only=True)))
+    return Transaction((exists(marker),), put_and_read(Put(marker, b"")))
 
 
 def remove_directory(marker: bytes, parent: bytes | None) -> Transaction:
@@ -154,7 +155,7 @@ def move_file(
         conditions += (absent(target),)
     return Transaction(
         conditions,
-        (put, Get(target, keys_only=True), Delete(source), *_stay(parent, source)),
+        (*put_and_read(put), Delete(source), *_stay(parent, source)),
         (
             Get(source),
             Get(target, keys_only=True),
@@ -233,7 +234,7 @@ def unmoved(prefix: bytes, revision: int) -> Compare:
     return Compare(prefix, "mod_revision", "<", revision + 1, range_end(prefix))
 
 
-def stay_without(parent: bytes | None, prefix: bytes) -> tuple[Operation, ...]:
+def stay_without(parent: bytes | None, prefix: bytes) -> tuple[Transaction, ...]:
     """Return what keeps a directory that loses all below `prefix`, its directory's value too."""
     if parent is None:
         return ()
@@ -269,7 +270,7 @@ def _stay(parent: bytes | None, leaving: bytes) -> tuple[Operation, ...]:
 
 
 def _keep(parent: bytes, alone: tuple[Compare, ...]) -> Transaction:
-    return Transaction(alone, (Put(parent, b""), Get(parent, keys_only=True)))
+    return Transaction(alone, put_and_read(Put(parent, b"")))
 
 
 def write_record(key: bytes, record: Record, known: int) -> tuple[Operation, ...]:
@@ -282,7 +283,7 @@ def write_record(key: bytes, record: Record, known: int) -> tuple[Operation, ...
     """
     stored_record = record_key(key)
     if record:
-        return (Put(stored_record, encode(record)), Get(stored_record, keys_only=True))
+        return put_and_read(Put(stored_record, encode(record)))
     return drop_record(key, known)
 
 
@@ -329,7 +330,7 @@ def change_record(
         # Something is below it, or it is no directory: a range without keys compares as 0.
         if not is_root:
             conditions += (Compare(key, "create_revision", ">", 0, range_end(key)),)
-        operations = (Put(key, b""), Get(key, keys_only=True), *operations)
+        operations = (*put_and_read(Put(key, b"")), *operations)
     # The value of a marker is mostly empty, and needed by whoever takes it over.
     own = Get(key, keys_only=not key.endswith(b"/"))
     return Transaction(conditions, operations, (own, Get(record_key(key))))

@@ -35,7 +35,6 @@ from etcdfs.errors import (
 )
 from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.keyspace.store import Event, Get, KeyValue, Store, Tombstone, Transaction
-from etcdfs.keyspace.transaction_results import page_of
 from etcdfs.mirror.messages import (
     Apply,
     BackOff,
@@ -208,7 +207,7 @@ class AttributeMirror:
         for first in range(0, len(keys), MAX_GETS):
             gets = tuple(Get(record_key(key)) for key in keys[first : first + MAX_GETS])
             committed = await self._store.commit(Transaction((), gets))
-            found.extend(entry for result in committed.results for entry in page_of(result).entries)
+            found.extend(committed.entries)
         return found
 
     # --- following --------------------------------------------------------------------------

@@ -198,8 +198,9 @@ async def read_together(store: Store, gets: Sequence[Get]) -> Committed:
     When its quota is used up, etcd 3.4 refuses every transaction, even one that only reads
     (server/storage/quota.go, Available; 3.5 lets it through), but never a range.
     """
+    asked = Transaction((), tuple(gets))
     try:
-        return await store.commit(Transaction((), tuple(gets)))
+        return await store.commit(asked)
     except StoreFullError:
         pages: list[Page] = []
         for get in gets:
@@ -213,4 +214,4 @@ async def read_together(store: Store, gets: Sequence[Get]) -> Committed:
                     keys_only=get.keys_only,
                 )
             )
-        return Committed(True, pages[0].revision, tuple(pages))
+        return Committed(True, pages[0].revision, tuple(pages), asked)

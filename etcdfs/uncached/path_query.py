@@ -14,7 +14,6 @@ from etcdfs.errors import CallerError
 from etcdfs.keyspace.attribute_records import record_key, shown_ranges
 from etcdfs.keyspace.keys import MARKER_NAME, Keyspace
 from etcdfs.keyspace.store import Committed, Get, KeyValue, range_end
-from etcdfs.keyspace.transaction_results import page_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,8 +76,8 @@ def questions_about(
 def answers_to(questions: list[Question], committed: Committed, *, stored_records: bool) -> Found:
     """Return the answers to `questions_about` by what they are about."""
     found = Found(revision=committed.revision, has_records=stored_records)
-    for (about, get), result in zip(questions, committed.results, strict=True):
-        for entry in page_of(result).entries:
+    for about, get in questions:
+        for entry in committed[get].entries:
             match about:
                 case "value":
                     found.value = entry

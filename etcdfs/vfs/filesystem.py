@@ -30,14 +30,14 @@ from etcdfs.errors import (
     ReadOnlyError,
     StaleError,
     StoreError,
-    StorePermissionError,
 )
 from etcdfs.files.handles import Handle, Handles, may_change
 from etcdfs.files.open_directories import DirectoryHandle, OpenDirectories
-from etcdfs.keyspace.attribute_records import Record, Type, commit_with
+from etcdfs.files.put_attributes import commit_with
+from etcdfs.keyspace.attribute_records import Record, Type
 from etcdfs.keyspace.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
-from etcdfs.keyspace.store import Committed, Event, Store, Transaction
-from etcdfs.keyspace.transaction_results import events_of, page_of, put_event
+from etcdfs.keyspace.store import Committed, Delete, Store, Transaction
+from etcdfs.keyspace.transaction_results import events_of
 from etcdfs.keyspace.transactions import (
     clear_marker,
     drop_record,
@@ -420,8 +420,8 @@ class Filesystem:
         record = self._record(directory, None if mode is None else mode | stat.S_IFDIR, caller)
         async with self._namei.changing((directory, name)) as locked:
             making = make_directory(marker)
-            making, committed = await self._make_in(directory, name, making, marker, record)
-            await self._wait_until_visible(committed, events_of(making, committed), locked)
+            committed = await self._make_in(directory, name, making, marker, record)
+            await self._wait_until_visible(committed, locked)
         # By its path: what was above it may have been deleted and made anew meanwhile.
         found = self._tree.find(marker)
         if found is None:
@@ -442,8 +442,8 @@ class Filesystem:
         async with self._namei.changing((directory, name)) as locked:
             with self._view.update.intending(key, Intent(file=file, value=value)):
                 making = make_file(key, value, is_value=has_keys_below(names))
-                making, committed = await self._make_in(directory, name, making, key, record)
-                await self._wait_until_visible(committed, events_of(making, committed), locked)
+                committed = await self._make_in(directory, name, making, key, record)
+                await self._wait_until_visible(committed, locked)
         file.mtime_ns = file.ctime_ns = self._tree.revisions.time_of(committed.revision)
         return file
 
@@ -461,7 +461,7 @@ class Filesystem:
 
     async def _make_in(
         self, directory: Directory, name: bytes, making: Transaction, key: bytes, record: Record
-    ) -> tuple[Transaction, Committed]:
+    ) -> Committed:
         """Make a key with its attributes, on condition that its directory is there.
 
         Raises:
@@ -471,32 +471,27 @@ class Filesystem:
         """
         parent = parent_of(self._tree, directory)
         for _ in range(MAX_RETRIES):
-            made, committed = await self._commit_with(within(parent, making), key, record)
+            committed = await self._commit_with(within(parent, making), key, record)
             if committed.succeeded:
-                return made, committed
+                return committed
             before = parent
-            parent = None if parent is None else parent.after(committed.results[-1])
+            parent = None if parent is None else parent.after(committed)
             if parent == before:
                 raise taken(name)
         msg = f"the directory of {key!r} changed {MAX_RETRIES} times meanwhile"
         raise StaleError(msg)
 
-    async def _commit_with(
-        self, making: Transaction, key: bytes, record: Record
-    ) -> tuple[Transaction, Committed]:
+    async def _commit_with(self, making: Transaction, key: bytes, record: Record) -> Committed:
         """Make a key with its attributes; without, if etcd's roles say so: content still works."""
-        with_record = making
-        if record:
-            with_record = replace(making, then=(*making.then, *write_record(key, record, 0)))
-        rights = self._tree.rights
-        bare = making if record.type is None else with_record
-        try:
-            return await commit_with(self._store, rights, with_record, bare)
-        except StorePermissionError as exc:
-            if record.type is None:
-                raise
-            rights.refuse_writing(exc)
-            raise NotPermittedError(str(exc)) from exc
+        operations = write_record(key, record, 0) if record else ()
+        with_record = replace(making, then=(*making.then, *operations))
+        if record.type is None:
+            return await commit_with(self._store, self._tree.rights, with_record, making)
+        committed = await commit_with(self._store, self._tree.rights, with_record, None)
+        if committed is None:
+            msg = f"etcd's roles let nobody keep that {key!r} is a {record.type}"
+            raise NotPermittedError(msg)
+        return committed
 
     # --- removing ---------------------------------------------------------------------------
 
@@ -530,10 +525,10 @@ class Filesystem:
         self._files.keep(file)
         with self._view.update.intending(key, Intent()):
             bare = self._removal(directory, name, key)
-            removal, committed = await self._remove(bare, key, file)
+            committed = await self._remove(bare, key, file)
             if not committed.succeeded:
                 raise _not_removed(key, committed)
-            await self._wait_until_visible(committed, events_of(removal, committed), locked)
+            await self._wait_until_visible(committed, locked)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
         """Delete an empty directory's marker.
@@ -562,18 +557,17 @@ class Filesystem:
             node.removed = True
             committed = None
             try:
-                removal, committed = await self._remove(removal, marker, node)
+                committed = await self._remove(removal, marker, node)
             finally:
                 node.removed = committed is not None and committed.succeeded
             if not committed.succeeded:
                 raise not_empty(name)
-            events = events_of(removal, committed)
             # The kernel holds the directory's own lock as well.
             with self._view.holding((Dentry(node.inode, b""),)):
-                await self._wait_until_visible(committed, events, locked)
+                await self._wait_until_visible(committed, locked)
             if directory.children.get(name) is node and not node.children:
                 self._tree.detach(directory, name, gone=True)
-            if not committed.results[0]:
+            if not committed[Delete(marker)]:
                 raise missing(name)
         self._files.give_up((marker[:-1],), (marker,))
 
@@ -581,16 +575,14 @@ class Filesystem:
         committed = await self._store.commit(clear_marker(key))
         if not committed.succeeded:
             raise missing(MARKER_NAME)
-        await self._wait_until_visible(committed, (put_event(committed, 1, key, b""),), locked)
+        await self._wait_until_visible(committed, locked)
 
     def _removal(self, directory: Directory, name: bytes, key: bytes) -> Transaction:
         parent = None if name == VALUE_NAME else parent_prefix(key, self._root)
         is_value = has_keys_below(self._tree.names(directory, name))
         return remove_file(key, parent, is_value=is_value)
 
-    async def _remove(
-        self, removal: Transaction, key: bytes, node: Node
-    ) -> tuple[Transaction, Committed]:
+    async def _remove(self, removal: Transaction, key: bytes, node: Node) -> Committed:
         """Remove a key with its attributes; one that is void as well, if it is known.
 
         Without, if etcd's roles say so: what is left behind is void then.
@@ -657,10 +649,8 @@ class Filesystem:
         node.kernel_may_cache = node.kernel_may_cache or attributes.timeout_s > 0
         return attributes
 
-    async def _wait_until_visible(
-        self, committed: Committed, events: Sequence[Event], locked: Sequence[Dentry]
-    ) -> None:
-        await self._view.wait_until_visible(committed.revision, events, locked)
+    async def _wait_until_visible(self, committed: Committed, locked: Sequence[Dentry]) -> None:
+        await self._view.wait_until_visible(committed.revision, events_of(committed), locked)
 
 
 _DOTS: Final = (b".", b"..")
@@ -673,7 +663,6 @@ _TYPES: Final[dict[int, Type | None]] = {
 
 
 def _not_removed(key: bytes, committed: Committed) -> CallerError:
-    own, _below = (page_of(result).entries for result in committed.results)
-    if own:
+    if any(entry.key == key for entry in committed.entries):
         return IsADirectoryFileError(f"{key!r} is a directory")
     return NotFoundError(f"{key!r} was deleted by another client")

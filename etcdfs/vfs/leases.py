@@ -24,10 +24,10 @@ from etcdfs.errors import (
     StoreError,
 )
 from etcdfs.files.handles import Handles
-from etcdfs.keyspace.attribute_records import commit_with
-from etcdfs.keyspace.store import Get, Operation, Put, Store, Transaction, unchanged
+from etcdfs.files.put_attributes import commit_with
+from etcdfs.keyspace.store import Operation, Put, Store, Transaction, unchanged
 from etcdfs.keyspace.transaction_results import events_of
-from etcdfs.keyspace.transactions import same_record, write_record
+from etcdfs.keyspace.transactions import put_and_read, same_record, write_record
 from etcdfs.tree.changes import Intent
 from etcdfs.tree.node_attributes import record_of
 from etcdfs.tree.tree import File, Node
@@ -108,16 +108,16 @@ class Leases:
             value = await self._view.value(file)
             bare = Transaction(
                 (unchanged(key, key_state.mod_revision),),
-                (Put(key, value, lease), Get(key, keys_only=True)),
+                put_and_read(Put(key, value, lease)),
             )
             with_record = replace(bare, then=(*bare.then, *self._record(file, key)))
             rights = self._view.update.tree.rights
             with self._view.update.intending(key, Intent(file=file, value=value)):
-                put, committed = await commit_with(self._store, rights, with_record, bare)
+                committed = await commit_with(self._store, rights, with_record, bare)
                 if not committed.succeeded:
                     msg = f"{key!r} was changed by another client"
                     raise StaleError(msg)
-                await self._view.wait_until_visible(committed.revision, events_of(put, committed))
+                await self._view.wait_until_visible(committed.revision, events_of(committed))
         await self.release(before)
 
     def _record(self, file: File, key: bytes) -> tuple[Operation, ...]:

@@ -47,12 +47,10 @@ from etcdfs.errors import (
     NotFoundError,
     StaleError,
     StoreError,
-    StoreProtocolError,
 )
 from etcdfs.keyspace.attribute_records import ATTRIBUTES
 from etcdfs.keyspace.keys import MARKER_NAME, NAME_MAX, is_part
 from etcdfs.keyspace.store import Committed, Compare, Get, Store, Transaction, exists, range_end
-from etcdfs.keyspace.transaction_results import page_of
 from etcdfs.tree.tree import (
     NOT_IN_ETCD,
     Dentry,
@@ -269,18 +267,16 @@ class Parent:
         end = range_end(self.prefix)
         return Transaction((self.condition,), (), (Get(self.prefix, end, limit=1, keys_only=True),))
 
-    def after(self, answer: object) -> "Parent":
-        """Return the parent with the witness that the answer to `question` names, if another.
+    def after(self, committed: Committed) -> "Parent":
+        """Return the parent with the witness that the answer to its question names, if another.
 
         Raises:
             NotFoundError: There is none.
         """
-        if not isinstance(answer, Committed):
-            msg = f"an inner transaction came back as {type(answer).__name__}"
-            raise StoreProtocolError(msg)
+        answer = committed[self.question]
         if answer.succeeded:
             return self
-        found = page_of(answer.results[0]).entries
+        found = answer.entries
         if not found:
             msg = f"the directory {self.prefix!r} was deleted by another client"
             raise NotFoundError(msg)
@@ -322,7 +318,7 @@ class Evidence:
         """
         if self._parent is not None and self._is_tried:
             answer = await self._store.commit(Transaction((), (self._parent.question,)))
-            self._parent = self._parent.after(answer.results[0])
+            self._parent = self._parent.after(answer)
         self._is_tried = True
         return self._parent
 

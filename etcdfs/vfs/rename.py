@@ -20,7 +20,8 @@ from etcdfs.errors import (
     StaleError,
 )
 from etcdfs.files.handles import Handles
-from etcdfs.keyspace.attribute_records import commit_with, encode, moved, record_key
+from etcdfs.files.put_attributes import commit_with
+from etcdfs.keyspace.attribute_records import encode, moved, record_key
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, has_keys_below
 from etcdfs.keyspace.store import (
     Committed,
@@ -33,8 +34,8 @@ from etcdfs.keyspace.store import (
     Transaction,
     unchanged,
 )
-from etcdfs.keyspace.transaction_results import events_of, page_of
-from etcdfs.keyspace.transactions import move_file, parent_prefix
+from etcdfs.keyspace.transaction_results import events_of
+from etcdfs.keyspace.transactions import move_file, parent_prefix, put_and_read
 from etcdfs.tree.changes import Intent
 from etcdfs.tree.tree import Dentry, Directory, File, Node, Tree
 from etcdfs.tree.view import View
@@ -182,10 +183,11 @@ class Rename:
                     move.new, Intent(file=mover, value=move.value.value, replaces=True)
                 ),
             ):
-                wanted, committed = await self._commit(move)
+                committed = await self._commit(move)
                 if committed.succeeded:
-                    events = events_of(wanted, committed)
-                    await self._view.wait_until_visible(committed.revision, events, locked)
+                    await self._view.wait_until_visible(
+                        committed.revision, events_of(committed), locked
+                    )
                     break
             move = _look_again(move, committed)
             if file.version != move.value.mod_revision:
@@ -203,7 +205,7 @@ class Rename:
             file.lost_key, file.gone, file.removed = move.new, False, False
         file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
 
-    async def _commit(self, move: _FileMove) -> tuple[Transaction, Committed]:
+    async def _commit(self, move: _FileMove) -> Committed:
         """Commit with the attributes; without, if roles say so and nothing is known to be lost.
 
         Raises:
@@ -266,7 +268,7 @@ def _with_records(wanted: Transaction, move: _FileMove) -> Transaction:
     if move.target.name == MARKER_NAME:
         pass  # the attributes of a marker are its directory's
     elif value is not None:
-        operations += (Put(new, value), Get(new, keys_only=True))
+        operations += put_and_read(Put(new, value))
     elif move.replaced_record:
         operations.append(Delete(new))
     known = 0 if move.stored_record is None else move.stored_record.mod_revision
@@ -284,14 +286,15 @@ def _look_again(move: _FileMove, committed: Committed) -> _FileMove:
     Raises:
         CallerError: It is not to be moved.
     """
-    answers = list(committed.results)
-    parent = None if move.parent is None else move.parent.after(answers.pop(3))
-    source, target, below, *stored_records = (page_of(result).entries for result in answers)
-    if not source:
+    parent = None if move.parent is None else move.parent.after(committed)
+    found = {entry.key: entry for entry in committed.entries}
+    if move.old not in found:
         raise missing(move.source.name)
-    if target and not move.replace:
+    if move.new in found and not move.replace:
         raise taken(move.target.name)
-    if below and not has_keys_below(move.target.names):
+    is_below = any(key.startswith(move.new + b"/") for key in found)
+    if is_below and not has_keys_below(move.target.names):
         raise is_a_directory(move.target.name)
-    stored_record = stored_records[0][0] if stored_records and stored_records[0] else None
-    return changed(move, value=source[0], stored_record=stored_record, parent=parent)
+    return changed(
+        move, value=found[move.old], stored_record=found.get(record_key(move.old)), parent=parent
+    )

@@ -28,12 +28,12 @@ from etcdfs.errors import (
     NameReservedError,
     NameTooLongError,
     StaleError,
-    StorePermissionError,
     StoreValueTooLargeError,
     TooManyOperationsError,
     TransactionAbortedError,
 )
 from etcdfs.files.handles import Handles
+from etcdfs.files.put_attributes import with_attributes
 from etcdfs.keyspace.attribute_records import (
     ATTRIBUTES,
     is_record_key,
@@ -48,14 +48,13 @@ from etcdfs.keyspace.store import (
     Compare,
     Get,
     KeyValue,
-    Operation,
     Put,
     Store,
     Transaction,
     absent,
     range_end,
 )
-from etcdfs.keyspace.transaction_results import page_of, parent_event
+from etcdfs.keyspace.transaction_results import events_of
 from etcdfs.keyspace.transactions import MAX_KEYS, Rewriting, parent_prefix, stay_without, unmoved
 from etcdfs.tree.changes import Relocation
 from etcdfs.tree.tree import Dentry, Directory, File, Node, Tree
@@ -162,7 +161,7 @@ class _Attempt:
     rewriting: Rewriting
     relocation: Relocation
     guards: tuple[Compare, ...]
-    stay: tuple[Operation, ...] = ()
+    stay: tuple[Transaction, ...] = ()
 
     def transaction(self) -> Transaction:
         return self.rewriting.transaction(self.guards, self.stay)
@@ -352,20 +351,22 @@ class RenameTree:
             ends = (source, target)
             keys, prefixes = [end.own for end in ends], [end.prefix for end in ends]
             await stack.enter_async_context(self._files.locks.still(keys, prefixes))
-            stored_records = self._tree.attributes
+            made: _Attempt | None = None
+
+            async def done(stored_records: bool) -> bool:
+                nonlocal made
+                made = await attempt(stored_records and self._tree.attributes)
+                return await self._commit(made, source, _entries(source, target))
+
+            def may_drop() -> bool:
+                return self._tree.attributes and not _has_records(made, nodes)
+
             for _ in range(MAX_RETRIES):
                 made = None
                 with suppress(CompactedError, TransactionAbortedError):
-                    try:
-                        made = await attempt(stored_records)
-                        if await self._commit(made, source, _entries(source, target)):
-                            self._files.give_up(keys, prefixes)
-                            return
-                    except StorePermissionError as exc:
-                        if not stored_records or _has_records(made, nodes):
-                            raise
-                        self._tree.rights.refuse_writing(exc)
-                        stored_records = False
+                    if await with_attributes(self._tree.rights, done, may_drop=may_drop):
+                        self._files.give_up(keys, prefixes)
+                        return
             msg = f"what is below {source.prefix!r} changed {MAX_RETRIES} times meanwhile"
             raise StaleError(msg)
 
@@ -380,10 +381,8 @@ class RenameTree:
             committed = await self._store.commit(attempt.transaction())
             if committed.succeeded:
                 events = attempt.rewriting.events(committed.revision)
-                if attempt.stay:
-                    assert source.prefix is not None
-                    root = self._tree.keyspace.prefix
-                    events += parent_event(committed, source.prefix, root)
+                for stay in attempt.stay:
+                    events += events_of(committed[stay])
                 await self._view.wait_until_visible(committed.revision, events, locked)
         except (StoreValueTooLargeError, TooManyOperationsError) as exc:
             msg = f"{source.names!r} does not fit into one transaction: {exc}"
@@ -412,8 +411,8 @@ class RenameTree:
         except AnswerTooLargeError as exc:
             msg = "there is more than one request can carry"
             raise CrossDirectoryError(msg) from exc
-        for (held, limit, about, get), result in zip(questions, answers.results, strict=True):
-            page = page_of(result)
+        for held, limit, about, get in questions:
+            page = answers[get]
             if about == "own":
                 held.own = page.entries[0] if page.entries else None
                 continue

@@ -27,9 +27,9 @@ from etcdfs.errors import (
     NotPermittedError,
     NotSupportedError,
     StaleError,
-    StorePermissionError,
 )
 from etcdfs.files.handles import Handles
+from etcdfs.files.put_attributes import commit_with
 from etcdfs.files.write_buffer import WriteBuffer
 from etcdfs.keyspace.attribute_records import (
     XATTR_LIST_MAX,
@@ -40,7 +40,7 @@ from etcdfs.keyspace.attribute_records import (
 )
 from etcdfs.keyspace.keys import MARKER_NAME
 from etcdfs.keyspace.store import Committed, Store
-from etcdfs.keyspace.transaction_results import events_of, page_of
+from etcdfs.keyspace.transaction_results import events_of
 from etcdfs.keyspace.transactions import change_record
 from etcdfs.tree.node_attributes import (
     holds,
@@ -257,16 +257,12 @@ class Setattr:
                 else node.stored_record.key_state.mod_revision,
                 is_root=node is self._tree.root,
             )
-            try:
-                committed = await self._store.commit(replace(wanted, claims=claims))
-            except StorePermissionError as exc:
-                self._tree.rights.refuse_writing(exc)
+            wanted = replace(wanted, claims=claims)
+            committed = await commit_with(self._store, self._tree.rights, wanted, None)
+            if committed is None:
                 return False
             if committed.succeeded:
-                self._tree.rights.allow_writing()
-                await self._view.wait_until_visible(
-                    committed.revision, events_of(wanted, committed)
-                )
+                await self._view.wait_until_visible(committed.revision, events_of(committed))
                 return True
             # checkpoint: the view may have changed the node, or taken it away
             await self._catch_up(node, key, committed)
@@ -275,7 +271,8 @@ class Setattr:
 
     async def _catch_up(self, node: Node, key: bytes, committed: Committed) -> None:
         """Take over what another client has made of the attributes."""
-        own, stored_records = (page_of(result).entries for result in committed.results)
+        own = [entry for entry in committed.entries if entry.key == key]
+        stored_records = [entry for entry in committed.entries if entry.key != key]
         known = key_state_of_node(node)
         is_made_anew = known is not None and (
             not own or own[0].create_revision != known.create_revision

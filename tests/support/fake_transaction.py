@@ -7,7 +7,7 @@ Concurrency: none; the state is read, never changed.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, assert_never, final
 
 from etcdfs.errors import (
@@ -70,7 +70,8 @@ def carry_out(state: State, transaction: Transaction) -> tuple[Committed, tuple[
     run.check_puts(plan)
     results = run.carry_out(plan)
     revision = Revision(state.revision + 1) if run.events else state.revision
-    return _answer(plan, results, revision), tuple(run.events)
+    committed = replace(_answer(plan, results, revision), of=transaction)
+    return committed, tuple(run.events)
 
 
 @dataclass(frozen=True, slots=True)
