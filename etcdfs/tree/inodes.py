@@ -179,6 +179,7 @@ class Directory:
         "evidence_key",
         "inode",
         "kernel_may_cache",
+        "listed",
         "lookups",
         "marker",
         "mtime_ns",
@@ -201,6 +202,7 @@ class Directory:
         self.ctime_ns = now_ns
         self.stored_record: StoredRecord | None = None
         self.evidence_key: bytes | None = None  # a key below it, when etcd was last asked
+        self.listed = 0  # the revision of its last listing, when etcd was asked
         self.subdirectories = 0
         self.lookups = 0
         self.kernel_may_cache = False

@@ -23,7 +23,14 @@ from etcdfs.keyspace.attribute_records import RECHECK_S, record_key, record_rang
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
 from etcdfs.keyspace.paging import Pages, Paging, check_nearer
 from etcdfs.keyspace.store import Event, KeyValue, Store, range_end
-from etcdfs.tree.node_attributes import bind, holds, key_state_of_node, stored_record_of, type_of
+from etcdfs.tree.node_attributes import (
+    bind,
+    holds,
+    is_mtime_true,
+    key_state_of_node,
+    stored_record_of,
+    type_of,
+)
 from etcdfs.tree.tree import Cached, Dentry, Directory, File, Node, Tree, is_local, key_state_of
 from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache, read_together, value_of
@@ -163,6 +170,8 @@ class Uncached:
         gone = [name for name in directory.children if name not in scan.found]
         for name in [*gone, *scan.found] if only is None else [only]:
             self._take(scan, directory, name)
+        if only is None:
+            directory.listed = scan.revision
 
     def _take(self, scan: Level, directory: Directory, name: bytes) -> None:
         """Make the tree say what a scan says of one name."""
@@ -441,6 +450,8 @@ class Uncached:
         self, directory: Directory, name: bytes, node: Node | None, over: KeyValue | None = None
     ) -> None:
         old = directory.children.get(name)
+        times = directory.mtime_ns, directory.ctime_ns
+        has_times = _has_times_of(directory, old, node)
         if old is not None:
             known = old.key_state if isinstance(old, File) else None
             # Nothing there, or the key made anew: the old file is deleted. Else: superseded.
@@ -460,6 +471,8 @@ class Uncached:
         else:
             is_known = tree.times.restore(names, node)
             tree.attach(directory, name, node, as_version=is_known)
+        if has_times:
+            directory.mtime_ns, directory.ctime_ns = times
 
     def _empty(self, directory: Directory) -> None:
         """Detach all below a directory that etcd has no more: its files' keys are gone.
@@ -481,6 +494,28 @@ class _Answer:
     marker: KeyValue | None
     revision: int
     has_record: bool
+
+
+def _has_times_of(directory: Directory, old: Node | None, new: Node | None) -> bool:
+    """Tell whether a directory's times stay when `new` is found in it where `old` was.
+
+    They do when it is only another version of a file. And whoever set them set them for what was
+    there then, although this mount hears of some of it only now: of what is gone it cannot tell
+    when that was, unless it was there at a listing after the times were set.
+    """
+    if isinstance(old, File) and isinstance(new, File):
+        is_made_anew = (
+            old.key_state
+            and new.key_state
+            and old.key_state.create_revision != new.key_state.create_revision
+        )
+        return not is_made_anew
+    if directory.stored_record is None or not is_mtime_true(directory):
+        return False
+    made = directory.listed
+    if isinstance(new, File) and new.key_state is not None:
+        made = new.key_state.create_revision
+    return made < directory.stored_record.key_state.mod_revision
 
 
 def _own_value(keyspace: Keyspace, names: tuple[bytes, ...]) -> bytes | None:

@@ -108,3 +108,49 @@ def test_b40_nothing_is_written_where_nothing_may_be(
         mounted.wait(cached.client.revision())
         assert by_time(mounted.path) == ["file", "other"]
     assert cached.client.get(TIMES_KEY) == record
+
+
+@pytest.mark.parametrize("change", ["made", "removed"])
+def test_b59_a_directorys_time_outlasts_what_is_found_to_have_changed_before(
+    pool: Pool, lab: Lab, etcd_binary: Path, change: str
+) -> None:
+    """Without a mirror, a mount hears of what others made or removed when it lists."""
+    other = pool.mounted(etcd_binary, "--cache", "--log-level", "info")
+    directory = lab.path / "dir"
+    directory.mkdir()
+    for name in ("file", "removed"):
+        (directory / name).write_bytes(b"x")
+    assert len(os.listdir(directory)) == 2
+    changed = lab.delete("dir/removed") if change == "removed" else lab.put("dir/made", b"x")
+    other.wait(changed)
+    set_ns = 1_111_111_111_000_000_001
+    os.utime(other.path / lab.path.name / "dir", ns=(set_ns, set_ns))
+    lab.shown(lab.client.revision())
+    assert directory.stat().st_mtime_ns == set_ns
+    assert len(os.listdir(directory)) == (1 if change == "removed" else 3)
+    assert directory.stat().st_mtime_ns == set_ns
+    assert len(os.listdir(directory)) == (1 if change == "removed" else 3)
+    other.wait(lab.put("dir/after", b"x"))
+    assert (directory / "after").read_bytes() == b"x"
+    assert directory.stat().st_mtime_ns > set_ns
+    os.utime(other.path / lab.path.name / "dir", ns=(set_ns, set_ns))
+    lab.shown(lab.client.revision())
+    assert directory.stat().st_mtime_ns == set_ns
+    assert "after" in os.listdir(directory)
+    lab.delete("dir/after")
+    assert len(os.listdir(directory)) == (1 if change == "removed" else 3)
+    assert directory.stat().st_mtime_ns > set_ns
+
+
+def test_b59_a_content_that_others_change_leaves_a_directory_its_time(lab: Lab) -> None:
+    """Not even if the file is open, so that another inode takes its name."""
+    set_ns = 1_111_111_111_000_000_001
+    directory = lab.path / "dir"
+    directory.mkdir()
+    (directory / "file").write_bytes(b"x")
+    os.utime(directory, ns=(set_ns, set_ns))
+    with (directory / "file").open("rb") as opened:
+        lab.put("dir/file", b"new")
+        assert (directory / "file").read_bytes() == b"new"
+        assert opened.read() == b"x"
+    assert directory.stat().st_mtime_ns == set_ns

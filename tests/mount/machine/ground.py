@@ -126,6 +126,7 @@ class Ground(RuleBasedStateMachine):
         (home / "twin").mkdir(mode=0o755)
         self.staging = os.fsencode(home / "staging")
         self.twins = Twins.of(self.lab.path, home / "twin")
+        self.twins.hears_late = self.mode == "--no-cache"
         self._stack.callback(self._clear)
         self.serial = itertools.count(1)
         self.marked: set[int] = set()

@@ -73,6 +73,8 @@ class Twins:
         twin: The one on tmpfs, which is right.
         slots: The open files.
         untimed: Files and directories (their inodes on tmpfs) whose mtime says nothing.
+        hears_late: Whether the mount hears of what others made or removed in a directory only
+            when it lists that: until then the directory may have the time that was set.
         has_differed: Whether a difference was found already.
     """
 
@@ -80,6 +82,7 @@ class Twins:
     twin: StoredRecord
     slots: list[Slot] = field(default_factory=list)
     untimed: set[int] = field(default_factory=set)
+    hears_late: bool = False
     has_differed: bool = False
 
     @classmethod
@@ -126,12 +129,17 @@ class Twins:
             self.differ(f"the mount shows {more} and lacks {less}")
         for path, facts in here.items():
             found = there[path]
-            inode = os.lstat(self.twin.path(path)).st_ino
+            is_timed = self._is_timed(path)
             for name, value in facts.items():
-                if found[name] != value and not (name == "mtime" and inode in self.untimed):
+                if found[name] != value and not (name == "mtime" and not is_timed):
                     self.differ(f"{name} of {path!r}: {found[name]!r} instead of {value!r}")
         for slot in self.slots:
             self.look_at(slot)
+
+    def _is_timed(self, path: bytes) -> bool:
+        found = os.lstat(self.twin.path(path))
+        is_late = self.hears_late and stat.S_ISDIR(found.st_mode) and found.st_mtime_ns >= OLD_NS
+        return found.st_ino not in self.untimed and not is_late
 
     def look_at(self, slot: Slot) -> None:
         """Compare what is open."""
