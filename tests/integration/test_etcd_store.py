@@ -4,6 +4,7 @@ import ctypes
 import os
 import posix
 import socket
+import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -150,11 +151,22 @@ async def test_two_stores_in_one_run(etcd: EtcdProcess) -> None:
 
 
 def forked_true() -> int:
-    """Return the status of a child that becomes true(1), forked as a library in C would."""
-    child: int = ctypes.PyDLL(None).fork()  # with the interpreter's lock held
-    if not child:
-        os.closerange(3, 256)
-        posix.execv("/bin/true", ["true"])  # os.execv is coverage's, which takes locks
+    """Return the status of a child that becomes true(1), forked as a library in C would.
+
+    The interpreter's lock is held by whoever forks, and nobody in the child could ever give it
+    back: so no thread may ask for it then, as one does that has waited for the update interval.
+    """
+    libc = ctypes.PyDLL(None)  # whose calls keep the lock
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)
+    try:
+        os.stat("/")  # whoever has waited for the lock gets it
+        child: int = libc.fork()
+        if not child:
+            libc.close_range(3, 256, 0)
+            posix.execv("/bin/true", ["true"])  # os.execv is coverage's, which takes locks
+    finally:
+        sys.setswitchinterval(interval)
     return os.waitpid(child, 0)[1]
 
 
