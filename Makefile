@@ -3,6 +3,8 @@
 #   make demo   mount a private etcd, use it through files, take it away again
 #   make test   every gate, cheapest first (what .ci/run runs)
 #
+# and while you work, what needs neither a mount nor an etcd: make check
+#
 # What is missing is installed: system packages with apt-get (through sudo unless root), Python
 # packages into .venv. When everything is there, no network is needed.
 
@@ -32,7 +34,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 .PHONY: help
 help:
-	@echo "make demo | test | nightly | test-on | lint | reference | bench | soak | etcd-releases | clean"
+	@echo "make demo | check | test | nightly | test-on | lint | reference | bench | soak | etcd-releases | clean"
 
 # --- what has to be there -------------------------------------------------------------------
 
@@ -124,10 +126,20 @@ programs:
 	@$(MAKE) --no-print-directory packages PACKAGES="$(PROGRAMS)" \
 	  || echo "Not installed: some of $(PROGRAMS); their tests are skipped." >&2
 
+# Tests run beside one another, in as many processes as there are cores. Those of one file run in
+# one process, which shares its etcds and mounts among them.
+CORES := $(shell nproc 2>/dev/null || echo 2)
+QUICK := tests/unit tests/service tests/stateful tests/test_architecture.py
+.PHONY: check
+check: lint
+	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile $(QUICK)
+
+# One process more: most tests of mounts and clusters wait for other processes.
+WORKERS ?= $(shell expr $(CORES) + 1)
 .PHONY: test
 test: etcd etcd-releases lint programs
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -167,7 +179,7 @@ test-on:
 # What takes longer than a change can wait: more examples, each etcd release, other machines.
 .PHONY: nightly
 nightly: etcd etcd-releases lint programs
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 	for suite in bookworm trixie forky; do $(MAKE) --no-print-directory test-on DEBIAN=$$suite || exit 1; done
 
 .PHONY: clean
