@@ -291,6 +291,24 @@ async def test_partial_overwrite_that_lost_the_race_is_estale(
         assert held(store) == b"winner"
 
 
+@pytest.mark.parametrize(
+    ("flags", "wins"), [(os.O_RDWR, False), (os.O_WRONLY, True)], ids=["readable", "blind"]
+)
+async def test_whole_overwritten_in_pieces_wins_only_if_it_cannot_be_made_from_what_was_read(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, flags: int, *, wins: bool
+) -> None:
+    store.put_now(KEY, b"0123456789")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, flags)
+        await mount.kernel.write(handle, 0, b"abcde")
+        await mount.kernel.write(handle, 5, b"fghij")
+        store.put_now(KEY, b"another's")
+        number = await errno_of(mount.kernel.flush(handle))
+        assert number == (0 if wins else errno.ESTALE)
+        assert held(store) == (b"abcdefghij" if wins else b"another's")
+        await mount.kernel.release(handle)
+
+
 async def test_key_made_anew_is_another_file(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:

@@ -296,6 +296,18 @@ async def test_what_cannot_be(
         await quiet(mount)
 
 
+async def test_a_file_takes_no_name_that_stands_for_no_key(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """The root of a keyspace is no key."""
+    entries = {b"/d/f": b"1", b"/f": b"2"}
+    fill(store, entries)
+    async with open_mount(store, cache=cache) as mount:
+        assert await errno_of(mount.kernel.rename((b"f",), (b"%value",))) == errno.EPERM
+        assert keys(store) == entries
+        await quiet(mount)
+
+
 @pytest.mark.parametrize("kind", ["bytes", "keys"])
 async def test_what_is_too_large_does_not_move(
     autojump_clock: MockClock,

@@ -376,6 +376,24 @@ async def test_b63_without_rights_to_side_keys_content_still_works(
         assert sum("cannot be written" in line for line in said) == 1
 
 
+@pytest.mark.expect_log("attributes cannot be written: %s")
+async def test_b63_a_mode_that_could_not_go_along_with_a_content_is_told_of(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The writer cannot be: what is written is there, and that has no errno."""
+    forbid(store, monkeypatch, reading=False, writing=True)
+    async with open_mount(store, cache=cache) as mount:
+        handle, _ = await mount.filesystem.create(1, b"f", os.O_CREAT | os.O_RDWR, 0o600, CALLER)
+        assert mount.tree.rights.statistics().writable
+        await mount.files.write(handle, 0, b"1")
+        await mount.files.flush(handle)
+        await mount.files.release(handle)
+        rights = mount.tree.rights.statistics()
+        assert (rights.writable, rights.refusals) == (False, 1)
+        assert store.current(b"/f") is not None
+        assert record(store, b"/f") is None
+
+
 @pytest.mark.expect_log(CLOSED)
 @pytest.mark.parametrize("outage", [False, True])
 async def test_b64_what_was_missed_is_known_before_anything_opens(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.changes import Intent
+from etcdfs.tree.changes import Intent, Relocation
 from etcdfs.tree.tree import CachedAttributes, Dentry, Directory, Expiry, File, Node, Tree
 from etcdfs.tree.update import Update
 from tests.support.fake_store import FakeStore
@@ -233,6 +233,31 @@ def test_own_rename_moves_the_file() -> None:
     assert b"f" not in tree.root.children
     assert tree.key_of(replaced) is None
     tree.check_invariants()
+
+
+def test_a_directory_goes_with_the_last_that_is_moved_out_of_it() -> None:
+    """Unless it has a marker, as it has where this mount knew that nothing else is in it."""
+    store, tree, update = made(b"/a/b/d/f", b"/c/d/f", b"/c/")
+    for above in ((b"a", b"b"), (b"c",)):
+        key, old, new = b"/" + b"/".join((*above, b"d/f")), at(tree, *above), b"new-" + above[0]
+        node, source = at(tree, *above, b"d"), store.current(key)
+        assert isinstance(old, Directory)
+        assert source is not None
+        update.relocations = [
+            Relocation(
+                places=((node, tree.root, new),),
+                leaves=((old, b"d"),),
+                origins={b"/" + new + b"/f": source.mod_revision},
+                values={b"/" + new + b"/f": b"v"},
+                gone=frozenset((key,)),
+            )
+        ]
+        revision = store.revision
+        commit(store, [(key, None), (b"/" + new + b"/f", b"v")])
+        apply(update, since(store, revision))
+        assert at(tree, new) is node
+        tree.check_invariants()
+    assert tree.root.children.keys() == {b"c", b"new-a", b"new-c"}
 
 
 def test_put_and_deletion_of_a_new_file_in_one_batch() -> None:
