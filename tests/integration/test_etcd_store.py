@@ -221,7 +221,7 @@ async def test_want_of_threads_passes(etcd: EtcdProcess, monkeypatch: pytest.Mon
         while True:  # the thread of the call before may not have ended yet
             await store.range(b"a")
 
-    async with bounded(TIMEOUT_S), open_store([etcd.endpoint], timeout_s=SHORT_S) as store:
+    async with bounded(TIMEOUT_S), open_store([etcd.endpoint], timeout_s=TIMEOUT_S) as store:
         await store.range(b"a")
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)

@@ -190,5 +190,5 @@ def sh(directory: Path, script: str, *, patience_s: float = PATIENCE_S) -> str:
         errors="surrogateescape",
         timeout=patience_s,
     )
-    assert done.returncode == 0, f"{script!r}: {done.returncode} {done.stderr}"
+    assert done.returncode == 0, f"{script!r}: {done.returncode} {done.stdout} {done.stderr}"
     return done.stdout

@@ -361,6 +361,6 @@ def test_stress_ng(place: Path) -> None:
     sh(
         place,
         f"stress-ng --temp-path . {each} --dentries 50 --dir-dirs 64 --verify --timeout 30"
-        " --oomable --quiet",
+        " --oomable",
         patience_s=LONG_S,
     )
