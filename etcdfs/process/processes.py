@@ -21,6 +21,9 @@ from typing import Final
 
 from etcdfs.process.spawn import DAEMON_MODULE
 
+_DAEMON_MODULES: Final = (DAEMON_MODULE, "etcdfs.mount")
+"""By which a daemon is known, and by which one that was started before an upgrade still is."""
+
 _MOUNT_NAMESPACE: Final = Path("/proc/self/ns/mnt")
 _COMM: Final = Path("/proc/self/comm")
 _COMM_MAX: Final = 15
@@ -92,12 +95,12 @@ def _started_for(mountpoint: str) -> Iterator[Path]:
 
     Processes of other users are found too, unless /proc hides them (its option `hidepid`).
     """
-    wanted = [b"-m", DAEMON_MODULE.encode(), os.fsencode(mountpoint)]
+    commands = [[b"-m", module.encode(), os.fsencode(mountpoint)] for module in _DAEMON_MODULES]
     return (
         process
         for process in _all()
         if process.name != str(os.getpid())
-        and _has_arguments(process, wanted)
+        and any(_has_arguments(process, wanted) for wanted in commands)
         and _shares_mounts(process)
     )
 

@@ -108,12 +108,16 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> Pat
 
 @contextlib.contextmanager
 def daemon(
-    mountpoint: str, ends_after: Path | None = None, *, device: str = "0:50"
+    mountpoint: str,
+    ends_after: Path | None = None,
+    *,
+    device: str = "0:50",
+    module: str = "etcdfs.daemon.main",
 ) -> Iterator[int]:
     """Run a process that looks like the daemon of a mountpoint; it may end after a FIFO opens."""
     code = "import sys; from etcdfs.process.processes import take_name; "
     code += f"take_name({device!r}); print(flush=True); open(sys.argv[1]).read()"
-    arguments = [str(ends_after or "/dev/stdin"), "-m", "etcdfs.daemon.main", mountpoint, "--x"]
+    arguments = [str(ends_after or "/dev/stdin"), "-m", module, mountpoint, "--x"]
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
@@ -180,6 +184,12 @@ def test_daemon_is_found_by_its_command_line(place: str) -> None:
         assert find_daemon(place) == pid
         assert find_daemon(place + "x") is None
     assert find_daemon(place) is None
+
+
+def test_a_daemon_from_before_an_upgrade_is_found(place: str) -> None:
+    """Its module had another name, and it goes on until it is unmounted."""
+    with daemon(place, module="etcdfs.mount") as pid:
+        assert find_server(place, "0:50", os.getuid()) == pid
 
 
 def test_a_daemon_in_another_container_is_not_ours(
