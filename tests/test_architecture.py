@@ -1,4 +1,4 @@
-"""What no single room can promise: imports point down, and the README keeps its word."""
+"""What no single module can promise: imports point down, and the documents keep their word."""
 
 import re
 import subprocess
@@ -16,12 +16,14 @@ from tests.support.reference_page import reference
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SEMANTICS = (ROOT / "docs/semantics.md").read_text()
+ARCHITECTURE = (ROOT / "docs/architecture.md").read_text()
 
 
 def section(title: str) -> str:
-    """Return the README below one heading, up to the next heading of any level."""
-    found = re.search(rf"^#+ {title}\n(.*?)(?=^#|\Z)", README, re.MULTILINE | re.DOTALL)
-    assert found is not None, f"README has no section {title!r}"
+    """Return what the semantics say below one heading, up to the next heading of any level."""
+    found = re.search(rf"^#+ {title}\n(.*?)(?=^#|\Z)", SEMANTICS, re.MULTILINE | re.DOTALL)
+    assert found is not None, f"docs/semantics.md has no section {title!r}"
     return found[1]
 
 
@@ -67,16 +69,9 @@ def test_the_reference_is_what_the_tables_say() -> None:
 # --- statements -----------------------------------------------------------------------------
 
 
-def behaviour() -> str:
-    """Return the whole section Behaviour, with its subsections."""
-    found = re.search(r"^## Behaviour\n(.*?)(?=^## )", README, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found[1]
-
-
 def test_every_statement_has_a_test_and_every_such_test_a_statement() -> None:
-    stated = [int(number) for number in re.findall(r"\*\*B(\d+)\b", behaviour())]
-    assert stated == list(range(1, len(stated) + 1)), "statements are numbered without gaps"
+    stated = [int(number) for number in re.findall(r"\*\*B(\d+)\b", section("Behaviour"))]
+    assert len(stated) == len(set(stated)), "each number is one statement's"
     tested = {
         int(number)
         for path in (ROOT / "tests").rglob("test_*.py")
@@ -132,12 +127,46 @@ def test_what_is_depended_upon_is_pinned_within_its_bounds() -> None:
     ] == []
 
 
+# --- documents ------------------------------------------------------------------------------
+
+
+def test_the_readme_is_a_front_door() -> None:
+    assert len(README.splitlines()) <= 200
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+)
+def test_links_between_documents_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_table_of_what_to_open_names_what_is_there() -> None:
+    table = re.search(
+        r"^## To change something.*?\n(.*?)^## ", ARCHITECTURE, re.MULTILINE | re.DOTALL
+    )
+    assert table is not None
+    paths = re.findall(r"`(etcdfs/[\w/.]+|tests/[\w/.]+)`", table[1])
+    assert len(paths) >= 10
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+
+
 # --- sizes ----------------------------------------------------------------------------------
 
 _LINES_MAX = 600
 _LINES_MAX_OF = {"filesystem.py": 700}
+_MODULES_MAX = 8
+_PACKAGES = sorted(path.parent for path in (ROOT / "etcdfs").glob("*/__init__.py"))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "etcdfs").glob("*.py")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "etcdfs").rglob("*.py")), ids=lambda p: p.name)
 def test_modules_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= _LINES_MAX_OF.get(path.name, _LINES_MAX)
+
+
+@pytest.mark.parametrize("package", _PACKAGES, ids=lambda p: p.name)
+def test_packages_stay_small(package: Path) -> None:
+    modules = {path.stem for path in package.iterdir() if path.suffix in {".py", ".c"}}
+    assert len(modules - {"__init__"}) <= _MODULES_MAX
+    assert (package / "__init__.py").read_text().count('"""') == 2, "a docstring, and no code"

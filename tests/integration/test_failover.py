@@ -1,4 +1,4 @@
-"""What becomes of reads, writes and watches when the member in use fails (FAULTS.md 2 to 6)."""
+"""What becomes of reads, writes and watches when the member in use fails."""
 
 import json
 import subprocess
@@ -175,7 +175,7 @@ async def test_the_member_in_use_is_cut_off_from_the_others_not_from_us(
 
 
 async def test_a_learner_is_passed_over(etcd_binary: Path) -> None:
-    """It serves no linearizable reads, and no writes (FAULTS.md, "Also")."""
+    """It serves no linearizable reads, and no writes."""
     with Cluster(etcd_binary, size=1) as cluster:
         learner = cluster.add(learner=True)
         async with opened(learner.endpoint, cluster.members[0].endpoint) as store:
