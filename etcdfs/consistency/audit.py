@@ -46,8 +46,9 @@ from etcdfs.consistency.staleness import Staleness
 from etcdfs.errors import StoreError, StorePermissionError
 from etcdfs.keyspace.paging import Pages, Paging
 from etcdfs.keyspace.store import Event, KeyValue, Store
+from etcdfs.tree.inodes import KeyState
 from etcdfs.tree.node_attributes import is_foreign
-from etcdfs.tree.tree import KeyState, Tree
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.value_cache import ValueCache
 
 log = logging.getLogger(__name__)

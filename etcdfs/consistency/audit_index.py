@@ -30,13 +30,14 @@ import trio
 from etcdfs.keyspace.attribute_records import encode, is_record_key, owner_of, record_key
 from etcdfs.keyspace.keys import MARKER_NAME, Keyspace
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
+from etcdfs.tree.inodes import NOT_IN_ETCD, Directory, File, KeyState, key_state_of
 from etcdfs.tree.node_attributes import (
     find_key_state,
     is_foreign,
     record_key_state,
     stored_record_of,
 )
-from etcdfs.tree.tree import NOT_IN_ETCD, Directory, File, KeyState, Tree, key_state_of
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.value_cache import ValueCache, entry_size
 
 SLICE: Final = 100

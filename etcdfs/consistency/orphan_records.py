@@ -21,8 +21,9 @@ from etcdfs.errors import StoreError
 from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.keyspace.store import Compare, Delete, Store, Transaction, absent, unchanged
 from etcdfs.keyspace.transactions import WIDTH
+from etcdfs.tree.inodes import StoredRecord
 from etcdfs.tree.node_attributes import holds
-from etcdfs.tree.tree import StoredRecord, Tree
+from etcdfs.tree.tree import Tree
 
 log = logging.getLogger(__name__)
 

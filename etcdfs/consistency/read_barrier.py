@@ -25,8 +25,9 @@ from etcdfs.keyspace.attribute_records import is_record_key, record_key, record_
 from etcdfs.keyspace.keys import VALUE_NAME
 from etcdfs.keyspace.paging import Pages, Paging
 from etcdfs.keyspace.store import Get, Store, Transaction, range_end
+from etcdfs.tree.inodes import Directory, File, Node
 from etcdfs.tree.node_attributes import find_key_state, is_foreign
-from etcdfs.tree.tree import Directory, File, Node, Tree
+from etcdfs.tree.tree import Tree
 
 PAGE: Final = 1000
 SLICE: Final = 200

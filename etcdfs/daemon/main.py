@@ -1,4 +1,4 @@
-"""The composition root: puts the rooms together, mounts, serves, and takes all down again.
+"""The composition root: puts the parts together, mounts, serves, and takes all down again.
 
 Knows: who depends on whom, and in which order things start and end. Does not know: anything that
 one of the rooms knows.
@@ -116,7 +116,7 @@ class Components:
     """Everything between etcd and the kernel, for one mount."""
 
     def __init__(self, options: MountOptions, store: Store) -> None:
-        """Put the rooms together; nothing runs yet."""
+        """Put the parts together; nothing runs yet."""
         self.options = options
         self.store = store
         self.tree = Tree(
@@ -186,7 +186,7 @@ class Components:
         )
 
     def statistics(self) -> Mapping[str, Any]:
-        """Return all counters, by room; what `user.etcdfs.statistics` and SIGUSR1 show."""
+        """Return all counters, by part; what `user.etcdfs.statistics` and SIGUSR1 show."""
         counters: dict[str, Any] = {
             "requests": dict(self.operations.requests),
             "store": asdict(self.store.statistics()),

@@ -15,7 +15,7 @@ from typing import Final, NewType, final
 from etcdfs.errors import BadHandleError, CallerError, EtcdfsError, ReadOnlyError
 from etcdfs.files.write_buffer import WriteBuffer, WriteBufferQuota
 from etcdfs.files.writeback import Writeback
-from etcdfs.tree.tree import NOT_IN_ETCD, Cached, File
+from etcdfs.tree.inodes import NOT_IN_ETCD, Cached, File
 from etcdfs.tree.value_cache import ValueCache
 from etcdfs.tree.view import View
 

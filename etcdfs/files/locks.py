@@ -24,7 +24,8 @@ from typing import final
 import trio
 
 from etcdfs.admission import about_to_wait
-from etcdfs.tree.tree import Node, Tree
+from etcdfs.tree.inodes import Node
+from etcdfs.tree.tree import Tree
 
 
 @dataclass(frozen=True, slots=True, eq=False)

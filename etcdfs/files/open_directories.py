@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Final, NewType, final
 from weakref import WeakValueDictionary
 
-from etcdfs.tree.tree import Directory
+from etcdfs.tree.inodes import Directory
 
 DirectoryHandle = NewType("DirectoryHandle", int)
 

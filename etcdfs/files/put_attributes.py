@@ -26,8 +26,9 @@ from etcdfs.keyspace.store import (
     absent,
 )
 from etcdfs.keyspace.transactions import same_record, write_record
+from etcdfs.tree.inodes import File
 from etcdfs.tree.node_attributes import record_of
-from etcdfs.tree.tree import File, Tree
+from etcdfs.tree.tree import Tree
 
 _Done = TypeVar("_Done")
 

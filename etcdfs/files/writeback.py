@@ -46,7 +46,7 @@ from etcdfs.keyspace.store import (
 from etcdfs.keyspace.transaction_results import events_of
 from etcdfs.keyspace.transactions import put_and_read
 from etcdfs.tree.changes import Intent
-from etcdfs.tree.tree import Cached, Dentry, File, KeyState, key_state_of
+from etcdfs.tree.inodes import Cached, Dentry, File, KeyState, key_state_of
 from etcdfs.tree.value_cache import ValueCache
 from etcdfs.tree.view import View
 

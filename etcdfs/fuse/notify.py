@@ -41,7 +41,7 @@ from typing import Final, final
 import pyfuse3
 import trio
 
-from etcdfs.tree.tree import Cached, CachedAttributes, Dentry, Expiry, Inode
+from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Expiry, Inode
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from etcdfs.keyspace.attribute_records import is_record_key
 from etcdfs.keyspace.store import Event, KeyValue, Revision
 from etcdfs.mirror.invalidator import Invalidator, KernelCache
 from etcdfs.tree.changes import Plan
-from etcdfs.tree.tree import Cached, File
+from etcdfs.tree.inodes import Cached, File
 from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache
 

@@ -35,7 +35,8 @@ import trio
 
 from etcdfs.consistency.staleness import Staleness
 from etcdfs.errors import StaleError
-from etcdfs.tree.tree import Cached, Dentry, Inode, Tree
+from etcdfs.tree.inodes import Cached, Dentry, Inode
+from etcdfs.tree.tree import Tree
 
 
 class KernelCache(Protocol):

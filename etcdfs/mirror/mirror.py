@@ -50,8 +50,9 @@ from etcdfs.mirror.state_machine import State, StateMachine
 from etcdfs.mirror.watch_session import WatchSession, back_off, read_page
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.tree.bulk_load import date, load, rebuild
+from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node
 from etcdfs.tree.node_attributes import bind_all, stored_record_of
-from etcdfs.tree.tree import Cached, Dentry, Directory, File, Node, Tree
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache, entry_size, value_of
 

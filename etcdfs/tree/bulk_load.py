@@ -23,8 +23,9 @@ from functools import partial
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, is_plain
 from etcdfs.keyspace.store import KeyValue
+from etcdfs.tree.inodes import Directory, File, Inode, KeyState, Node, key_state_of
 from etcdfs.tree.node_attributes import stored_record_of, type_of
-from etcdfs.tree.tree import Directory, File, Inode, KeyState, Node, Tree, key_state_of
+from etcdfs.tree.tree import Tree
 
 _make_key_state = partial(tuple.__new__, KeyState)  # what `KeyState._make` does, less a call
 

@@ -15,17 +15,17 @@ from typing import final
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME
 from etcdfs.keyspace.store import Event, KeyValue, Tombstone
-from etcdfs.tree.node_attributes import holds, is_news, stored_record_of, type_of
-from etcdfs.tree.tree import (
+from etcdfs.tree.inodes import (
     NOT_IN_ETCD,
     Directory,
     File,
     KeyState,
     Node,
     StoredRecord,
-    Tree,
     key_state_of,
 )
+from etcdfs.tree.node_attributes import holds, is_news, stored_record_of, type_of
+from etcdfs.tree.tree import Tree
 
 
 @dataclass(slots=True, kw_only=True)

@@ -21,7 +21,8 @@ from etcdfs.keyspace.attribute_records import (
     record_key,
 )
 from etcdfs.keyspace.store import KeyValue
-from etcdfs.tree.tree import Directory, File, KeyState, Node, StoredRecord, Tree, key_state_of
+from etcdfs.tree.inodes import Directory, File, KeyState, Node, StoredRecord, key_state_of
+from etcdfs.tree.tree import Tree
 
 NOTHING = Record()
 

@@ -35,21 +35,21 @@ from etcdfs.keyspace.attribute_records import Rights
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, Keyspace
 from etcdfs.keyspace.revision_times import RevisionTimes
 from etcdfs.keyspace.store import Clock
-from etcdfs.tree.inodes import NOT_IN_ETCD as NOT_IN_ETCD  # noqa: PLC0414 - the nodes' key state come with them
-from etcdfs.tree.inodes import Cached as Cached  # noqa: PLC0414 - they go with the nodes
-from etcdfs.tree.inodes import CachedAttributes as CachedAttributes  # noqa: PLC0414
-from etcdfs.tree.inodes import Dentry as Dentry  # noqa: PLC0414
-from etcdfs.tree.inodes import Directory as Directory  # noqa: PLC0414
-from etcdfs.tree.inodes import Expiry as Expiry  # noqa: PLC0414
-from etcdfs.tree.inodes import File as File  # noqa: PLC0414
-from etcdfs.tree.inodes import Held, Times
-from etcdfs.tree.inodes import Inode as Inode  # noqa: PLC0414
-from etcdfs.tree.inodes import KeyState as KeyState  # noqa: PLC0414
-from etcdfs.tree.inodes import Node as Node  # noqa: PLC0414
-from etcdfs.tree.inodes import StoredRecord as StoredRecord  # noqa: PLC0414
-from etcdfs.tree.inodes import is_local as is_local  # noqa: PLC0414
-from etcdfs.tree.inodes import is_within as is_within  # noqa: PLC0414
-from etcdfs.tree.inodes import key_state_of as key_state_of  # noqa: PLC0414
+from etcdfs.tree.inodes import (
+    NOT_IN_ETCD,
+    Cached,
+    CachedAttributes,
+    Dentry,
+    Directory,
+    File,
+    Held,
+    Inode,
+    KeyState,
+    Node,
+    StoredRecord,
+    Times,
+    is_local,
+)
 
 ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
 MAX_NEGATIVES: Final = 65_536

@@ -22,8 +22,9 @@ from typing import final
 
 from etcdfs.keyspace.store import Event, KeyValue
 from etcdfs.tree.changes import Intent, Plan, Planner, Relocation
+from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Directory, Expiry, File, Node
 from etcdfs.tree.node_attributes import bind
-from etcdfs.tree.tree import Cached, CachedAttributes, Dentry, Directory, Expiry, File, Node, Tree
+from etcdfs.tree.tree import Tree
 
 
 @final

@@ -22,7 +22,8 @@ from cachetools import Cache, LRUCache
 
 from etcdfs.errors import CompactedError, StaleError, StoreError, StoreFullError
 from etcdfs.keyspace.store import Committed, Get, Page, Revision, Store, Transaction
-from etcdfs.tree.tree import File, Tree
+from etcdfs.tree.inodes import File
+from etcdfs.tree.tree import Tree
 
 # What an entry takes beside the bytes of its value: the headers of value and key, the revision,
 # the pair of both, and a slot in each of cachetools' three hash tables (values, sizes, order).

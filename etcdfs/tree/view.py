@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from etcdfs.keyspace.store import Event
-from etcdfs.tree.tree import Cached, Dentry, Directory, File, Node
+from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node
 from etcdfs.tree.update import Update
 
 

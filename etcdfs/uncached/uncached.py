@@ -23,6 +23,7 @@ from etcdfs.keyspace.attribute_records import RECHECK_S, record_key, record_rang
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
 from etcdfs.keyspace.paging import Pages, Paging, check_nearer
 from etcdfs.keyspace.store import Event, KeyValue, Store, range_end
+from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node, is_local, key_state_of
 from etcdfs.tree.node_attributes import (
     bind,
     holds,
@@ -31,7 +32,7 @@ from etcdfs.tree.node_attributes import (
     stored_record_of,
     type_of,
 )
-from etcdfs.tree.tree import Cached, Dentry, Directory, File, Node, Tree, is_local, key_state_of
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache, read_together, value_of
 from etcdfs.uncached.directory_scan import Level

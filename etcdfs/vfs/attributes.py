@@ -16,8 +16,9 @@ from typing import Final, final
 
 from etcdfs.files.write_buffer import WriteBuffer
 from etcdfs.keyspace.attribute_records import Record, Rights, Type
+from etcdfs.tree.inodes import Directory, File, Inode, Node
 from etcdfs.tree.node_attributes import key_state_of_node, record_of
-from etcdfs.tree.tree import ROOT_INODE, Directory, File, Inode, Node
+from etcdfs.tree.tree import ROOT_INODE
 
 BLOCK_SIZE = 4096
 

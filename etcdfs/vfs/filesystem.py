@@ -49,8 +49,9 @@ from etcdfs.keyspace.transactions import (
     write_record,
 )
 from etcdfs.tree.changes import Intent
+from etcdfs.tree.inodes import NOT_IN_ETCD, Dentry, Directory, File, Inode, Node, StoredRecord
 from etcdfs.tree.node_attributes import record_of
-from etcdfs.tree.tree import NOT_IN_ETCD, Dentry, Directory, File, Inode, Node, StoredRecord, Tree
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.attributes import BLOCK_SIZE, Attributes, Caller, Change, Defaults
 from etcdfs.vfs.leases import Leases, lease_of

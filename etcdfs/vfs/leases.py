@@ -29,8 +29,8 @@ from etcdfs.keyspace.store import Operation, Put, Store, Transaction, unchanged
 from etcdfs.keyspace.transaction_results import events_of
 from etcdfs.keyspace.transactions import put_and_read, same_record, write_record
 from etcdfs.tree.changes import Intent
+from etcdfs.tree.inodes import File, Node
 from etcdfs.tree.node_attributes import record_of
-from etcdfs.tree.tree import File, Node
 from etcdfs.tree.view import View
 
 OURS: Final = 0x65746366

@@ -51,17 +51,17 @@ from etcdfs.errors import (
 from etcdfs.keyspace.attribute_records import ATTRIBUTES
 from etcdfs.keyspace.keys import MARKER_NAME, NAME_MAX, is_part
 from etcdfs.keyspace.store import Committed, Compare, Get, Store, Transaction, exists, range_end
-from etcdfs.tree.tree import (
+from etcdfs.tree.inodes import (
     NOT_IN_ETCD,
     Dentry,
     Directory,
     File,
     Inode,
     Node,
-    Tree,
     is_local,
     is_within,
 )
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.view import View
 
 

@@ -37,7 +37,8 @@ from etcdfs.keyspace.store import (
 from etcdfs.keyspace.transaction_results import events_of
 from etcdfs.keyspace.transactions import move_file, parent_prefix, put_and_read
 from etcdfs.tree.changes import Intent
-from etcdfs.tree.tree import Dentry, Directory, File, Node, Tree
+from etcdfs.tree.inodes import Dentry, Directory, File, Node
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.leases import Leases, lease_of
 from etcdfs.vfs.namei import (

@@ -57,7 +57,8 @@ from etcdfs.keyspace.store import (
 from etcdfs.keyspace.transaction_results import events_of
 from etcdfs.keyspace.transactions import MAX_KEYS, Rewriting, parent_prefix, stay_without, unmoved
 from etcdfs.tree.changes import Relocation
-from etcdfs.tree.tree import Dentry, Directory, File, Node, Tree
+from etcdfs.tree.inodes import Dentry, Directory, File, Node
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.namei import (
     Evidence,

@@ -42,6 +42,7 @@ from etcdfs.keyspace.keys import MARKER_NAME
 from etcdfs.keyspace.store import Committed, Store
 from etcdfs.keyspace.transaction_results import events_of
 from etcdfs.keyspace.transactions import change_record
+from etcdfs.tree.inodes import NOT_IN_ETCD, Dentry, Directory, File, Node, StoredRecord
 from etcdfs.tree.node_attributes import (
     holds,
     is_mtime_true,
@@ -49,7 +50,7 @@ from etcdfs.tree.node_attributes import (
     record_of,
     stored_record_of,
 )
-from etcdfs.tree.tree import NOT_IN_ETCD, Dentry, Directory, File, Node, StoredRecord, Tree
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.attributes import Change, Defaults
 

@@ -34,8 +34,9 @@ from etcdfs.errors import (
     ReadOnlyError,
     RevisionNotReachedError,
 )
+from etcdfs.tree.inodes import Directory, File, Node
 from etcdfs.tree.node_attributes import key_state_of_node
-from etcdfs.tree.tree import Directory, File, Node, Tree
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.attributes import Caller
 from etcdfs.vfs.leases import Leases

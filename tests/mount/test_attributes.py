@@ -529,7 +529,7 @@ def test_b62_without_attributes_there_is_nothing_but_keys(
 
 
 def test_attributes_are_one_command_of_etcdctl(lab: Lab) -> None:
-    """README, Decisions: people read them."""
+    """docs/semantics.md: people read them."""
     (lab.path / "file").touch()
     (lab.path / "file").chmod(0o640)
     key = record_key(lab.key("file")).decode()

@@ -1,4 +1,4 @@
-"""Mounts of several members, by TLS, and as a user (README, "Connecting")."""
+"""Mounts of several members, by TLS, and as a user (docs/operations.md, "Connecting")."""
 
 import errno
 import json

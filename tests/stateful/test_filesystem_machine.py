@@ -39,7 +39,7 @@ from hypothesis.stateful import (
 from etcdfs.errors import CompactedError, OutcomeUnknownError, StoreError, StoreFullError
 from etcdfs.keyspace.store import Committed, Delete, Get, KeyValue, Put, Transaction, range_end
 from etcdfs.mirror.mirror import Mirror
-from etcdfs.tree.tree import Directory, File
+from etcdfs.tree.inodes import Directory, File
 from tests.support.fake_kernel import FakeMount, KernelHandle, KernelInode, Path, make_mount
 from tests.support.fake_store import FakeStore
 

@@ -29,17 +29,8 @@ from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Clock
 from etcdfs.mirror.guard import watch_over
 from etcdfs.mirror.mirror import Mirror
-from etcdfs.tree.tree import (
-    ROOT_INODE,
-    Cached,
-    CachedAttributes,
-    Dentry,
-    Directory,
-    Expiry,
-    File,
-    Inode,
-    Tree,
-)
+from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Directory, Expiry, File, Inode
+from etcdfs.tree.tree import ROOT_INODE, Tree
 from etcdfs.tree.value_cache import ValueCache
 from etcdfs.uncached.uncached import Uncached
 from etcdfs.vfs.attributes import Attributes, Caller, Change, Defaults

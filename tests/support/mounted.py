@@ -122,7 +122,7 @@ class Mounted:
         assert not stray, "the daemon logged:\n" + "\n".join(stray)
 
     def statistics(self) -> Any:
-        """Return the daemon's counters, by room."""
+        """Return the daemon's counters, by part."""
         return json.loads(os.getxattr(self.path, "user.etcdfs.statistics"))
 
     def wait(self, revision: int) -> None:

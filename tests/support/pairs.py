@@ -94,7 +94,7 @@ def pairs() -> Iterator[tuple[Kind, str, str]]:
     """Yield all pairs of calls, with each kind of writing."""
     for kind in KINDS:
         for first, second in combinations(CALLS, 2):
-            # What is not in etcd yet has no lease; see the README.
+            # What is not in etcd yet has no lease; see docs/semantics.md.
             if not (kind == "new" and "ttl f" in (first, second)):
                 yield kind, first, second
 

@@ -1,6 +1,6 @@
 """What etcd must hold for a tree that is known: each key, each record key, and nothing else.
 
-Knows: the README's mapping of files to keys (B1, B3, B47 to B50), written down once more. Does not
+Knows: the mapping of files to keys (B1, B3, B47 to B50), written down once more. Does not
 know: how the tree came to be.
 
 Concurrency: plain blocking calls.
@@ -86,7 +86,7 @@ def record_problems(
             record.pop("mtime_ns", None)
     record.pop("atime_ns", None)
     expected = record_at(at)
-    # README, Limits: a directory's time stays in etcd although something was removed since.
+    # docs/semantics.md, Limits: a directory's time stays in etcd although something was removed since.
     is_directory = stat.S_ISDIR(os.lstat(at).st_mode)
     if not has_time or (is_directory and "mtime_ns" not in expected):
         record.pop("mtime_ns", None)

@@ -9,7 +9,7 @@ changes files; on tmpfs that is what it is to this mount: another file under the
 At the end all is closed: then etcd is compared with the tmpfs tree key by key, and the mount must
 have let go of every old version.
 
-Where etcdfs differs, `DIFFERENCES` (ground.py) says so; README ("Differences from POSIX") has the reasons.
+Where etcdfs differs, `DIFFERENCES` (ground.py) says so; docs/semantics.md ("Differences from POSIX") has the reasons.
 """
 
 import os

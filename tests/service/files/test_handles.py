@@ -10,7 +10,7 @@ from trio.testing import MockClock
 from etcdfs.errors import BadHandleError, ReadOnlyError, StaleError, StoreUnavailableError
 from etcdfs.files.handles import STORE_MAX
 from etcdfs.keyspace.store import Revision
-from etcdfs.tree.tree import File
+from etcdfs.tree.inodes import File
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore
 

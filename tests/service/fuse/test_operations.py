@@ -19,7 +19,7 @@ from etcdfs.admission import Admission, about_to_wait
 from etcdfs.errors import EtcdfsError, NotFoundError, StoreFullError
 from etcdfs.files.handles import Handles
 from etcdfs.fuse.operations import Operations, quieten
-from etcdfs.tree.tree import Inode
+from etcdfs.tree.inodes import Inode
 from etcdfs.vfs.attributes import Attributes, Caller, Change
 from etcdfs.vfs.filesystem import Filesystem, Listed, SpaceStatistics
 from etcdfs.vfs.setattr import no_attribute

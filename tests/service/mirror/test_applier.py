@@ -11,7 +11,8 @@ from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
 from etcdfs.mirror import applier as applier_module
 from etcdfs.mirror.applier import BATCH_KEYS, WAITING_MAX, Applier
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.tree import Cached, Dentry, File, Inode, Tree
+from etcdfs.tree.inodes import Cached, Dentry, File, Inode
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache
 

@@ -12,7 +12,7 @@ from etcdfs.consistency.audit_index import Staging
 from etcdfs.errors import CompactedError, NotFoundError, StoreUnavailableError
 from etcdfs.keyspace.store import Delete, KeyValue, Put, Revision, Transaction
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.tree import CachedAttributes, Dentry
+from etcdfs.tree.inodes import CachedAttributes, Dentry
 from tests.service.mirrors import AGAIN, BOUND_S, content, quiet
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore

@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from etcdfs.errors import EtcdfsError, StorePermissionError
 from etcdfs.keyspace.attribute_records import Record, encode, record_key
 from etcdfs.keyspace.store import Committed, Get, Put, Transaction
-from etcdfs.tree.tree import Directory
+from etcdfs.tree.inodes import Directory
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
 

@@ -6,8 +6,7 @@ import pytest
 
 from etcdfs.errors import BufferFullError, BufferShareError
 from etcdfs.files.write_buffer import SHARES, WriteBufferQuota
-from etcdfs.tree.inodes import File
-from etcdfs.tree.tree import Inode
+from etcdfs.tree.inodes import File, Inode
 
 LIMIT = 400
 SHARE = LIMIT // SHARES

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from etcdfs.files.open_directories import PIECE, OpenDirectories
-from etcdfs.tree.tree import Directory, File, Inode
+from etcdfs.tree.inodes import Directory, File, Inode
 
 ONE = File(Inode(2), None, 0)
 

@@ -10,7 +10,7 @@ import trio.testing
 
 import etcdfs.fuse.notify
 from etcdfs.fuse.notify import LOOKS, STUCK_S, KernelCache
-from etcdfs.tree.tree import Cached, CachedAttributes, Dentry, Inode
+from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Inode
 
 PATIENCE_S = 20
 UNKNOWN = Inode(1000)

@@ -27,7 +27,7 @@ from etcdfs.keyspace.attribute_records import (
     record_range,
 )
 from etcdfs.keyspace.store import KeyValue, Revision
-from etcdfs.tree.tree import File, Inode, KeyState, StoredRecord
+from etcdfs.tree.inodes import File, Inode, KeyState, StoredRecord
 from etcdfs.vfs.attributes import Attributes, Change, Defaults
 from tests.support.odd_records import ODD, Odd
 

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import KeyValue, Revision
 from etcdfs.tree.bulk_load import load, rebuild
-from etcdfs.tree.tree import Directory, File, Node, Tree
+from etcdfs.tree.inodes import Directory, File, Node
+from etcdfs.tree.tree import Tree
 
 ROOT = Keyspace(b"/")
 keys = st.lists(st.sampled_from((b"a", b"b", b"c")), min_size=1, max_size=4).map(

@@ -10,11 +10,9 @@ from etcdfs.keyspace.attribute_records import Record
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import KeyValue, Revision
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.inodes import MAX_VANISHED
-from etcdfs.tree.tree import (
-    MAX_NEGATIVES,
+from etcdfs.tree.inodes import (
+    MAX_VANISHED,
     NOT_IN_ETCD,
-    TOLD_LATER_NS,
     CachedAttributes,
     Dentry,
     Directory,
@@ -22,9 +20,9 @@ from etcdfs.tree.tree import (
     KeyState,
     Node,
     StoredRecord,
-    Tree,
     key_state_of,
 )
+from etcdfs.tree.tree import MAX_NEGATIVES, TOLD_LATER_NS, Tree
 
 ROOT = Keyspace(b"/")
 _components = st.sampled_from([b"a", b"a-b", b"a.b", b"a0", b"", b".", b"%value", b"\xff", b"\0"])

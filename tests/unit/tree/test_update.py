@@ -9,7 +9,8 @@ from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
 from etcdfs.tree.bulk_load import load
 from etcdfs.tree.changes import Intent, Relocation
-from etcdfs.tree.tree import CachedAttributes, Dentry, Directory, Expiry, File, Node, Tree
+from etcdfs.tree.inodes import CachedAttributes, Dentry, Directory, Expiry, File, Node
+from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
 from tests.support.fake_store import FakeStore
 

@@ -7,7 +7,8 @@ from etcdfs.keyspace.attribute_records import Record
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import KeyValue, Revision
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.tree import NOT_IN_ETCD, Directory, File, StoredRecord, Tree
+from etcdfs.tree.inodes import NOT_IN_ETCD, Directory, File, StoredRecord
+from etcdfs.tree.tree import Tree
 from etcdfs.vfs.attributes import Defaults, mtime_of, size_of
 
 DEFAULTS = Defaults(uid=7, gid=8, file_mode=0o666, dir_mode=0o777, umask=0o022)
