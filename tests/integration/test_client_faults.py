@@ -84,7 +84,7 @@ CLOSED_BY: Final[dict[int, tuple[str, str, str]]] = {
     ),
     21: (
         "the end of a prefix is wrong",
-        "unit/test_store.py",
+        "unit/keyspace/test_store.py",
         "test_the_range_of_a_prefix_is_the_keys_that_begin_with_it",
     ),
     22: (

@@ -202,17 +202,17 @@ def test_b77_plain_unmounting_ends_the_daemon(pool: Pool, lab: Lab, command: str
 
 
 _CRASHING = """
-from etcdfs.daemon import main as mount
+from etcdfs.daemon import main as daemon
 from etcdfs.daemon.main import main
 
 async def crash(mirror):
     found = None
     while found is None:
         await mirror.advanced()
-        found = mirror.switch.tree.find(CRASH_KEY)
+        found = mirror.update.tree.find(CRASH_KEY)
     raise ZeroDivisionError("planted")
 
-mount.watch_over = crash
+daemon.watch_over = crash
 """
 
 
@@ -238,7 +238,7 @@ def test_b81_a_daemon_that_dies_in_a_library_leaves_a_word(cached: Lab) -> None:
 _PLANTED = """
 from etcdfs.vfs.filesystem import Filesystem
 from etcdfs.daemon.main import main
-from etcdfs.files.handles import OpenFiles
+from etcdfs.files.handles import Handles
 
 async def planted(*_arguments, **_options):
     raise ZeroDivisionError("planted")
@@ -249,8 +249,8 @@ def planted_now(*_arguments, **_options):
 for name in ("mkdir", "unlink", "rename", "statfs", "create", "rmdir"):
     setattr(Filesystem, name, planted)
 Filesystem.readdir = planted
-OpenFiles.read = planted_now
-OpenFiles.write = planted
+Handles.read = planted_now
+Handles.write = planted
 """
 
 

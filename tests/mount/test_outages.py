@@ -226,11 +226,11 @@ def test_b75_what_may_no_longer_be_read_is_not_shown(pool: Pool, own_etcd: EtcdP
 
 _LOSE_EVENTS = """
 from etcdfs.daemon.main import main
-from etcdfs.mirror.state_machine import Replica
-whole = Replica._on_events
+from etcdfs.mirror.state_machine import StateMachine
+whole = StateMachine._on_events
 def lossy(self, events):
     return whole(self, tuple(event for event in events if b"lost" not in event.key))
-Replica._on_events = lossy
+StateMachine._on_events = lossy
 """
 
 
@@ -320,8 +320,8 @@ _LATE_WATCHES = """
 import trio
 from etcdfs.mirror.mirror import Mirror
 from etcdfs.daemon.main import main
-from etcdfs.mirror.attribute_mirror import SideMirror
-for owner, name in ((Mirror, "_take"), (SideMirror, "_apply")):
+from etcdfs.mirror.attribute_mirror import AttributeMirror
+for owner, name in ((Mirror, "_take"), (AttributeMirror, "_apply")):
     async def late(*arguments, on_time=getattr(owner, name), **named):
         await trio.sleep(0.1)
         await on_time(*arguments, **named)
@@ -336,7 +336,7 @@ def test_b72_attributes_that_another_client_set_are_seen(cached: Lab, prefix: st
     cached.client.put(key, b"")
     shown = cached.key(prefix) if prefix else b"/"
     with daemon(
-        cached.etcd, cache=True, program=_LATE_WATCHES, linearizable=True, prefix=shown
+        cached.etcd, cache=True, program=_LATE_WATCHES, consistency="linearizable", prefix=shown
     ) as running:
         path = Path(os.fsdecode(os.fsencode(running.path) + b"/" + key.removeprefix(shown)))
         for mode in range(0o600, 0o610):
@@ -411,11 +411,12 @@ def test_b74_an_etcd_that_does_not_come_ends_the_wait(own_etcd: EtcdProcess, mnt
 
 
 _LOSE_A_PAGE = """
-from etcdfs import mount, replica
+from etcdfs.daemon import main as daemon
 from etcdfs.errors import StoreUnavailableError
 from etcdfs.etcd.client import EtcdStore
 from etcdfs.daemon.main import main
-replica.Replica.__init__.__kwdefaults__["page_size"] = 3
+from etcdfs.mirror.state_machine import StateMachine
+StateMachine.__init__.__kwdefaults__["page_size"] = 3
 whole, calls = EtcdStore.range, 0
 async def lossy(self, *args, **kwargs):
     global calls
@@ -424,7 +425,7 @@ async def lossy(self, *args, **kwargs):
         raise StoreUnavailableError("planted")
     return await whole(self, *args, **kwargs)
 EtcdStore.range = lossy
-mount.RETRY_S = 0.01
+daemon.RETRY_S = 0.01
 """
 
 

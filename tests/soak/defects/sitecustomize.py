@@ -165,7 +165,7 @@ def split_revision(module: Any) -> None:
 @defect("no-witness", "etcdfs.mirror.messages")
 def no_witness(module: Any) -> None:
     """After a break, any history is believed to be the one that was known."""
-    replace(module.Check, "holds", lambda _self, _page: True)
+    replace(module.HistoryCheck, "holds", lambda _self, _page: True)
 
 
 @defect("resume-too-late", "etcdfs.mirror.state_machine")
