@@ -6,6 +6,7 @@ Environment:
         skipped, so that a gate cannot turn green by doing nothing.
 """
 
+import contextlib
 import faulthandler
 import logging
 import os
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.etcd_process import find_etcds
+from tests.support.own_mounts import begin_own_mounts
 
 _CI = bool(os.environ.get("CI"))
 
@@ -40,11 +42,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let `kill -USR2` show where a test that seems stuck is (pytest's own timer comes later).
 
     Processes that tests start run this tree too, whatever is installed and wherever they are.
+    Tests beside one another do not see one another's mounts, if that can be had.
     """
     os.environ["PYTHONPATH"] = str(config.rootpath)
     # As the daemon has it (`etcdfs.process.spawn`): a test that forks has gRPC's threads beside it.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     faulthandler.register(signal.SIGUSR2, all_threads=True)
+    if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
+        with contextlib.suppress(PermissionError):
+            begin_own_mounts()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
