@@ -1,22 +1,18 @@
-"""What a mirror holds, as an audit goes through it.
+"""What a mirror holds, compared slice by slice with what etcd lists.
 
-Knows: how all keys that are held are gone through while they change, and when what is held under a
-key is what etcd has there. Does not know: etcd, when an audit is due.
+Knows: how all keys that are held are gone through while they change, when what is held under a key
+is what etcd has there, and which of a new listing differs (`Staging`). Does not know: etcd, when an
+audit is due, how a tree is changed.
 
 There are two of these: the keys of the mount's prefix, and the record keys of that prefix where
-they are not among them (`sidemirror`).
+they are not among them (`etcdfs.mirror.attribute_mirror`).
 
-Concurrency: trio thread. Between two slices anything may change.
+Most of what is listed again is as it was: of that only the key state is kept, and of what differs
+the values, up to a bound. What differs beyond it had better be a tree of its own, which needs no
+values.
 
-A new listing beside the tree it is to replace, without the values that both have.
-
-Knows: which of what is listed differs from what a tree holds. Does not know: how a tree is changed.
-
-Most of what is listed again is as it was: of that only the key state are kept, and of what differs the
-values, up to a bound. What differs beyond it had better be a tree of its own, which needs no values.
-
-Concurrency: trio thread. `differences` lets others have their turn, and the tree may change
-meanwhile; what it then has is newer than the listing, or of no account.
+Concurrency: trio thread. Between two slices anything may change; what the tree then has is newer
+than the listing, or of no account.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

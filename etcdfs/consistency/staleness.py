@@ -1,26 +1,19 @@
-"""What is known of the way to etcd, and whether what the mirror holds may be shown.
+"""How old what is known of etcd may be, and whether etcd answers at all.
 
-Knows: when etcd was last heard, whether it allows us to read, and for how long what the mirror
-holds is good enough while nothing is heard (`--max-stale`); and since when the kernel may show what
-is older than the mirror. Does not know: watches, requests, the tree.
+Knows: when etcd was last heard, whether it allows us to read, for how long what the mirror holds is
+good enough while nothing is heard (`--max-stale`), since when the kernel may show what is older
+than the mirror, and when etcd must be asked before a write is begun (`Liveness`). Does not know:
+watches, the tree, what is to be written.
 
 The mirror may be shown, or it is *refused*: as too old, or as no longer permitted. Refused is
 judged at each question, by the time, so that no reader is ever given more than the limit; the
 event is for those who must act when it happens.
 
-Concurrency: trio thread; no operation waits but `until_refused` and `until_shown`.
-
-Whether etcd is there, asked before something is begun that it must carry out in the end.
-
-Knows: when it must be asked, and that one question does for all. Does not know: what is to be
-begun.
-
 Shells, and most programs that end without closing what they wrote, never look at what close(2)
-says. They do look at open(2): so an open for writing fails when a close would.
-
-It costs no request: a write is entrusted only to a member that has just answered, so that either
-the open or the close asks after a silence, and the other need not. What the watch says does not
-count, for it comes on another connection, and from a member that may have lost its majority.
+says. They do look at open(2): so an open for writing fails when a close would. It costs no request:
+a write is entrusted only to a member that has just answered, so that either the open or the close
+asks after a silence, and the other need not. What the watch says does not count, for it comes on
+another connection, and from a member that may have lost its majority.
 
 Concurrency: trio thread; any number of tasks.
 """

@@ -1,22 +1,14 @@
 """The door to etcd: the port `Store`, over aetcd's generated stubs on gRPC channels of our own.
 
-Knows: deadlines, what may be sent twice and what must not. Does not know: the file system. With the
-other rooms called `etcd_...` it is the only place that may import aetcd or grpc.
+Knows: deadlines, what may be sent twice and what must not. Does not know: the file system.
 
 Two rules carry it. A read is sent again, to each member in turn, until its deadline. A write is
 sent to a member that has answered just now; again only if the first was certainly not carried
-out; when no answer comes, the outcome is unknown, and is said to be.
+out; when no answer comes, the outcome is unknown, and is said to be. Calls about leases may all be
+sent again: a grant that was carried out twice leaves a lease that nobody uses and that ends by
+itself.
 
 Concurrency: any number of tasks may call at once; all of it runs on the trio thread.
-
-Leases, as the port `Store` describes them; part of the etcd door.
-
-Knows: etcd's three calls about leases. Does not know: connections.
-
-All of them may be sent again: a grant that was carried out twice leaves a lease that nobody uses
-and that ends by itself.
-
-Concurrency: as `EtcdStore`.
 """
 
 import random

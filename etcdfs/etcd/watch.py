@@ -1,7 +1,8 @@
 """One watch on one stream, with every way it can end told as an error.
 
-Knows: etcd's watch stream, and how long it may take to open. Does not know: what its messages say
-(`etcd_responses`), how to resume (the state machine's). It is part of the etcd door.
+Knows: etcd's watch stream, how long it may take to open, in which order etcd says things on it, and
+how a revision is joined when it comes in fragments. Does not know: how to resume (the state
+machine's).
 
 aetcd's own watcher drops revisions, progress notices and the server's cancellations, and takes
 the end of the stream for silence; here only its generated stub is used.
@@ -10,13 +11,6 @@ Concurrency: one task receives, any task may ask for progress. A response is rea
 stream when somebody waits for it, never ahead: gRPC's flow control then holds etcd back, and
 memory holds one response (one revision, when that came in fragments). A receiver may be
 cancelled and come back; nothing is lost.
-
-What the responses on a watch's stream say, each checked against what was asked.
-
-Knows: the order in which etcd says things on a stream, and how a revision is joined when it comes
-in fragments. Does not know: streams, time. It is part of the etcd door.
-
-Concurrency: none; one owner.
 """
 
 from typing import Final, final

@@ -1,7 +1,8 @@
-"""A file being written: its bytes before they are published, and what kind of change they are.
+"""A file being written: its bytes before they are put in etcd, and what kind of change they are.
 
-Knows: how writes and truncations change a value, and which of the three kinds of change they add up
-to. Does not know: etcd, inodes, time.
+Knows: how writes and truncations change a value, which of the three kinds of change they add up to,
+and how much may be held so, for each user and in all (`--write-buffer`). Does not know: etcd, time,
+how it is written back.
 
 The kind decides what happens when another client wrote the key meanwhile:
 
@@ -10,16 +11,9 @@ The kind decides what happens when another client wrote the key meanwhile:
 * `APPEND`: bytes were added at the old end only; they are added to whatever is newest;
 * `PARTIAL`: anything else; the write is refused if the key changed.
 
-Concurrency: synchronous; one owner.
-
-How much of what is written and not yet published memory holds, for each user and in all.
-
-Knows: whose bytes they are, and that there is an end to them (`--write-buffer`). Does not know:
-what is written, and how it is published.
-
-A file's write buffer is whole, however little of it was changed, and it stays until the file is
-published; of a file that has no name any more it stays until the last close. Whoever wrote first
-to a file answers for its write buffer.
+A buffer is the whole file, however little of it was changed, and it stays until it is written back;
+that of a file without a name stays until the last close. Whoever wrote first to a file answers for
+its buffer.
 
 Concurrency: synchronous; one owner.
 """

@@ -1,22 +1,16 @@
-"""Who opened a file for writing, and whether they have it open still.
+"""What /proc says of who opened a file, and of this process's memory.
 
-Knows: what /proc says of a process's descriptors and mounts (proc(5)). Does not know: why anybody
-asks, pyfuse3.
+Knows: the descriptors and mounts of a process (proc(5)), how Python says that there is no memory,
+and where the limits are. Does not know: why anybody asks, pyfuse3.
 
 Nothing here touches what a descriptor leads to: it may be a file of our own mount, whose daemon
 would wait for itself.
 
+Only a limit of the process itself is heard of as an error (`ulimit -v`, RLIMIT_AS). What exceeds
+that of a container is killed by the kernel, without a word; whoever waits for the process, and the
+next mount, can tell that it was killed, and the kernel's log says why.
+
 Concurrency: plain reads of /proc, on the trio thread.
-
-When memory runs out, and what is said then.
-
-Knows: how Python says that there is none, and where the limits are. Does not know: who wanted it.
-
-Only a limit of the process itself is heard of like this (`ulimit -v`, RLIMIT_AS). What exceeds
-that of a container is killed by the kernel, without a word; whoever waits for the process, and
-the next mount, can tell that it was killed, and the kernel's log says why.
-
-Concurrency: none.
 """
 
 import errno

@@ -1,7 +1,8 @@
-"""Record keys: where the attributes of a key are kept in etcd, and as what text.
+"""Attribute records: where the attributes of a key are kept in etcd, as what text, and who may.
 
-Knows: the mapping between keys and record keys, the record in a record key, and when a record is
-void. Does not know: what attributes mean to a file system, and when they change.
+Knows: the mapping between keys and their record keys, the format of a record, when a record is
+void, and whether etcd's roles let records be read and written. Does not know: what attributes mean
+to a file system, and when they change.
 
 A key has attributes of its own only where they differ from the mount's defaults; they are then the
 JSON object in its *record key*, which is `/.etcdfs/attrs/` and the key itself: `/.etcdfs/attrs//app/x`
@@ -28,21 +29,13 @@ they are until they are set. When it is one of those that say who may have the f
 at all. Every mount must come to the same verdict, so that none is left to limits of the process:
 not the depth of brackets (Python's stack), nor the length of numbers.
 
-Concurrency: none; pure functions and frozen values.
-
-What etcd's roles let a mount do with records of attributes.
-
-Knows: whether records could be read and written when that was last tried, and since when. Does not
-know: when it is tried again, what a record says.
-
 Nobody may be shown a file by default that a record would have kept from him. So while records
-cannot be read, what is known of them stays, and everything is shown without the rights of group
-and others (`attributes`): when in doubt, closed. Whether they can be written is for whoever wants
-to know why a mode was refused; it is tried each time.
+cannot be read (`Rights`), what is known of them stays, and everything is shown without the rights
+of group and others: when in doubt, closed. Whether they can be written is for whoever wants to know
+why a mode was refused; it is tried each time. That a password is wrong says nothing of either
+(`StorePermissionError.is_of_role`).
 
-That a password is wrong says nothing of either (`StorePermissionError.is_of_role`).
-
-Concurrency: trio thread.
+Concurrency: pure functions and frozen values; `Rights` belongs to the trio thread.
 """
 
 import json

@@ -1,21 +1,14 @@
-"""How much to ask for at a time, when all of a range is to be read.
+"""Reading all of a range, page by page, at one revision.
 
-Knows: that etcd bounds a page by keys only, and that memory is bounded in bytes. Does not know: who
-asks, and what for.
+Knows: how pages follow one another, that they must come to an end, and that etcd bounds a page by
+keys only, while memory is bounded in bytes. Does not know: what the pages are for.
 
 etcd makes a page in memory and sends it whole, whatever its size. So the next page has as many
 keys as come to about `most_bytes` if they are like those of the one before, and to begin with, few.
 Where large values follow small ones that is not enough: then the door refuses what is larger than
 it can take (`AnswerTooLargeError`), and the page is asked for again with fewer keys.
 
-Concurrency: one owner.
-
-All of a range, page by page, at one revision.
-
-Knows: how pages follow one another, and that they must come to an end. Does not know: what is done
-with them.
-
-Concurrency: trio thread; one owner.
+Concurrency: one owner, on the trio thread.
 """
 
 from typing import Final, final

@@ -1,18 +1,13 @@
-"""What a transaction's answer says, as the events that the watch will tell of it.
+"""What an answer of etcd's says, and whether it can be one to what was asked.
 
-Knows: how a transaction's operations and their results become events. Does not know: what the
-events are for.
-
-Concurrency: none; pure functions.
-
-Whether an answer of etcd's can be one to what was asked.
-
-Knows: what etcd guarantees of a range, of a transaction's results and of events, as far as one
-answer shows it. Does not know: what is done about an answer that cannot be (the door refuses it),
-messages of gRPC, what the keys are for.
+Knows: how a transaction's operations and their results become the events that the watch will tell,
+and what etcd guarantees of a range, of a transaction's results and of events, as far as one answer
+shows it. Does not know: what is done about an answer that cannot be (`etcdfs.etcd` refuses it),
+gRPC's messages, what the keys are for.
 
 Whatever comes after this relies on it: keys are in the range that was asked for and in order, each
-page leads on, no revision is from the future. What only several answers show is the state machine's.
+page leads on, no revision is from the future. What only several answers show is for the state
+machine to judge.
 
 Concurrency: none; pure functions.
 """

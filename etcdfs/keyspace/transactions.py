@@ -1,7 +1,8 @@
-"""The one etcd transaction behind each change of a name.
+"""The etcd transactions behind changes of names and attributes.
 
-Knows: which conditions make create, mkdir, unlink, rmdir and rename atomic across the cluster, and
-how a directory that loses its last entry stays. Does not know: the tree, inodes, who asks.
+Knows: which conditions make create, mkdir, unlink, rmdir and rename atomic across the cluster, how
+a directory that loses its last entry stays, and how an attribute record goes along. Does not know:
+the tree, inodes, who asks.
 
 A directory is there while its marker or any key below it is. Removing its last entry through the
 mount must leave it, so each removal carries an inner transaction: *if
@@ -14,13 +15,6 @@ outermost transaction to any inner one, conditions of it counted likewise. So th
 over a tree of inner transactions, each `WIDTH` wide; a condition in it that does not hold aborts
 the whole (`Abort`). Such a tree holds `MAX_KEYS`; what is then in the way is the size of the
 request (1.5 MiB, `--max-request-bytes`).
-
-Concurrency: none; pure functions.
-
-The etcd operations that write record keys.
-
-Knows: which conditions and operations keep the attributes of a key true across the cluster. Does
-not know: the tree, inodes, what attributes mean.
 
 Concurrency: none; pure functions.
 """

@@ -1,28 +1,22 @@
-"""Having the kernel let go of what it has cached, without waiting for oneself.
+"""Invalidating what the kernel has cached, without waiting for oneself, or for ever for others.
 
-Knows: whose lock stands in the way of an invalidation. Does not know: why something is to be
-forgotten, how the kernel is told.
+Knows: whose lock stands in the way of an invalidation, and what must not be cached of a directory
+whose lock somebody holds. Does not know: why something is to be invalidated, how the kernel is
+told, how a stuck directory is found out (`etcdfs.fuse.notify`).
 
-A call of this mount that changes a name holds its directory's lock in the kernel until it
-returns, and it returns when the batch with its change is published. If that batch, or one before
-it, must invalidate another name in the same directory, the kernel would wait for the call and the
-call for the batch; then whoever waits is told (`on_hold`), the batch is published first and the
-kernel lets go after.
+A call of this mount that changes a name holds its directory's lock in the kernel until it returns,
+and it returns when the batch with its change is applied. If that batch, or one before it, must
+invalidate another name in the same directory, the kernel would wait for the call and the call for
+the batch; then whoever waits is told (`on_hold`), the batch is applied first and the invalidation
+done after.
 
-Concurrency: synchronous, on the trio thread, but for `first`.
+What is applied does not wait for a directory that is stuck because a process holds its lock: then
+one user could stop all others. The kernel may go on showing what it had cached of it: for as long
+as it is stuck, or until `--kernel-timeout` has passed since it cached that. This breaks a promise,
+and so it is said: in the log, in the statistics, in `stale_s`. What the kernel asks meanwhile it is
+told, but must not keep.
 
-Directories whose lock somebody holds, so that the kernel goes on showing older names of them.
-
-Knows: what must not be kept of such a directory, and who is told of it. Does not know: how it is
-found out (`etcdfs.fuse.notify`).
-
-What is published does not wait for a stuck directory: then one user could stop all others. The
-kernel may go on showing what it had cached of it: for as long as it is stuck, or until
-`--kernel-timeout` has passed since it cached that. This breaks what is promised of what has been
-published, and so it is said: in the log, in the statistics, in `stale_s`. What the kernel asks
-meanwhile it is told, but must not keep.
-
-Concurrency: synchronous, on the trio thread.
+Concurrency: synchronous, on the trio thread, but for `invalidate_first`.
 """
 
 import logging

@@ -1,14 +1,8 @@
-"""The words between the state machine and the mirror: messages in, steps out.
+"""What the state machine is told, and what it answers: messages in, steps out.
 
-Knows: what can happen to a listing or a watch, and what can be done about it. Does not know: what
-is done when; that is the state machine's.
-
-Concurrency: none; frozen values.
-
-What is read back after a break to see whether the history is still the one we know.
-
-Knows: what must hold at a revision if a change was the last of its key. Does not know: when that is
-looked at, and what follows (the state machine's).
+Knows: what can happen to a listing or a watch, what can be done about it, and what must be read
+back after a break if the history is still the one we know. Does not know: what is done when; that
+is the state machine's.
 
 Concurrency: none; pure functions and frozen values.
 """

@@ -1,14 +1,8 @@
-"""Filling a new tree with a complete listing.
+"""Making a tree from a complete listing, at first or after something went wrong with it.
 
-Knows: that a listing comes in key order, so that neighbours share their directory. Does not know:
-where it comes from.
-
-Concurrency: synchronous; the tree's owner calls it before anybody sees the tree.
-
-A tree made anew from a complete listing, after something went wrong with it.
-
-Knows: which nodes of a tree can stay when nothing else of it is believed. Does not know: what went
-wrong, where the listing comes from, how the kernel is told.
+Knows: that a listing comes in key order, so that neighbours share their directory, and which nodes
+of an old tree can stay when nothing else of it is believed. Does not know: where the listing comes
+from, what went wrong, how the kernel is told.
 
 A change that fails half-way leaves a tree of which nobody knows what is true. What the kernel
 holds, and what is not in etcd yet, is the only thing worth keeping of it: a directory that is in

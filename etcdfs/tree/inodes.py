@@ -1,37 +1,14 @@
-"""What the tree consists of: files, each one version of a key at a time, and directories.
+"""Inodes and dentries: files, each one version of a key at a time, and directories.
 
-Knows: what is noted of each. Does not know: how they hang together.
+Knows: what is noted of each, what the kernel may have cached of it, and what stays for an inode
+that no name leads to any more. Does not know: how they hang together (`etcdfs.tree.tree`).
 
-Concurrency: owned by the tree, on the trio thread.
-
-What the kernel may hold cached, and must be told to let go of.
-
-Knows: inode numbers and names. Does not know: nodes, keys.
-
-Concurrency: none; frozen values.
-
-What etcd says of a key, without its value, and the attributes a key has of its own.
-
-Knows: the form of both. Does not know: nodes, which of them it is about.
-
-Concurrency: none; frozen values.
-
-Nodes that no name leads to any more, and that the kernel holds all the same.
-
-Knows: where each was, and is to be found when it comes back. Does not know: who holds them: a bind
-mount, a working directory, an O_PATH descriptor, the lower layer of an overlay, or merely the
-kernel's memory.
+The kernel may hold an inode without a name: by a bind mount, a working directory, an O_PATH
+descriptor, the lower layer of an overlay, or merely because it has memory to spare. `Held`
+remembers where each was, and is to be found when it comes back. `Times` remembers when things
+changed that the kernel, short of memory, forgot and will ask for again: etcd keeps no times.
 
 Concurrency: owned by the tree, on the trio thread.
-
-When things changed that the kernel has let go of, and the tree with it.
-
-Knows: names, and the times that they had. Does not know: nodes, keys.
-
-etcd keeps no times, so without a mirror a time is that of the moment when this mount saw a version
-first. It is to stay the same when the kernel, short of memory, forgets the inode and asks again.
-
-Concurrency: synchronous; used on the trio thread only.
 """
 
 from collections import OrderedDict

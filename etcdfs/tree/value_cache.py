@@ -1,17 +1,11 @@
-"""The values held in memory: least recently used first out, bounded by bytes.
+"""The values held in memory, and where to get one again.
 
 Knows: the value of a key as it was written at one mod_revision. Such a value never changes, so
-nothing in here is ever stale; it can only be missing. Does not know: which version is the current
-one (the tree's), where to get one again.
+nothing in here is ever stale; it can only be missing, least recently used first, when there are too
+many bytes. Then it is read from etcd's history. Does not know: which version is the current one
+(the tree's), who reads it.
 
-Concurrency: owned by the trio thread; no operation waits.
-
-Reading from etcd: the value of one version of a key, and several answers of one moment.
-
-Knows: how to get a value again that memory has let go of, and how to ask a full etcd. Does not
-know: who reads it.
-
-Concurrency: trio thread.
+Concurrency: owned by the trio thread; only what reads from etcd waits.
 """
 
 from collections.abc import Sequence

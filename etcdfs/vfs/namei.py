@@ -1,30 +1,19 @@
-"""Names in directories, as the calls that change them need them.
+"""From names to nodes and keys, as the calls that look up or change them need it.
 
-Knows: how a name becomes a key, that what is under it must be true before a change is decided, and
-which names the kernel holds locked meanwhile. Does not know: what is changed, and how.
+Knows: how a name becomes a key, that what is under it must be true before a change is decided,
+which names the kernel holds locked meanwhile, how a transaction is bound to a directory that must
+still be there, and which node a call on an inode is about. Does not know: what is changed, and how.
+
+A directory is there while any key is below its prefix. A condition on the whole prefix would have
+etcd read all of it, so it is on one key that is known to be there, its *evidence*: the marker, or
+else any file below. If that has gone, the same transaction asks for another one; if there is none,
+so has the directory.
+
+A file that was superseded while somebody had it open gives way to the newer version once nobody
+has; whoever comes by a path is told from whoever holds the inode (`Newcomers`).
 
 Concurrency: trio thread. A directory that is being moved is no place for a change: its keys are
 about to be others. Changes wait for the move, and the move for those that have begun.
-
-That a directory is still there when something is made in it.
-
-Knows: which key shows that a directory is there (its *witness*), and how a transaction is bound to
-it. Does not know: what is made.
-
-A directory is there while any key is below its prefix. A condition on the whole prefix would
-have etcd read all of it, so it is on one key that is known to be there: the marker, or else any
-file below. If that has gone, the same transaction asks for another one; if there is none, so has
-the directory.
-
-Concurrency: as the store's.
-
-Which node a call on an inode is about.
-
-Knows: that a file which was superseded while somebody had it open gives way to the newer version
-once nobody has, and how whoever comes by a path is told from a holder. Does not know: what the call
-does.
-
-Concurrency: trio thread.
 """
 
 from collections import Counter
