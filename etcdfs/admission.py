@@ -46,7 +46,7 @@ class Admission:
 
     def __init__(self, places: int = PLACES) -> None:
         # --- constants
-        self._namei = places
+        self._places = places
         # --- mutable state
         # INVARIANT: one for each request that has a place, by user.
         self._waiting: Counter[int] = Counter()
@@ -61,7 +61,7 @@ class Admission:
         """
         if self._waiting[user] >= self._free:
             self._refused += 1
-            msg = f"{self._namei - self._free} requests wait, {self._waiting[user]} of user {user}"
+            msg = f"{self._places - self._free} requests wait, {self._waiting[user]} of user {user}"
             raise BusyError(msg)
         self._waiting[user] += 1
         self._free -= 1
@@ -75,7 +75,7 @@ class Admission:
 
     def statistics(self) -> AdmissionStatistics:
         """Count what waits, and what was refused."""
-        return AdmissionStatistics(waiting=self._namei - self._free, refused=self._refused)
+        return AdmissionStatistics(waiting=self._places - self._free, refused=self._refused)
 
 
 @final

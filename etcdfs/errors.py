@@ -89,13 +89,13 @@ class FileTooLargeError(CallerError):
 
 
 class BufferShareError(CallerError):
-    """The user has written too much that is not published yet (`--write-buffer`)."""
+    """The user has written too much that is not written back yet (`--write-buffer`)."""
 
     errno = errno.EDQUOT
 
 
 class BufferFullError(CallerError):
-    """All users together have written too much that is not published yet."""
+    """All users together have written too much that is not written back yet."""
 
     errno = errno.ENOSPC
 

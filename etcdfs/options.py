@@ -436,7 +436,7 @@ class MountOptions:
         256 * 1024**2,
         Kind.SIZE,
         Panel.ADVANCED,
-        "Hold at most so much that is written and not published; a user a quarter of it.",
+        "Hold at most so much that is written and not written back; a user a quarter of it.",
         positive=True,
         more="Whole files, from the first write to the close, or to the last close of one that "
         "was unlinked. More is EDQUOT for one user, ENOSPC for all together; at least one file of "

@@ -1,7 +1,7 @@
 """The composition root: puts the parts together, mounts, serves, and takes all down again.
 
 Knows: who depends on whom, and in which order things start and end. Does not know: anything that
-one of the rooms knows.
+one of the parts knows.
 
 Run as `python -m etcdfs.daemon.main MOUNTPOINT --options-fd N [--status-fd M]` by the command line.
 

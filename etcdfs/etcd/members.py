@@ -31,7 +31,7 @@ it: a write cannot be sent again elsewhere."""
 
 
 class Leaving(Protocol):
-    """A watch, as this room knows it."""
+    """A watch, as far as members are concerned."""
 
     def abandon(self) -> None:
         """End the stream at once; whoever receives from it is told that it is lost."""
@@ -81,7 +81,7 @@ class Members:
     Attributes:
         closed: Whether that has happened.
         patience_s: How long a member may keep quiet before another is asked as well.
-        horizon: How far etcd is.
+        watermark: How far etcd is.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint], login: Login, timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""Open files: handles, reading, writing, and when a write buffer is published.
+"""Open files: handles, reading, writing, and when a write buffer is written back.
 
 Knows: the life of a handle from open to release, and the write buffer that all writers of a file
 share. Does not know: names and directories, how a write buffer reaches etcd.
@@ -78,7 +78,7 @@ class Handles:
         # --- mutable state
         self._open: dict[Handle, OpenFile] = {}
         self._kept: set[File] = set()  # those without a name or a handle that the kernel holds
-        self._leaving: set[File] = set()  # those whose last publisher is being released
+        self._leaving: set[File] = set()  # those whose last writer is being released
         self._next = 1
 
     def __len__(self) -> int:
@@ -199,7 +199,7 @@ class Handles:
 
         Raises:
             FileTooLargeError: The value would not fit into etcd; this write did nothing, and
-                what was written before is not published: half a value is none.
+                what was written before is not written back: half a value is none.
             BufferShareError: Nor would all that the user has written fit into memory.
             BufferFullError: Nor all that all users have.
         """
@@ -306,7 +306,7 @@ class Handles:
         return opened.publishes and opened.file.buffer is not None
 
     async def release(self, handle: int) -> None:
-        """Close for good; what a memory map wrote after the last flush is published now.
+        """Close for good; what a memory map wrote after the last flush is written back now.
 
         Not what that flush could not publish: its caller was told that it failed, and must not
         find it done after all.
@@ -327,12 +327,12 @@ class Handles:
                 self._note_newcomers(opened.inode)
             elif opened.file.handles == 1:
                 # The kernel has opened it since its version changed, if that was of another one,
-                # and let go of what it had cached then; what was read after that is of this one.
+                # and what it had cached was invalidated then; what was read after that is of this one.
                 opened.file.pages = opened.file.version
             self._unpin(opened.file, opened.uid)
 
     def forgotten(self) -> None:
-        """Note that the kernel has let go of some inodes: what was kept for them need not be."""
+        """Note that the kernel has forgotten some inodes: what was kept for them need not be."""
         for file in [file for file in self._kept if not (file.lookups or file.handles)]:
             self._kept.discard(file)
             file.value = None
@@ -495,7 +495,7 @@ def may_change(flags: int) -> bool:
 
 
 def _is_refused(file: File) -> bool:
-    """Say whether a write buffer could not be published, and all who wrote to it were told."""
+    """Say whether a write buffer could not be written back, and all who wrote to it were told."""
     buffer = file.buffer
     return isinstance(buffer, WriteBuffer) and buffer.is_refused and not buffer.unreported
 

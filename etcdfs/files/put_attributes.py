@@ -1,7 +1,7 @@
 """What goes along with a put of a file's value: its attributes, in the same transaction.
 
 Knows: which attributes a new key begins with, which times were set for the version that is about to
-be published, and which no longer hold; and what is done where etcd's roles do not let attributes be
+be written back, and which no longer hold; and what is done where etcd's roles do not let attributes be
 written: all is done without them, for content still works.
 
 Concurrency: trio thread.

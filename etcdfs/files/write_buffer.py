@@ -46,7 +46,7 @@ class WriteBuffer:
         changed_ns: When it was made or last changed.
         mtime_ns: The same, or what utimens(2) set since.
         times: What utimens(2) set mtime and atime to (None: not atime); they hold for the
-            version that is yet to be published, unless it was changed after that.
+            version that is yet to be written back, unless it was changed after that.
         tries: What was sent to etcd without an answer, to be recognised later, each with all
             that the write buffer was then (others' bytes may come before ours in what was sent).
         is_bare: Whether the file was only made, neither emptied nor written to: it must not
@@ -55,9 +55,9 @@ class WriteBuffer:
             bytes are added to what another client has made meanwhile.
         is_refused: Whether the last attempt to publish what is here failed, and whoever flushed
             was told: a release, which can tell nobody, does not try again.
-        unreported: Handles that have written what is not published, and were not told so.
+        unreported: Handles that have written what is not written back, and were not told so.
         is_torn: Whether a write did not fit: what is here is half of what was meant, and must
-            not be published. A truncation says that the writer has taken note.
+            not be written back. A truncation says that the writer has taken note.
     """
 
     __slots__ = (
@@ -163,7 +163,7 @@ class WriteBuffer:
         self.changed_ns = self.mtime_ns = now_ns
 
     def written_back(self, value: bytes) -> None:
-        """Note that `value`, the write buffer as it was when it was sent, has been published."""
+        """Note that `value`, the write buffer as it was when it was sent, has been written back."""
         if len(value) == len(self._buffer) and value == self._buffer:
             self.kind = Kind.NONE
             self.unreported.clear()
@@ -202,7 +202,7 @@ SHARES: Final = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuotaStatistics:
-    """What is written and not yet published.
+    """What is written and not yet written back.
 
     Attributes:
         files: Files with such bytes.
@@ -247,11 +247,11 @@ class WriteBufferQuota:
         more = size - held
         if more > 0 and self._of_user[owner] + more > self._share:
             self._refused += 1
-            msg = f"user {owner} has {self._of_user[owner]} bytes that are not published yet"
+            msg = f"user {owner} has {self._of_user[owner]} bytes that are not written back yet"
             raise BufferShareError(msg)
         if more > 0 and self._size + more > self._limit:
             self._refused += 1
-            msg = f"{self._size} bytes are not published yet"
+            msg = f"{self._size} bytes are not written back yet"
             raise BufferFullError(msg)
         self._held[file] = (owner, size)
         self._of_user[owner] += more

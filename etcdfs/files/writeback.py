@@ -77,7 +77,7 @@ class _Done:
     Attributes:
         key state: What etcd says of the key.
         value: What it holds.
-        merged: Whether that is not, or not only, what was published.
+        merged: Whether that is not, or not only, what was written back.
         stored_records: What became of its attributes.
     """
 
@@ -191,8 +191,8 @@ class Writeback:
         tree = self._view.update.tree
         put_attributes = put_attributes_of(tree, file, buffer, key)
 
-        async def attempt(has_company: bool) -> _Done | None:
-            along = put_attributes if has_company else NO_ATTRIBUTES
+        async def attempt(has_attributes: bool) -> _Done | None:
+            along = put_attributes if has_attributes else NO_ATTRIBUTES
             return await self._resolve(file, buffer, key, intent, along)
 
         return await with_attributes(
@@ -351,7 +351,7 @@ class Writeback:
     async def _recognise_earlier(self, file: File, buffer: WriteBuffer, key: bytes) -> _Done | None:
         """See whether an earlier try without an answer arrived after all.
 
-        If the write buffer has changed since, it goes on from there: only the rest is to be published.
+        If the write buffer has changed since, it goes on from there: only the rest is to be written back.
         """
         if not buffer.tries:
             return None
@@ -402,7 +402,7 @@ class Writeback:
 
 def _check_whole(buffer: WriteBuffer, key: bytes) -> None:
     if buffer.is_torn:
-        msg = f"{key!r}: a write did not fit, and half a value is not published"
+        msg = f"{key!r}: a write did not fit, and half a value is not written back"
         raise FileTooLargeError(msg)
 
 

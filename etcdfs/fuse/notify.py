@@ -1,4 +1,4 @@
-"""Telling the kernel to let go of what it has cached, and what it may keep.
+"""Notifications to the kernel: what it must invalidate, and pages that it may keep.
 
 Knows: pyfuse3's notifications, and that they block. Does not know: why something is to be
 forgotten.
@@ -46,7 +46,7 @@ from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Expiry, Inode
 log = logging.getLogger(__name__)
 
 STUCK_S: Final = 1.0
-"""How long the kernel may take to let go of one name; it is 0.2 ms, and as long as a call of this
+"""How long the kernel may take to invalidate one name; it is 0.2 ms, and as long as a call of this
 mount waits for etcd if that call holds the directory's lock."""
 
 LOOKS: Final = 4
@@ -75,10 +75,10 @@ class KernelStatistics:
     Attributes:
         submitted: Times that something was to be forgotten.
         finished: Those that are done, but for what was stuck.
-        invalidated: Entries and attributes that the kernel has let go of.
+        invalidated: Entries and attributes that were invalidated.
         waiting: Those that it still has to.
         pages_pushed: Values that it was given when their file was opened.
-        stuck: Directories whose lock somebody holds, so that the kernel cannot let go.
+        stuck: Directories whose lock somebody holds, so that nothing in them can be invalidated.
         stuck_ever: Times that one was stuck.
     """
 
@@ -181,7 +181,7 @@ class KernelCache:
             if done is not None:
                 done()
             return
-        # All is done in order: what waits already is let go of before `done` is called. A
+        # All is done in order: what waits already is invalidated before `done` is called. A
         # thread takes something out of the set before it tells the kernel, never afterwards.
         fresh = [entry for entry in cached if entry not in self._waiting]
         if not fresh and done is None:
@@ -417,7 +417,7 @@ def invalidate_attributes(inode: int, *, pages: bool) -> bool:
 
 def invalidate_entry(entry: Dentry) -> None:
     """Have the kernel forget a name; waits for the lock of its directory."""
-    # ENOENT: the kernel has already let go of it.
+    # ENOENT: the kernel does not have it any more.
     with suppress(FileNotFoundError):
         pyfuse3.invalidate_entry(pyfuse3.InodeT(entry.directory), pyfuse3.FileNameT(entry.name))
 

@@ -9,7 +9,7 @@ there may have been claimed by somebody else, and etcd's keys bear no names of t
 stays unknown, so that of two who claim a name (or an attribute, XATTR_CREATE) never both succeed.
 What has left no trace may still be carried out, and stays unknown, too. Nothing is sent again.
 
-The publisher resolves the puts of files by itself: it knows what it has sent before.
+Write-back resolves the puts of files by itself: it knows what it has sent before.
 
 Concurrency: as the store's.
 """

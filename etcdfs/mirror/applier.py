@@ -43,7 +43,7 @@ from etcdfs.tree.value_cache import ValueCache
 log = logging.getLogger(__name__)
 
 SWITCH_ROUNDS: Final = 8
-"""Rounds of letting go before a batch is published. The second round finds what a change of
+"""Rounds of invalidation before a batch is applied. The second round finds what a change of
 this mount added meanwhile; more are not expected, and a batch must not wait for ever."""
 
 BATCH_KEYS: Final = 500
@@ -112,10 +112,10 @@ class Applier:
 
     Attributes:
         revision: The revision that readers see.
-        batches: Batches published.
+        batches: Batches applied.
         events: Events that came with them.
         collapsed: Those that nobody saw, as a later one of their key was there already.
-        early: Batches published before the kernel had let go, for a call that held its lock.
+        early: Batches applied before the invalidation was done, for a call that held its lock.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class Applier:
         if not stale or self._rounds == SWITCH_ROUNDS:
             self._apply_batch(batch, plan, late=stale)
             return
-        self._update.tree.switching |= self._update.uncacheable(plan)
+        self._update.tree.being_changed |= self._update.uncacheable(plan)
         self._update.note_invalidated(plan, stale)
         self._asked |= stale
         self._rounds += 1
@@ -273,7 +273,7 @@ class Applier:
             is_past = file.directory is None or revision != file.version
             if is_past and not file.handles:
                 self._invalidate(key, revision)
-        self._update.tree.switching.clear()
+        self._update.tree.being_changed.clear()
         self.invalidator.submit(late | self._update.tree.held.excess())
         self.batches += 1
         self.events += batch.count
@@ -310,7 +310,7 @@ class Applier:
         self._advanced = trio.Event()
 
     def _fail(self, batch: _Batch) -> None:
-        self._update.tree.switching.clear()
+        self._update.tree.being_changed.clear()
         self._update.tree.doubtful = True  # it may have been half-way
         self._waiting = deque(other for other in self._waiting if other.is_closed)
         self._is_broken = True

@@ -4,7 +4,7 @@ Knows: how the attributes of the keys under a prefix are followed by a watch of 
 key is kept from being seen before its attributes. Does not know: how changes become visible (the
 mirror's), system calls.
 
-Two watches are not in step. So before a batch with new keys is published, the record keys of these
+Two watches are not in step. So before a batch with new keys is applied, the record keys of these
 are read (`stored_records_of`): what was made with mode 0600 is never seen with the default mode. Later
 changes of attributes come by the watch of the record keys alone.
 

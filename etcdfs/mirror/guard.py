@@ -61,7 +61,7 @@ async def _watch_rights(mirror: Mirror) -> None:
 
 
 async def _forget_everything(mirror: Mirror) -> None:
-    told = mirror.update.tree.cached_by_kernel()
-    for start in range(0, len(told), FORGET_SIZE):
-        mirror.invalidate(told[start : start + FORGET_SIZE])
+    cached = mirror.update.tree.cached_by_kernel()
+    for start in range(0, len(cached), FORGET_SIZE):
+        mirror.invalidate(cached[start : start + FORGET_SIZE])
         await trio.lowlevel.checkpoint()

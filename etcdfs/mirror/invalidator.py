@@ -50,7 +50,7 @@ class KernelCache(Protocol):
 
 @final
 class Invalidator:
-    """What the kernel has been asked to let go of, and who holds the locks it needs for that."""
+    """What the kernel has been asked to invalidate, and who holds the locks it needs for that."""
 
     def __init__(self, kernel: KernelCache, on_hold: Callable[[], None]) -> None:
         """Make one; `on_hold` is called whenever a call begins to hold a lock."""

@@ -78,10 +78,10 @@ class MirrorStatistics:
         revision: The revision that readers see.
         listed_keys: Keys in the last listing.
         connected: Whether a watch stands.
-        batches: Batches published.
+        batches: Batches applied.
         events: Events in them.
         collapsed: Events that nobody saw, as a later one of their key was there already.
-        early: Batches published before the kernel had let go, for a call that held its lock.
+        early: Batches applied before the invalidation was done, for a call that held its lock.
         ahead: Own changes applied before the watch brought them.
     """
 

@@ -5,7 +5,7 @@ know: the options, which come later, and anything that takes time to import: `os
 there in every Python (so no `typing` either, nor `subprocess`).
 
 A daemon takes most of its start to load its modules. So its process is started as early as
-possible, loads them, and waits for its options (`handshake`); a pipe that ends without any
+possible, loads them, and waits for its options (`startup_protocol`); a pipe that ends without any
 means that it is not wanted, and it ends without a word.
 
 The daemon is a re-executed Python, not a fork of this one: threads, and libraries that have
@@ -32,7 +32,7 @@ class Spawned:
         options: Where its options are written to; a descriptor.
         reports: Where its reports are read from; a descriptor.
         errors: What it writes to stdout and stderr; a descriptor of a file in memory.
-        kernel_may_cache: Whether it was told its options, or that it is not wanted.
+        told: Whether it was told its options, or that it is not wanted.
         released: Whether it is to stay when this process ends.
         returncode: As of `subprocess.Popen`; None while it is not known to have ended.
     """

@@ -135,7 +135,7 @@ class Planner:
         self._where: dict[Directory, tuple[Directory, bytes]] = {}
         self._deletions: set[tuple[bytes, int]] = set()
         self._own_puts: set[bytes] = set()
-        self._undressed: set[bytes] = set()  # keys that are made or go, and have attributes
+        self._with_attributes: set[bytes] = set()  # keys that are made or go, and have attributes
 
     def note(self, events: Iterable[Event]) -> None:
         """Note which keys the whole batch deletes, and when, and which this mount put."""
@@ -167,7 +167,7 @@ class Planner:
         if self._tree.complete:
             while self._doubtful:
                 self._vanish_if_empty(self._doubtful.pop())
-        for key in (*self._plan.stored_records, *self._undressed):
+        for key in (*self._plan.stored_records, *self._with_attributes):
             self._bind(key)
         return self._plan
 
@@ -356,7 +356,7 @@ class Planner:
     def _undress(self, key: bytes, node: Node) -> None:
         """Have `finish` look which attributes hold now; most keys have none."""
         if node.stored_record is not None or key in self._tree.stored_records:
-            self._undressed.add(key)
+            self._with_attributes.add(key)
 
     def _bind(self, key: bytes) -> None:
         node = self._node_of(key)

@@ -54,7 +54,7 @@ class CachedAttributes:
 
 
 Cached = Dentry | Expiry | CachedAttributes
-"""What the kernel must be told to let go of."""
+"""What the kernel is told to invalidate."""
 
 
 class KeyState(NamedTuple):  # as `KeyValue`: one per key
@@ -130,7 +130,7 @@ class File:
         self.reopened: File | None = None  # the version that newcomers have open in its place
         self.pages_pushed = False  # the kernel was given the content
         self.pages: int | None = None  # None: the kernel has none
-        self.pages_invalidated = False  # not opened since the kernel was told to let go of them
+        self.pages_invalidated = False  # not opened since they were invalidated
         self.handles = 0
         self.value: bytes | None = None  # pinned while there are handles
         self.buffer: object | None = None
@@ -241,7 +241,7 @@ class Held:
             self._vanished[node] = where
 
     def drop(self, node: Node) -> None:
-        """Forget a node: it has a name again, or the kernel has let go of it."""
+        """Forget a node: it has a name again, or the kernel has forgotten it."""
         where = self._where.pop(node, None)
         if where is not None:
             del self._nodes[where]

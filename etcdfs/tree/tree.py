@@ -123,7 +123,7 @@ class Tree:
         # Missing names as told to the kernel, until when; those that end first come first, as
         # all are told for the same time.
         self._negatives: OrderedDict[Dentry, int] = OrderedDict()
-        self.switching: set[Cached] = set()
+        self.being_changed: set[Cached] = set()
         # Whether something went wrong with the tree, so that it must be made anew (`take_over`).
         self.doubtful = False
         # Directories of which the kernel may have older names for as long as somebody holds their
@@ -292,7 +292,7 @@ class Tree:
     def may_cache(self, what: Cached) -> bool:
         """Return whether an answer about `what` may be cached by the kernel."""
         is_sure = self.complete and not self.doubtful
-        return is_sure and what not in self.switching and not self._is_stuck(what)
+        return is_sure and what not in self.being_changed and not self._is_stuck(what)
 
     def _is_stuck(self, what: Cached) -> bool:
         if isinstance(what, CachedAttributes) and what.inode in self.stuck:
@@ -339,16 +339,16 @@ class Tree:
 
     def cached_by_kernel(self) -> list[Cached]:
         """Return everything that the kernel may have cached, attributes of open files too."""
-        told: list[Cached] = list(self._negatives)
+        cached: list[Cached] = list(self._negatives)
         for node in self._known.values():
             parent = node.directory
             if parent is not None:
-                told.append(Dentry(parent.inode, node.name))
+                cached.append(Dentry(parent.inode, node.name))
             if isinstance(node, Directory):
-                told.append(self.listing_of(node))
+                cached.append(self.listing_of(node))
             elif node.handles:
-                told.append(CachedAttributes(node.inode, None))
-        return told
+                cached.append(CachedAttributes(node.inode, None))
+        return cached
 
     # --- changing ---------------------------------------------------------------------------
 
@@ -379,7 +379,7 @@ class Tree:
     def renew(self, file: File, key_state: KeyState) -> None:
         """Make of a file that nobody has open the version that another client wrote.
 
-        What was cached of it must have been let go of, or be let go of when it is opened.
+        What was cached of it must have been invalidated, or be invalidated when it is opened.
         """
         made = self.new_version(file, key_state)
         file.key_state, file.stored_record = key_state, made.stored_record
@@ -485,7 +485,7 @@ class Tree:
         self.stored_records = fresh.stored_records
         self._numbered = None
         self._negatives.clear()
-        self.switching.clear()
+        self.being_changed.clear()
         self.doubtful = False
 
     def stand_in(self, node: Node, there: Node) -> None:

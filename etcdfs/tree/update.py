@@ -6,7 +6,7 @@ know: how the kernel is told, where events come from.
 `plan` works out, without touching the tree, what every name becomes once the batch is applied.
 The plan is exact: a name whose node stays the same is not in it, so the kernel is told of nothing
 that did not change. `apply` carries a plan out. Between the two the caller tells the kernel
-(*switching*, see `etcdfs.mirror.applier`); since anything may happen to the tree meanwhile, it plans again
+(see `etcdfs.mirror.applier`); since anything may happen to the tree meanwhile, it plans again
 right before it publishes, with no `await` in between.
 
 Changes that this mount made itself are recognised by their *intent*: a key, the value put there
@@ -208,7 +208,7 @@ class Update:
         `reached` says that the watch has passed them.
 
         Returns:
-            What the kernel must let go of.
+            What must be invalidated.
         """
         own = list(events)
         plan = self.plan(own)
@@ -223,7 +223,7 @@ class Update:
         """Take away a file that never reached etcd, and the directory if only that kept it.
 
         Returns:
-            What the kernel must let go of, the file's own entry not included.
+            What must be invalidated, the file's own entry not included.
         """
         self.tree.detach(directory, name, gone=gone)
         planner = Planner(self.tree, self.intents, force=False)

@@ -48,7 +48,7 @@ def questions_about(
     """Return what to read to know what is at a path; empty if nothing can be there.
 
     With a `evidence_key`, a key that was below it, each question is about a single key: however
-    little is asked for of a range, etcd walks all of it. If the witness has gone, they say
+    little is asked for of a range, etcd walks all of it. If that key has gone, they say
     nothing about what is below.
     """
     found: list[Question] = []

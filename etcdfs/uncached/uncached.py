@@ -97,7 +97,7 @@ class Uncached:
     async def _ask(
         self, names: tuple[bytes, ...], evidence_key: bytes | None = None
     ) -> Found | None:
-        """Ask what is at a path; None if nothing can be. First ask for the witness, if any."""
+        """Ask what is at a path; None if nothing can be. First ask for the key that was there, if any."""
         tree = self.update.tree
         if evidence_key is not None and is_below(evidence_key, tree.keyspace, names):
             found = await self._ask_for(names, evidence_key)

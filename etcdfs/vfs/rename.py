@@ -130,7 +130,7 @@ class Rename:
         async with self._namei.changing(*places) as locked:
             with self._view.holding(locked):
                 node = source.node
-                if node is None:  # a batch that would have waited for us is published by now
+                if node is None:  # a batch that would have waited for us is applied by now
                     raise missing(old_name)
                 if exchange:
                     await self._rename_tree.exchange(source, target)

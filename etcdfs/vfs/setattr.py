@@ -6,7 +6,7 @@ survives a race. Does not know: FUSE, names, how records are written.
 A change is one transaction, on condition that the key is the one that is meant and that nobody
 else has changed its attributes meanwhile; else it is made again, on top of theirs.
 
-Not everything has a key to keep attributes with: a file that is not published yet (they go along
+Not everything has a key to keep attributes with: a file that is not written back yet (they go along
 with its first put), an old version that is still open, the root of the whole keyspace. And etcd's
 roles, or `--no-attrs`, may forbid it. Then times are remembered until the mount ends, because
 tools that copy files give up without; a mode or an owner is refused (EPERM), because it would
@@ -116,7 +116,7 @@ class Setattr:
             self._remember(node, change)
 
     async def _set_times(self, file: File, change: Change) -> bool:
-        """Set the times of writes that are still to be published; False if there are none.
+        """Set the times of writes that are still to be written back; False if there are none.
 
         "Now" is what they have anyway: `touch` of a new file keeps nothing in etcd but the file.
         """

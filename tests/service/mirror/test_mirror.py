@@ -234,7 +234,7 @@ async def test_a_name_that_appears_is_not_cached_as_missing_meanwhile(
 async def test_changes_of_this_mount_while_the_kernel_lets_go(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
-    """A plan is made anew before it is published: nothing that came between is lost."""
+    """A plan is made anew before it is applied: nothing that came between is lost."""
     store.put_now(b"/a", b"1")
     async with open_mount(store) as mount:
         await mount.kernel.stat((b"a",))

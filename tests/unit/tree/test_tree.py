@@ -181,7 +181,7 @@ def test_only_a_complete_tree_lets_the_kernel_cache() -> None:
     name = Dentry(tree_of().root.inode, b"f")
     tree = tree_of()
     assert tree.may_cache(name)
-    tree.switching.add(name)
+    tree.being_changed.add(name)
     assert not tree.may_cache(name)
     assert not tree.tell_negative(tree.root, b"f", 1000)
     assert not tree_of(complete=False).may_cache(name)
