@@ -49,6 +49,13 @@ def test_import_contracts_are_kept() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_names_are_changed_through_one_door() -> None:
+    """Whoever is not the tree's own package changes it through `Update`."""
+    outside = [p for p in (ROOT / "etcdfs").rglob("*.py") if p.parent.name != "tree"]
+    found = {p.name: re.findall(r"tree\.(?:attach|detach)\(", p.read_text()) for p in outside}
+    assert {name for name, calls in found.items() if calls} == set()
+
+
 # --- errors ---------------------------------------------------------------------------------
 
 

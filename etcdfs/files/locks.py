@@ -9,22 +9,26 @@ is under way there arrives first, what comes later waits and then finds the keys
 afterwards. Versions that lost their key to another client count by the key that they had: they
 would go over what is put there otherwise.
 
+A directory that moves holds still as well the names below it: changes of these that are under way
+are waited for, later ones wait (`is_moving`).
+
 Nothing can deadlock: who waits for names holds no lock, who holds a lock waits for no names, and
-names wait for locks only.
+names wait for locks and for changes below them only.
 
 Concurrency: trio thread. `trio.Lock` queues without a checkpoint, so that between the check and
 the queue no name begins to move.
 """
 
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Collection, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import final
 
 import trio
 
 from etcdfs.admission import about_to_wait
-from etcdfs.tree.inodes import Node
+from etcdfs.tree.inodes import Directory, Node, is_within
 from etcdfs.tree.tree import Tree
 
 
@@ -49,6 +53,8 @@ class NodeLocks:
         # --- mutable state
         self._locks: dict[Node, trio.Lock] = {}
         self._changing: list[_Names] = []
+        self._moving: list[Node] = []
+        self._busy: Counter[Directory] = Counter()  # where a change of names is under way
         self._changed = trio.Event()
 
     @asynccontextmanager
@@ -78,9 +84,12 @@ class NodeLocks:
 
     @asynccontextmanager
     async def still(
-        self, keys: Collection[bytes | None], prefixes: Collection[bytes | None] = ()
+        self,
+        keys: Collection[bytes | None],
+        prefixes: Collection[bytes | None] = (),
+        nodes: Collection[Node] = (),
     ) -> AsyncIterator[None]:
-        """Hold still what belongs to some keys, and to all that begin with a prefix.
+        """Hold still what belongs to some keys, or to any with a prefix, and names below nodes.
 
         None stands for a name that has no key.
         """
@@ -88,8 +97,11 @@ class NodeLocks:
             frozenset(key for key in keys if key is not None),
             tuple(prefix for prefix in prefixes if prefix is not None),
         )
-        self._changing.append(names)
+        self._moving.extend(nodes)
         try:
+            while any(is_within(directory, node) for directory in self._busy for node in nodes):
+                await self._changed.wait()
+            self._changing.append(names)
             for node, lock in list(self._locks.items()):
                 key = self._tree.own_key(node)
                 if lock.locked() and key is not None and names.holds(key):
@@ -97,9 +109,34 @@ class NodeLocks:
                         pass
             yield
         finally:
-            self._changing.remove(names)
-            self._changed.set()
-            self._changed = trio.Event()
+            if names in self._changing:
+                self._changing.remove(names)
+            for node in nodes:
+                self._moving.remove(node)
+            self._wake()
+
+    @contextmanager
+    def busy(self, directories: Collection[Directory]) -> Iterator[None]:
+        """Say that names in some directories are being changed."""
+        self._busy.update(directories)
+        try:
+            yield
+        finally:
+            self._busy.subtract(directories)
+            self._busy = +self._busy
+            self._wake()
+
+    def is_moving(self, directory: Directory) -> bool:
+        """Say whether names in a directory are held still."""
+        return any(is_within(directory, node) for node in self._moving)
+
+    async def changed(self) -> None:
+        """Return when something is held still no longer."""
+        await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
 
     def is_changing(self, node: Node) -> bool:
         """Say whether a node's key is being changed by a call of this mount."""

@@ -158,7 +158,7 @@ class Writeback:
     async def _write_back(self, file: File, buffer: WriteBuffer, key: bytes) -> None:
         # checkpoint: commit and settle; the file may be unlinked or superseded by another client
         # meanwhile, never renamed or written to (the locks).
-        with self._view.update.intending(key, Intent(file=file)) as intent:
+        with self._view.update.own(key, Intent(file=file)) as intent:
             done = await self._recognise_earlier(file, buffer, key)
             if done is None:
                 done = await self._accompanied(file, buffer, key, intent)
@@ -395,8 +395,7 @@ class Writeback:
         if file.key_state is None:
             stale |= update.withdraw(directory, name, gone=False)
         else:
-            tree.detach(directory, name, gone=False)
-            tree.attach(directory, name, tree.new_version(file, file.key_state))
+            update.restore_version(file)
         await self._view.invalidate_first(stale)
 
 

@@ -20,10 +20,20 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import final
 
+from etcdfs.keyspace.keys import VALUE_NAME
 from etcdfs.keyspace.store import Event, KeyValue
 from etcdfs.tree.changes import Intent, Plan, Planner, Relocation
-from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Directory, Expiry, File, Node
-from etcdfs.tree.node_attributes import bind
+from etcdfs.tree.inodes import (
+    Cached,
+    CachedAttributes,
+    Dentry,
+    Directory,
+    Expiry,
+    File,
+    Node,
+    is_local,
+)
+from etcdfs.tree.node_attributes import bind, is_mtime_true
 from etcdfs.tree.tree import Tree
 
 
@@ -233,8 +243,10 @@ class Update:
         self.apply(plan)
         return stale
 
+    # --- what this mount does itself --------------------------------------------------------
+
     @contextmanager
-    def intending(self, key: bytes, intent: Intent) -> Iterator[Intent]:
+    def own(self, key: bytes, intent: Intent) -> Iterator[Intent]:
         """Have an intent known for as long as the context lasts.
 
         Should another call's about the same key replace it meanwhile, that one stays.
@@ -245,6 +257,88 @@ class Update:
         finally:
             if self.intents.get(key) is intent:
                 del self.intents[key]
+
+    @contextmanager
+    def moving(self, relocation: Relocation) -> Iterator[None]:
+        """Have a relocation known for as long as the context lasts."""
+        self.relocations.append(relocation)
+        try:
+            yield
+        finally:
+            self.relocations.remove(relocation)
+
+    def add_local(self, directory: Directory, name: bytes, node: Node) -> None:
+        """Put under a free name what no key says is there: only this mount knows of it."""
+        self.tree.attach(directory, name, node)
+
+    def remove(self, directory: Directory, name: bytes) -> None:
+        """Take away what this mount has removed, and of which no event tells."""
+        self.tree.detach(directory, name, gone=True)
+
+    def restore_version(self, file: File) -> None:
+        """Show the version that etcd has of an attached file under a fresh inode."""
+        directory, name, key_state = file.directory, file.name, file.key_state
+        assert directory is not None, "it is attached"
+        assert key_state is not None, "etcd has a version"
+        self.tree.detach(directory, name, gone=False)
+        self.tree.attach(directory, name, self.tree.new_version(file, key_state))
+
+    # --- what etcd was asked ----------------------------------------------------------------
+
+    def replace(
+        self, directory: Directory, name: bytes, node: Node | None, over: KeyValue | None = None
+    ) -> None:
+        """Put a node under a name, in place of what is there; None: nothing is there.
+
+        Args:
+            directory: Where the name is.
+            name: The name.
+            node: What is there from now on.
+            over: The key that a new version of a file stands for.
+        """
+        tree = self.tree
+        old = directory.children.get(name)
+        times = directory.mtime_ns, directory.ctime_ns
+        has_times = _has_times_of(directory, old, node)
+        if old is not None:
+            known = old.key_state if isinstance(old, File) else None
+            # Nothing there, or the key made anew: the old file is deleted. Else: superseded.
+            # Below a key that became a directory, it goes on as the directory's `%value`.
+            gone = (over is None and not isinstance(node, Directory)) or (
+                over is not None
+                and known is not None
+                and known.create_revision != over.create_revision
+            )
+            if isinstance(old, Directory):
+                self._empty(old)
+            tree.detach(directory, name, gone=gone)
+        names = tree.names(directory, name)
+        if node is None:
+            tree.times.drop(names)
+        else:
+            is_known = tree.times.restore(names, node)
+            tree.attach(directory, name, node, as_version=is_known)
+        if has_times:
+            directory.mtime_ns, directory.ctime_ns = times
+        if isinstance(node, Directory) and isinstance(old, File) and is_local(old):
+            tree.attach(node, VALUE_NAME, old)
+
+    def collapse(self, directory: Directory) -> None:
+        """Put the `%value` of what is no directory any more where the directory was."""
+        parent, value = directory.directory, directory.children[VALUE_NAME]
+        assert parent is not None
+        self.tree.detach(directory, VALUE_NAME, gone=False)
+        self.replace(parent, directory.name, value)
+
+    def _empty(self, directory: Directory) -> None:
+        """Detach all below a directory that etcd has no more: its files' keys are gone.
+
+        While it is still attached: a file's key is made from the path it has.
+        """
+        for below in reversed(list(self.tree.directories(directory))):
+            for name, child in list(below.children.items()):
+                is_new = isinstance(child, File) and child.key_state is None
+                self.tree.detach(below, name, gone=not is_new)
 
     def relisted(self) -> None:
         """Forget what was applied ahead: in another history it means nothing."""
@@ -274,3 +368,25 @@ def _orphaned(plan: Plan, node: Node | None) -> set[Cached]:
         return set()
     is_in_use = isinstance(node, Directory) or node.kernel_may_cache or node.handles
     return {CachedAttributes(node.inode, None)} if is_in_use else set()
+
+
+def _has_times_of(directory: Directory, old: Node | None, new: Node | None) -> bool:
+    """Tell whether a directory's times stay when `new` is found in it where `old` was.
+
+    They do when it is only another version of a file. And whoever set them set them for what was
+    there then, although this mount hears of some of it only now: of what is gone it cannot tell
+    when that was, unless it was there at a listing after the times were set.
+    """
+    if isinstance(old, File) and isinstance(new, File):
+        is_made_anew = (
+            old.key_state
+            and new.key_state
+            and old.key_state.create_revision != new.key_state.create_revision
+        )
+        return not is_made_anew
+    if directory.stored_record is None or not is_mtime_true(directory):
+        return False
+    made = directory.listed
+    if isinstance(new, File) and new.key_state is not None:
+        made = new.key_state.create_revision
+    return made < directory.stored_record.key_state.mod_revision

@@ -27,7 +27,6 @@ from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node, is_local, 
 from etcdfs.tree.node_attributes import (
     bind,
     holds,
-    is_mtime_true,
     key_state_of_node,
     stored_record_of,
     type_of,
@@ -365,9 +364,7 @@ class Uncached:
         if is_directory:
             if not isinstance(child, Directory):
                 made = self.update.tree.directory_at(directory, name)
-                self._replace(directory, name, made)
-                if child is not None and is_local(child):
-                    self.update.tree.attach(made, VALUE_NAME, child)
+                self.update.replace(directory, name, made)
         elif value is None:
             if isinstance(child, File) and child.handles and child.version > revision:
                 return  # it was made after that: who writes to it must not take it for deleted
@@ -387,12 +384,11 @@ class Uncached:
 
     def _observe_missing(self, directory: Directory, name: bytes, child: Node) -> None:
         if not is_local(child):
-            self._replace(directory, name, None)
+            self.update.replace(directory, name, None)
         elif isinstance(child, Directory):
             waiting = {n: below for n, below in child.children.items() if is_local(below)}
             if set(waiting) == {VALUE_NAME}:  # no directory any more: it is the file again
-                self.update.tree.detach(child, VALUE_NAME, gone=False)
-                self._replace(directory, name, waiting[VALUE_NAME])
+                self.update.collapse(child)
 
     def _observe_file(self, directory: Directory, name: bytes, value: KeyValue) -> None:
         tree = self.update.tree
@@ -415,7 +411,7 @@ class Uncached:
             tree.renew(made, key_state)
         else:
             made = tree.new_version(old, key_state)
-        self._replace(directory, name, made, over=value)
+        self.update.replace(directory, name, made, over=value)
 
     def _bind(self, directory: Directory, name: bytes, answer: "_Answer") -> None:
         """Give what is under a name its attributes."""
@@ -428,7 +424,7 @@ class Uncached:
                 found = None
             if type_of(found) != type_of(node.stored_record) and node.lookups:
                 node = self.update.tree.new_version(node, node.key_state)
-                self._replace(directory, name, node)
+                self.update.replace(directory, name, node)
         if node is not None:
             self._dress_node(node, answer)
 
@@ -447,45 +443,6 @@ class Uncached:
             found = None
         bind(node, found)
 
-    def _replace(
-        self, directory: Directory, name: bytes, node: Node | None, over: KeyValue | None = None
-    ) -> None:
-        old = directory.children.get(name)
-        times = directory.mtime_ns, directory.ctime_ns
-        has_times = _has_times_of(directory, old, node)
-        if old is not None:
-            known = old.key_state if isinstance(old, File) else None
-            # Nothing there, or the key made anew: the old file is deleted. Else: superseded.
-            # Below a key that became a directory, it goes on as the directory's `%value`.
-            gone = (over is None and not isinstance(node, Directory)) or (
-                over is not None
-                and known is not None
-                and known.create_revision != over.create_revision
-            )
-            if isinstance(old, Directory):
-                self._empty(old)
-            self.update.tree.detach(directory, name, gone=gone)
-        tree = self.update.tree
-        names = tree.names(directory, name)
-        if node is None:
-            tree.times.drop(names)
-        else:
-            is_known = tree.times.restore(names, node)
-            tree.attach(directory, name, node, as_version=is_known)
-        if has_times:
-            directory.mtime_ns, directory.ctime_ns = times
-
-    def _empty(self, directory: Directory) -> None:
-        """Detach all below a directory that etcd has no more: its files' keys are gone.
-
-        While it is still attached: a file's key is made from the path it has.
-        """
-        tree = self.update.tree
-        for below in reversed(list(tree.directories(directory))):
-            for name, child in list(below.children.items()):
-                is_new = isinstance(child, File) and child.key_state is None
-                tree.detach(below, name, gone=not is_new)
-
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
@@ -495,28 +452,6 @@ class _Answer:
     marker: KeyValue | None
     revision: int
     has_record: bool
-
-
-def _has_times_of(directory: Directory, old: Node | None, new: Node | None) -> bool:
-    """Tell whether a directory's times stay when `new` is found in it where `old` was.
-
-    They do when it is only another version of a file. And whoever set them set them for what was
-    there then, although this mount hears of some of it only now: of what is gone it cannot tell
-    when that was, unless it was there at a listing after the times were set.
-    """
-    if isinstance(old, File) and isinstance(new, File):
-        is_made_anew = (
-            old.key_state
-            and new.key_state
-            and old.key_state.create_revision != new.key_state.create_revision
-        )
-        return not is_made_anew
-    if directory.stored_record is None or not is_mtime_true(directory):
-        return False
-    made = directory.listed
-    if isinstance(new, File) and new.key_state is not None:
-        made = new.key_state.create_revision
-    return made < directory.stored_record.key_state.mod_revision
 
 
 def _own_value(keyspace: Keyspace, names: tuple[bytes, ...]) -> bytes | None:

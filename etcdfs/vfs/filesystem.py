@@ -122,7 +122,7 @@ class Filesystem:
         self._defaults = defaults
         self._liveness = liveness
         self._newcomers = Newcomers(view.update.tree)
-        self._namei = Namei(view)
+        self._namei = Namei(view, files.locks)
         self._leases = Leases(store, view, files)
         self._rename = Rename(store, view, files, self._namei, self._leases)
         self._setattr = Setattr(store, view, files, defaults)
@@ -354,7 +354,7 @@ class Filesystem:
         else:
             file = self._tree.new_file(None)
             file.stored_record = StoredRecord(record, NOT_IN_ETCD) if record else None
-            self._tree.attach(directory, name, file)
+            self._view.update.add_local(directory, name, file)
         return self._files.open_new(file, flags, uid), self._hand_out(file)
 
     async def mknod(
@@ -441,7 +441,7 @@ class Filesystem:
         file = self._tree.new_file(None)
         names = self._tree.names(directory, name)
         async with self._namei.changing((directory, name)) as locked:
-            with self._view.update.intending(key, Intent(file=file, value=value)):
+            with self._view.update.own(key, Intent(file=file, value=value)):
                 making = make_file(key, value, is_value=has_keys_below(names))
                 committed = await self._make_in(directory, name, making, key, record)
                 await self._wait_until_visible(committed, locked)
@@ -524,7 +524,7 @@ class Filesystem:
             await self._unlink_marker(key, locked)
             return
         self._files.keep(file)
-        with self._view.update.intending(key, Intent()):
+        with self._view.update.own(key, Intent()):
             bare = self._removal(directory, name, key)
             committed = await self._remove(bare, key, file)
             if not committed.succeeded:
@@ -567,7 +567,7 @@ class Filesystem:
             with self._view.holding((Dentry(node.inode, b""),)):
                 await self._wait_until_visible(committed, locked)
             if directory.children.get(name) is node and not node.children:
-                self._tree.detach(directory, name, gone=True)
+                self._view.update.remove(directory, name)
             if not committed[Delete(marker)]:
                 raise missing(name)
         self._files.give_up((marker[:-1],), (marker,))

@@ -112,7 +112,7 @@ class Leases:
             )
             with_record = replace(bare, then=(*bare.then, *self._record(file, key)))
             rights = self._view.update.tree.rights
-            with self._view.update.intending(key, Intent(file=file, value=value)):
+            with self._view.update.own(key, Intent(file=file, value=value)):
                 committed = await commit_with(self._store, rights, with_record, bare)
                 if not committed.succeeded:
                     msg = f"{key!r} was changed by another client"

@@ -16,8 +16,7 @@ Concurrency: trio thread. A directory that is being moved is no place for a chan
 about to be others. Changes wait for the move, and the move for those that have begun.
 """
 
-from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final, final
@@ -37,6 +36,7 @@ from etcdfs.errors import (
     StaleError,
     StoreError,
 )
+from etcdfs.files.locks import NodeLocks
 from etcdfs.keyspace.attribute_records import ATTRIBUTES
 from etcdfs.keyspace.keys import MARKER_NAME, NAME_MAX, is_part
 from etcdfs.keyspace.store import Committed, Compare, Get, Store, Transaction, exists, range_end
@@ -48,7 +48,6 @@ from etcdfs.tree.inodes import (
     Inode,
     Node,
     is_local,
-    is_within,
 )
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.view import View
@@ -58,14 +57,11 @@ from etcdfs.tree.view import View
 class Namei:
     """Where changes of names are made."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, locks: NodeLocks) -> None:
         # --- dependencies
         self._view = view
         self._tree = view.update.tree
-        # --- mutable state
-        self._moving: list[Node] = []
-        self._busy: Counter[Directory] = Counter()  # where a change is under way
-        self._stir = trio.Event()
+        self._locks = locks
 
     # --- finding ----------------------------------------------------------------------------
 
@@ -92,10 +88,10 @@ class Namei:
 
     async def at_rest(self, *places: tuple[Directory, bytes]) -> None:
         """Return when none of some names, which the kernel holds locked, is being moved."""
-        while any(self._is_moving(directory) for directory, _ in places):
+        while any(self._locks.is_moving(directory) for directory, _ in places):
             about_to_wait()
             with self._view.holding([Dentry(directory.inode, name) for directory, name in places]):
-                await self._stir.wait()
+                await self._locks.changed()
 
     def has_entries(self, directory: Directory) -> bool:
         """Say whether a directory is known to have entries; without a mirror, etcd decides most."""
@@ -119,9 +115,9 @@ class Namei:
         locked = self._view.update.locked
         for entry in entries:
             locked[entry] = locked.get(entry, 0) + 1
-        self._busy.update(directory for directory, _ in places)
         try:
-            yield entries
+            with self._locks.busy([directory for directory, _ in places]):
+                yield entries
         except (CallerError, StoreError):
             self._view.invalidate(entries)
             raise
@@ -130,9 +126,6 @@ class Namei:
                 locked[entry] -= 1
                 if not locked[entry]:
                     del locked[entry]
-            self._busy.subtract(directory for directory, _ in places)
-            self._busy = +self._busy
-            self._wake()
 
     def make_part(self, directory: Directory, name: bytes) -> Directory:
         """Make part of a long name: no key says that it is there, so this mount remembers it.
@@ -143,7 +136,7 @@ class Namei:
         self._tree.keyspace.check_part(self._tree.names(directory, name))
         made = self._tree.new_directory()
         made.marker = NOT_IN_ETCD
-        self._tree.attach(directory, name, made)
+        self._view.update.add_local(directory, name, made)
         return made
 
     async def remove_part(self, directory: Directory, name: bytes, node: Directory) -> None:
@@ -159,27 +152,7 @@ class Namei:
                 raise not_empty(name)
             if directory.children.get(name) is not node:
                 raise missing(name)
-            self._tree.detach(directory, name, gone=True)
-
-    @asynccontextmanager
-    async def still(self, nodes: Collection[Node]) -> AsyncIterator[None]:
-        """Hold back changes below these nodes; those under way are waited for."""
-        self._moving.extend(nodes)
-        try:
-            while any(is_within(directory, node) for directory in self._busy for node in nodes):
-                await self._stir.wait()
-            yield
-        finally:
-            for node in nodes:
-                self._moving.remove(node)
-            self._wake()
-
-    def _is_moving(self, directory: Directory) -> bool:
-        return any(is_within(directory, node) for node in self._moving)
-
-    def _wake(self) -> None:
-        self._stir.set()
-        self._stir = trio.Event()
+            self._view.update.remove(directory, name)
 
 
 # --- what can be wrong with a name ----------------------------------------------------------

@@ -179,10 +179,8 @@ class Rename:
         mover: File | None = file
         for _ in range(MAX_RETRIES):
             with (
-                update.intending(move.old, Intent(file=mover)),
-                update.intending(
-                    move.new, Intent(file=mover, value=move.value.value, replaces=True)
-                ),
+                update.own(move.old, Intent(file=mover)),
+                update.own(move.new, Intent(file=mover, value=move.value.value, replaces=True)),
             ):
                 committed = await self._commit(move)
                 if committed.succeeded:

@@ -348,10 +348,9 @@ class RenameTree:
         held = (*_entries(source, target), *(Dentry(node.inode, b"") for node in nodes))
         async with AsyncExitStack() as stack:
             stack.enter_context(self._view.holding(held))
-            await stack.enter_async_context(self._namei.still(nodes))
             ends = (source, target)
             keys, prefixes = [end.own for end in ends], [end.prefix for end in ends]
-            await stack.enter_async_context(self._files.locks.still(keys, prefixes))
+            await stack.enter_async_context(self._files.locks.still(keys, prefixes, nodes))
             made: _Attempt | None = None
 
             async def done(stored_records: bool) -> bool:
@@ -376,20 +375,17 @@ class RenameTree:
         if not attempt.rewriting.is_possible():
             msg = f"{source.names!r} has more than {MAX_KEYS} keys"
             raise CrossDirectoryError(msg)
-        relocations = self._view.update.relocations
-        relocations.append(attempt.relocation)
-        try:
-            committed = await self._store.commit(attempt.transaction())
+        with self._view.update.moving(attempt.relocation):
+            try:
+                committed = await self._store.commit(attempt.transaction())
+            except (StoreValueTooLargeError, TooManyOperationsError) as exc:
+                msg = f"{source.names!r} does not fit into one transaction: {exc}"
+                raise CrossDirectoryError(msg) from exc
             if committed.succeeded:
                 events = attempt.rewriting.events(committed.revision)
                 for stay in attempt.stay:
                     events += events_of(committed[stay])
                 await self._view.wait_until_visible(committed.revision, events, locked)
-        except (StoreValueTooLargeError, TooManyOperationsError) as exc:
-            msg = f"{source.names!r} does not fit into one transaction: {exc}"
-            raise CrossDirectoryError(msg) from exc
-        finally:
-            relocations.remove(attempt.relocation)
         return committed.succeeded
 
     # --- reading ----------------------------------------------------------------------------
