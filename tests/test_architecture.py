@@ -12,6 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from etcdfs.errors import CallerError, CommandError, EtcdfsError, StoreError
+from etcdfs.options import OPTIONS
+from tests.support.manual_pages import MANUAL, pages
 from tests.support.reference_page import reference
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +73,28 @@ def test_exit_codes_differ() -> None:
 
 def test_the_reference_is_what_the_tables_say() -> None:
     assert (ROOT / "docs/reference.md").read_text() == reference(), "run `make reference`"
+
+
+def test_the_manual_pages_are_what_the_tables_say() -> None:
+    found = {path.relative_to(MANUAL): path.read_text() for path in MANUAL.rglob("*.[18]")}
+    assert found == pages(), "run `make reference`"
+    mount = found[Path("man1/etcdfs-mount.1")].replace("\\-", "-")
+    assert [
+        name for name, row in OPTIONS.items() if not row.is_secret and f"--{name}\\fR" not in mount
+    ] == []
+
+
+@pytest.mark.programs("mandoc")
+def test_the_manual_pages_are_well_formed() -> None:
+    done = subprocess.run(
+        ["mandoc", "-Tlint", "-Wwarning", *MANUAL.rglob("*.[18]")],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=50,
+    )
+    # Without one, the same source always makes the same page.
+    assert [line for line in done.stdout.splitlines() if "missing date" not in line] == []
 
 
 # --- statements -----------------------------------------------------------------------------

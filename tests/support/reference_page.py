@@ -59,21 +59,15 @@ _EXIT_CODES: Final = """\
 ## Exit codes
 
 A command that fails says why in one line on stderr, and ends with one of these:
+"""
 
-| Code | Meaning |
-| --- | --- |
-| 0 | Done. |
-| 1 | The daemon died, or another error of etcdfs itself. |"""
-
-_ERRORS: Final = """
+_ERRORS: Final = """\
 ## Errors
 
 What a system call in the mount returns when it fails:
+"""
 
-| errno | When |
-| --- | --- |"""
-
-_KERNELS: Final = """
+_KERNELS: Final = """\
 The kernel adds its own: ENOTCONN when the daemon has died or was ended while somebody waited,
 ENODEV for a shared map that could not be coherent, and EOPNOTSUPP for fallocate(2) and O_TMPFILE.
 """
@@ -88,7 +82,8 @@ _BORDER: Final = {
 def reference() -> str:
     """Return the page."""
     parts = [_INTRODUCTION, *_commands(), _OPTIONS, *_options(), _LISTS, *_lists()]
-    parts += [_EXIT_CODES, *_exit_codes(), _ERRORS, *_errors(), _KERNELS]
+    parts += [_EXIT_CODES, *_table(("Code", "Meaning"), exit_codes())]
+    parts += [_ERRORS, *_table(("errno", "When"), errnos()), _KERNELS]
     return "\n".join(parts)
 
 
@@ -145,13 +140,17 @@ def _lists() -> Iterator[str]:
     yield ""
 
 
-def _exit_codes() -> Iterator[str]:
+def exit_codes() -> Iterator[tuple[str, str]]:
+    """Yield each exit code and its meaning."""
+    yield "0", "Done."
+    yield "1", "The daemon died, or another error of etcdfs itself."
     for error in sorted(_below(CommandError), key=lambda error: error.exit_code):
-        yield f"| {error.exit_code} | {_meaning(error)} |"
-    yield "| 128 + n | Signal n came while the mount was being made (130: Ctrl-C). |"
+        yield str(error.exit_code), _meaning(error)
+    yield "128 + n", "Signal n came while the mount was being made (130: Ctrl-C)."
 
 
-def _errors() -> Iterator[str]:
+def errnos() -> Iterator[tuple[str, str]]:
+    """Yield each errno and when it is returned."""
     when: dict[int, dict[str, None]] = defaultdict(dict)
     for family in (CallerError, StoreError):
         for error in _below(family):
@@ -160,7 +159,7 @@ def _errors() -> Iterator[str]:
         when[number][meaning] = None
     for number in sorted(when, key=lambda number: errno.errorcode[number]):
         name = "ENOTSUP" if number == errno.ENOTSUP else errno.errorcode[number]
-        yield f"| {name} | {' '.join(when[number])} |"
+        yield name, " ".join(when[number])
 
 
 def _below(parent: type[_Error]) -> Iterator[type[_Error]]:
