@@ -240,7 +240,7 @@ class Components:
         line = f"Revision {self.mirror.revision}, {staleness.stale_s:.0f} s behind"
         if staleness.refused:
             return f"{line}; nothing is shown: {printable(staleness.refused)}"
-        return line if staleness.connected else f"{line}; not connected to etcd"
+        return line if staleness.connected else f"{line}; etcd is silent"
 
     async def flush(self) -> None:
         """Publish what is still unpublished, as far as that can be done in time."""

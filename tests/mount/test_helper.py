@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from etcdfs.cli.install import DATA
 from tests.support.etcd_process import EtcdProcess
 from tests.support.nobody import needs_root
 from tests.support.private_root import PrivateRoot
@@ -76,6 +77,13 @@ def test_a_failure_is_one_line_and_our_status(machine: PrivateRoot) -> None:
     assert failed.stderr.count("\n") == 1
     refused = machine.attempt("mount -t etcdfs -o remount,ro etcd /mnt/d")
     assert (refused.returncode, "unmount and mount again" in refused.stderr) == (2, True)
+
+
+@pytest.mark.programs("man")
+def test_the_manual_is_found_where_the_command_is(machine: PrivateRoot) -> None:
+    for path in sorted((DATA / "share/man").rglob("*.[18]")):
+        found = machine.run('realpath "$(man -w "$1")"', path.stem)
+        assert found == f"/usr/local/share/man/{path.parent.name}/{path.name}\n"
 
 
 def test_it_is_removed_again() -> None:
