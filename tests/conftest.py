@@ -105,13 +105,20 @@ def _why_no_etcd() -> str | None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what cannot run here, saying why; in CI fail instead."""
-    for mark, why_not in (("fuse", _why_no_fuse), ("etcd", _why_no_etcd)):
-        reason = why_not() if next(item.iter_markers(mark), None) is not None else None
+    """Skip what cannot run here, saying why; in CI fail instead, but for a missing program.
+
+    `make test` installs the programs (PROGRAMS in the Makefile).
+    """
+    for name, why_not in (("fuse", _why_no_fuse), ("etcd", _why_no_etcd)):
+        reason = why_not() if next(item.iter_markers(name), None) is not None else None
         if reason is not None:
             if _CI:
-                pytest.fail(f"needs {mark}: {reason}", pytrace=False)
+                pytest.fail(f"needs {name}: {reason}", pytrace=False)
             pytest.skip(reason)
+    for mark in item.iter_markers("programs"):
+        for program in mark.args:
+            if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
+                pytest.skip(f"{program} is not installed")
 
 
 @pytest.fixture(scope="session")

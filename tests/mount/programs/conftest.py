@@ -1,14 +1,11 @@
 """Real programs: each works in a directory on tmpfs, in a cached and in an uncached mount.
 
-A program that is not installed skips its tests; `make test` installs them (PROGRAMS).
-
 Without the mirror every path component of every call asks etcd, and a program that makes ten
 thousands of calls takes a minute: such a test, marked `many_calls`, runs there with the Hypothesis
 profile `nightly` only.
 """
 
 import os
-import shutil
 
 import pytest
 
@@ -16,10 +13,6 @@ _NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what cannot run here, or takes too long."""
+    """Skip what takes too long."""
     if next(item.iter_markers("many_calls"), None) and "--no-cache" in item.name and not _NIGHTLY:
         pytest.skip("too many calls without the mirror: runs with HYPOTHESIS_PROFILE=nightly")
-    for mark in item.iter_markers("programs"):
-        for name in mark.args:
-            if shutil.which(name) is None:
-                pytest.skip(f"{name} is not installed")
