@@ -12,9 +12,10 @@ import logging
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -51,6 +52,24 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
         with contextlib.suppress(PermissionError):
             begin_own_mounts()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, Any, Any]:
+    """Let reports pass between processes that quote names which are no UTF-8 (execnet takes none)."""
+    return _as_utf8((yield))
+
+
+def _as_utf8(data: Any) -> Any:
+    match data:
+        case str():
+            return data.encode(errors="backslashreplace").decode()
+        case dict():
+            return {key: _as_utf8(value) for key, value in data.items()}
+        case list() | tuple():
+            return type(data)(map(_as_utf8, data))
+        case _:
+            return data
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
