@@ -2,23 +2,34 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from etcdfs.cli.install import DATA
 from tests.mount.lab import MODES
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import COMMAND, Mounted
+from tests.support.nobody import needs_root, public_directory, run_as_nobody
 
 pytestmark = [pytest.mark.fuse, pytest.mark.etcd]
 
 TIMEOUT_S = 30
 WATCHDOG_US = 200_000
+
+
+_DENY_WRITE_EXECUTE = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(65, 1, 0, 0, 0)  # PR_SET_MDWE, on Linux 6.3 or later
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class Manager:
@@ -33,12 +44,16 @@ class Manager:
         self._socket.settimeout(TIMEOUT_S)
 
     @contextmanager
-    def started(self, *options: str) -> Iterator["subprocess.Popen[bytes]"]:
+    def started(
+        self, *options: str, confine: tuple[str, ...] = ()
+    ) -> Iterator["subprocess.Popen[bytes]"]:
         """Start the mount; like every service without a terminal."""
         command = [*COMMAND, "mount", str(self.mountpoint), "--foreground", *options]
         notify = {"NOTIFY_SOCKET": self._socket.getsockname(), "WATCHDOG_USEC": str(WATCHDOG_US)}
         with subprocess.Popen(
-            [*command, "--log-file", str(self.log)], env=os.environ | notify, start_new_session=True
+            [*confine, *command, "--log-file", str(self.log)],
+            env=os.environ | notify,
+            start_new_session=True,
         ) as process:
             try:
                 yield process
@@ -103,6 +118,36 @@ def test_what_cannot_be_read_again_leaves_all_as_it_was(
         assert "the connection to etcd stays as it was: " in manager.log.read_text()
         own_etcd.start()
         (manager.mountpoint / "a").write_text("1")
+
+
+@needs_root
+@pytest.mark.programs("setpriv")
+def test_the_unit_leaves_a_mount_the_rights_that_it_needs(
+    shared_etcd: EtcdProcess,
+) -> None:
+    """Of what the unit takes away, the capabilities, and to write what is run then."""
+    unit = (DATA / "lib/systemd/system/etcdfs@.service").read_text()
+    assert "\nNoNewPrivileges=yes\n" in unit
+    assert "\nMemoryDenyWriteExecute=yes\n" in unit
+    (kept,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
+    bounds = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in kept.split())])
+    confine = (
+        *("setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set={bounds}"),
+        *(sys.executable, "-c", _DENY_WRITE_EXECUTE),
+    )
+    with public_directory() as home:
+        manager = Manager(home)
+        options = ("--endpoints", shared_etcd.client_url, "--cache", "--allow-other")
+        with manager.started(*options, confine=confine) as daemon:
+            manager.hear("READY=1\n")
+            place = manager.mountpoint / "confined"
+            place.mkdir()
+            place.chmod(0o777)
+            run_as_nobody("os.system('echo value > ' + sys.argv[1])", str(place / "file"))
+            # Whose redirection it is, only CAP_SYS_PTRACE shows; without it there are two versions.
+            assert os.getxattr(place / "file", "user.etcd.version") == b"1"
+            daemon.send_signal(signal.SIGTERM)
+            assert daemon.wait(TIMEOUT_S) == 0
 
 
 def test_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
