@@ -566,7 +566,7 @@ def test_b85_a_daemon_ends_with_the_last_copy_of_its_mount(
     wait_for_end(pidfd)
 
 
-def test_a_lazy_unmount_frees_the_place_and_serves_who_is_inside(
+def test_b261_a_lazy_unmount_frees_the_place_and_serves_who_is_inside(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     mount(mnt, "--endpoints", shared_etcd.client_url)
@@ -585,7 +585,7 @@ def test_a_lazy_unmount_frees_the_place_and_serves_who_is_inside(
     assert got.decode() == "published all the same\n"
 
 
-def test_a_lazy_unmount_of_what_nobody_uses_is_an_ordinary_one(
+def test_b261_a_lazy_unmount_of_what_nobody_uses_is_an_ordinary_one(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     mount(mnt, "--endpoints", shared_etcd.client_url)

@@ -24,7 +24,7 @@ def machine() -> Iterator[PrivateRoot]:
         yield machine
 
 
-def test_mount_finds_the_helper(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
+def test_b263_mount_finds_the_helper(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
     machine.run(
         """
         mkdir /mnt/a
@@ -40,7 +40,9 @@ def test_mount_finds_the_helper(machine: PrivateRoot, shared_etcd: EtcdProcess) 
     assert machine.run("umount /mnt/a; ls /mnt/a") == ""
 
 
-def test_a_line_of_fstab_is_mounted_once(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
+def test_b263_a_line_of_fstab_is_mounted_once(
+    machine: PrivateRoot, shared_etcd: EtcdProcess
+) -> None:
     """With the options that mount(8) adds, and those that mean something to systemd only."""
     options = "cache,user,_netdev,nofail,x-systemd.mount-timeout=30"
     machine.run(

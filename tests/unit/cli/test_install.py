@@ -117,6 +117,19 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path, command: Path) -> No
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.programs("systemd-analyze")
+def test_the_unit_is_as_closed_as_a_mount_can_be(tmp_path: Path) -> None:
+    """10 is nothing, 0 all: what is left is what would hide the mount, and what mounts it."""
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--threshold=50", UNIT],
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=50,
+    )
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_unit_sees_the_file_system_of_the_host(tmp_path: Path) -> None:
     """Every option that unshares it would hide the mount from everybody (systemd.exec(5))."""
     options = {

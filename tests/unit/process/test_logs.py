@@ -389,7 +389,7 @@ def logged(filtered: Repeats, level: int, message: str, *arguments: object) -> s
     return record.getMessage() if filtered.filter(record) else None
 
 
-def test_what_is_logged_again_and_again_is_cut_off_and_counted() -> None:
+def test_b264_what_is_logged_again_and_again_is_cut_off_and_counted() -> None:
     clock = Clock()
     filtered = Repeats(clock)
     shown = [logged(filtered, logging.WARNING, "lost %s", n) for n in range(100)]
@@ -405,7 +405,7 @@ def test_what_is_logged_again_and_again_is_cut_off_and_counted() -> None:
     assert logged(filtered, logging.WARNING, "lost %s", 102) == "lost 102"
 
 
-def test_no_lost_file_and_nothing_that_was_asked_for_is_left_out() -> None:
+def test_b264_no_lost_file_and_nothing_that_was_asked_for_is_left_out() -> None:
     filtered = Repeats(Clock())
     for level, message in (
         (logging.ERROR, "what was written to %s is lost"),
