@@ -170,3 +170,25 @@ def test_b264_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
     assert told["lost"]["attempt"] == 1
     assert told["regained"]["seconds"] > 0
     assert told["regained"]["revision"] == revision - 1
+
+
+@pytest.mark.parametrize("form", ["text", "json"])
+def test_b264_no_line_of_the_log_has_a_value_or_a_password(
+    own_etcd: EtcdProcess, form: str
+) -> None:
+    options = ("--cache", "--log-level", "debug", "--log-format", form, "--timeout", "1")
+    with Mounted(own_etcd, *options, "--user", "me:hush-hush") as mounted:
+        mounted.expect_log("")
+        (mounted.path / "ours").write_text("not-for-the-log")
+        mounted.put("/theirs", "not-for-the-log")
+        assert (mounted.path / "theirs").read_text() == "not-for-the-log"
+        os.setxattr(mounted.path / "ours", "user.note", b"not-for-the-log")
+        own_etcd.kill()
+        with pytest.raises(OSError, match=r".+"):
+            (mounted.path / "ours").write_text("not-for-the-log")
+        own_etcd.start()
+        mounted.put("/theirs", "not-for-the-log again")
+        mounted.close()
+    assert mounted.log.count("\n") > 5
+    assert "not-for-the-log" not in mounted.log
+    assert "hush-hush" not in mounted.log
