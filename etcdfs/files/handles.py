@@ -9,7 +9,7 @@ while the kernel holds the page lock.
 
 import os
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, NewType, final
 
 from etcdfs.errors import BadHandleError, CallerError, EtcdfsError, ReadOnlyError
@@ -240,7 +240,7 @@ class Handles:
         if not opened.is_direct:
             return set()
         listing = self._view.update.tree.listing_of(opened.file)
-        return {replace(listing, pages=True)}
+        return {listing._replace(pages=True)}
 
     async def truncate(self, file: File, size: int, uid: int = 0, *, by_path: bool = False) -> None:
         """Cut or extend a file; published at once unless a writer will publish it.

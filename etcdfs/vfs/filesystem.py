@@ -629,7 +629,7 @@ class Filesystem:
         await self._setattr.change(node, change)
         if inode != node.inode:
             listing = self._tree.listing_of(node)
-            await self._view.invalidate_first({replace(listing, pages=change.size is not None)})
+            await self._view.invalidate_first({listing._replace(pages=change.size is not None)})
         return self._of_inode(inode, node)
 
     # --- helpers ----------------------------------------------------------------------------
