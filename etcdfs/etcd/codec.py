@@ -7,7 +7,7 @@ Concurrency: none; pure functions.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple, assert_never
@@ -186,20 +186,21 @@ def key_values(messages: Iterable[Message]) -> tuple[KeyValue, ...]:
     return tuple(map(_make_key_value, map(_key_value_fields, messages)))
 
 
-def events(messages: Iterable[Message]) -> list[Event]:
+_kv = attrgetter("kv")
+_type = attrgetter("type")
+
+
+def events(messages: Sequence[Message]) -> list[Event]:
     """Return the events of a watch response, in etcd's order."""
-    found: list[Event] = []
-    for message in messages:
-        kv = message.kv
-        if message.type:  # PUT is 0, DELETE is 1; there are no others
-            found.append(Tombstone(kv.key, kv.mod_revision))
-        else:
-            found.append(
-                KeyValue(
-                    kv.key, kv.value, kv.create_revision, kv.mod_revision, kv.version, kv.lease
-                )
-            )
-    return found
+    if not any(map(_type, messages)):  # PUT is 0, DELETE is 1; there are no others
+        return list(key_values(map(_kv, messages)))
+    return [_event(message.type, message.kv) for message in messages]
+
+
+def _event(kind: int, kv: Message) -> Event:
+    if kind:
+        return Tombstone(kv.key, kv.mod_revision)
+    return _make_key_value(_key_value_fields(kv))
 
 
 def committed(response: Message) -> Committed:

@@ -10,9 +10,11 @@ the end of the stream for silence; here only its generated stub is used.
 Concurrency: one task receives, any task may ask for progress. A response is read from the
 stream when somebody waits for it, never ahead: gRPC's flow control then holds etcd back, and
 memory holds one response (one revision, when that came in fragments). A receiver may be
-cancelled and come back; nothing is lost.
+cancelled and come back; nothing is lost. A response has all events of a revision, as many as there
+are: they are read some at a time, and others have their turn in between.
 """
 
+from collections.abc import Sequence
 from typing import Final, final
 
 import grpc
@@ -33,6 +35,9 @@ from etcdfs.keyspace.transaction_results import REVISION_MAX, fault_in_events
 
 PARTS_MAX: Final = 4_000_000
 """Events that one revision may have in fragments; a gigabyte of the smallest."""
+
+SLICE: Final = 1000
+"""Events read at a time; a few milliseconds."""
 
 _OF_ALL_WATCHES: Final = -1
 """The watch id of the answer to a question for progress, which is for the stream as a whole."""
@@ -58,8 +63,10 @@ class Responses:
         self._watch_id = 0
         self._parts: list[Event] = []
 
-    def read(self, response: wire.Message) -> WatchMessage | None:
+    async def read(self, response: wire.Message) -> WatchMessage | None:
         """Return what a response says; None when it is part of a larger one.
+
+        It cannot be cancelled.
 
         Raises:
             CompactedError: The start revision is gone from history.
@@ -81,7 +88,7 @@ class Responses:
         ):
             raise self._wrong(f"nobody asked for watch {response.watch_id}")
         if response.events or self._parts:
-            return self._collect(response)
+            return await self._collect(response)
         return WatchProgress(Revision(revision))
 
     def _created(self, response: wire.Message) -> WatchOpened:
@@ -93,15 +100,12 @@ class Responses:
         self._watch_id = response.watch_id
         return WatchOpened(Revision(response.header.revision))
 
-    def _collect(self, response: wire.Message) -> WatchEvents | None:
+    async def _collect(self, response: wire.Message) -> WatchEvents | None:
         """Join fragments; return the batch when it is whole."""
-        events = wire.events(response.events)
-        fault = fault_in_events(events, self._start, self._end, response.header.revision)
-        if fault is not None:
-            raise self._wrong(fault)
-        self._parts.extend(events)
-        if len(self._parts) > PARTS_MAX:
-            raise self._wrong("its fragments come to no end")
+        for first in range(0, len(response.events), SLICE):
+            if first:
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            self._take(response.events[first : first + SLICE], response.header.revision)
         if response.fragment:
             return None
         # etcd issue 20221: a watch on a future revision may be told of older ones.
@@ -112,6 +116,15 @@ class Responses:
         # Not the header's revision: while etcd replays history in batches of 1000 revisions,
         # that is already the store's newest.
         return WatchEvents(found, found[-1].mod_revision)
+
+    def _take(self, messages: Sequence[wire.Message], revision: int) -> None:
+        events = wire.events(messages)
+        fault = fault_in_events(events, self._start, self._end, revision)
+        if fault is not None:
+            raise self._wrong(fault)
+        self._parts.extend(events)
+        if len(self._parts) > PARTS_MAX:
+            raise self._wrong("its fragments come to no end")
 
     def _wrong(self, what: str) -> WatchLostError:
         return WatchLostError(f"{self._endpoint}: the watch says what cannot be: {what}")
@@ -153,7 +166,7 @@ class EtcdWatch:
             raise self._error
         try:
             while True:
-                message = self._responses.read(await self._response())
+                message = await self._responses.read(await self._response())
                 if message is not None:
                     return message
         except StoreError as exc:

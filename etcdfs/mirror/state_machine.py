@@ -43,7 +43,8 @@ Concurrency: owned by the trio thread; no operation waits.
 from collections import Counter
 from dataclasses import dataclass, fields, replace
 from enum import Enum
-from operator import attrgetter
+from itertools import takewhile
+from operator import attrgetter, gt
 from typing import Final, assert_never, final
 
 from etcdfs.keyspace.paging import Paging
@@ -131,6 +132,7 @@ class StateMachineStatistics:
 
 
 _MOD_REVISION: Final = attrgetter("mod_revision")
+_KEY: Final = attrgetter("key")
 _COUNTED: Final = [field.name for field in fields(StateMachineStatistics)][2:]
 
 _ANY: Final = frozenset(State) - {State.CLOSED}
@@ -419,23 +421,17 @@ class StateMachine:
 
     def _find_violation(self, events: tuple[Event, ...]) -> str | None:
         """Return which guarantee the events break, and how."""
-        previous = self._from
-        keys: set[bytes] = set()
-        for event in events:
-            revision = event.mod_revision
-            if revision < self._from:
-                return f"resumable: an event of revision {revision}, asked from {self._from}"
-            if revision < previous:
-                return f"ordered: an event of revision {revision} after {previous}"
-            if revision > previous:
-                keys = set()
-                previous = revision
-            if event.key in keys:
-                return f"unique: two events of {event.key!r} at revision {revision}"
-            keys.add(event.key)
-            if revision <= self._known and (wrong := self._find_late(event)) is not None:
-                return wrong
-        return None
+        revisions = list(map(_MOD_REVISION, events))
+        # Nothing of this is done event by event in Python: a revision may have very many.
+        if min(revisions) < self._from:
+            return f"resumable: an event of revision {min(revisions)}, asked from {self._from}"
+        if any(map(gt, revisions, revisions[1:])):
+            index = next(i for i, r in enumerate(revisions[1:]) if r < revisions[i])
+            return f"ordered: an event of revision {revisions[index + 1]} after {revisions[index]}"
+        if len(set(zip(revisions, map(_KEY, events), strict=True))) < len(events):
+            return "unique: two events of one key at one revision"
+        late = takewhile(lambda event: event.mod_revision <= self._known, events)
+        return next((wrong for wrong in map(self._find_late, late) if wrong is not None), None)
 
     def _find_late(self, event: Event) -> str | None:
         revision = event.mod_revision
