@@ -103,14 +103,16 @@ class Responses:
     async def _collect(self, response: wire.Message) -> WatchEvents | None:
         """Join fragments; return the batch when it is whole."""
         for first in range(0, len(response.events), SLICE):
+            self._take(response.events[first : first + SLICE], response.header.revision)
             if first:
                 await trio.lowlevel.cancel_shielded_checkpoint()
-            self._take(response.events[first : first + SLICE], response.header.revision)
         if response.fragment:
             return None
         # etcd issue 20221: a watch on a future revision may be told of older ones.
         found = tuple(e for e in self._parts if e.mod_revision >= self._from_revision)
         self._parts.clear()
+        if len(found) > SLICE:
+            await trio.lowlevel.cancel_shielded_checkpoint()
         if not found:
             return None
         # Not the header's revision: while etcd replays history in batches of 1000 revisions,

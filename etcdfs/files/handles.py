@@ -100,7 +100,7 @@ class Handles:
         if changes and self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
-        file.handles += 1  # keeps it while we wait, and what it is
+        self._pin(file)  # keeps it while we wait, and what it is
         file.pages_invalidated = False
         try:
             await self._load(file)
@@ -114,7 +114,7 @@ class Handles:
 
     def open_new(self, file: File, flags: int, uid: int = 0) -> Handle:
         """Open a file that was just made here; its content is whatever is written."""
-        file.handles += 1
+        self._pin(file)
         file.pages_pushed = True  # it keeps what is written
         if file.key_state is None:
             buffer = WriteBuffer(b"", whole=True)
@@ -251,7 +251,7 @@ class Handles:
         if self._read_only:
             msg = f"inode {file.inode}: the mount is read-only"
             raise ReadOnlyError(msg)
-        file.handles += 1
+        self._pin(file)
         try:
             await self._load(file)
             async with self.locks.held(file):
@@ -458,6 +458,10 @@ class Handles:
 
     def _now(self, file: File) -> int:
         return max(self._view.update.tree.clock(), file.mtime_ns + 1)
+
+    def _pin(self, file: File) -> None:
+        file.handles += 1
+        self._view.update.tree.disturb(file)
 
     def _unpin(self, file: File, uid: int = 0) -> None:
         file.handles -= 1

@@ -14,6 +14,10 @@ that fell behind a hot key catches up with the next batch. A merged batch is cut
 nobody is answered meanwhile. When `WAITING_MAX` of them wait, the watch is not read any
 further, and what comes stays with etcd.
 
+One revision may have very many keys, and is never cut. So a large batch is planned in parts, and
+other calls have their turn in between. Each part depends on little, and is planned again if that
+has changed meanwhile (`Tree.disturbed`); when all parts hold, they become visible in one step.
+
 A batch that would wait for a lock which a call of this mount holds (`invalidator`) is published at
 once, and the kernel let go after.
 
@@ -21,22 +25,24 @@ Concurrency: synchronous, on the trio thread: a batch goes on when the kernel ha
 when a call begins to hold a lock. Only who hands batches on waits.
 """
 
+import gc
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count, groupby
+from itertools import count, groupby, islice
 from operator import attrgetter
 from typing import Final, final
 
 import trio
 from cachetools import LRUCache
 
-from etcdfs.keyspace.attribute_records import is_record_key
+from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.store import Event, KeyValue, Revision
 from etcdfs.mirror.invalidator import Invalidator, KernelCache
-from etcdfs.tree.changes import Plan
-from etcdfs.tree.inodes import Cached, File
+from etcdfs.tree.changes import Part, Plan
+from etcdfs.tree.inodes import Cached, Dentry, File
 from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache
 
@@ -51,6 +57,15 @@ BATCH_KEYS: Final = 500
 
 BATCH_BYTES: Final = 4 << 20
 
+LARGE: Final = 2 * BATCH_KEYS
+"""Keys of a batch from which on it is planned in parts."""
+
+PART_KEYS: Final = 250
+"""Keys of a part; about five milliseconds."""
+
+FEW_PARTS: Final = 4
+"""Parts that may be planned again in the very step that makes all visible."""
+
 WAITING_MAX: Final = 4
 """Merged batches that may wait; they and one response of etcd's are all that memory holds."""
 
@@ -61,6 +76,9 @@ GRACE_S: Final = 0.002
 """How long the kernel mostly takes to let go of a name, and more; it is 0.2 ms when it is idle."""
 
 _REVISION: Final = attrgetter("mod_revision")
+
+_Version = tuple[File, bytes, int]
+"""A file, its key and its mod_revision."""
 
 
 @dataclass(slots=True)
@@ -102,8 +120,33 @@ class _Batch:
         self.size += _size(event)
         self.count += 1
 
+    def add_all(self, events: Collection[Event], intents: Container[bytes]) -> None:
+        fresh = {event.key: event for event in events}
+        if len(fresh) == len(events) and self.events.keys().isdisjoint(fresh):
+            self.events.update(fresh)
+            self.size += sum(len(e.value) for e in events if isinstance(e, KeyValue))
+            self.count += len(events)
+            return
+        for event in events:
+            self.add(event, is_own=event.key in intents)
+
     def all(self) -> tuple[Event, ...]:
         return (*self.own, *self.events.values())
+
+
+@dataclass(slots=True)
+class _Work:
+    """How far a large batch is.
+
+    Attributes:
+        apart: Keys whose attributes change in it, too.
+        parts: What is planned, and the versions that will be past.
+        rest: What is planned in one piece.
+    """
+
+    apart: set[bytes]
+    parts: list[tuple[Part, list[_Version]]] = field(default_factory=list)
+    rest: list[Event] = field(default_factory=list)
 
 
 @final
@@ -142,6 +185,11 @@ class Applier:
         self._rounds = 0
         self._round = 0
         self._numbers = count(1)
+        # Of a present batch that is large: what is to be done, what the kernel was last asked,
+        # and whether a call is in its way.
+        self._turns: Iterator[set[Cached]] | None = None
+        self._unanswered: set[Cached] = set()
+        self._is_early = False
         self._past: LRUCache[bytes, int] = LRUCache(PAST_MAX)
         self._is_broken = False  # nothing is taken until everything is listed again
         self._advanced = trio.Event()
@@ -158,6 +206,8 @@ class Applier:
         """
         while len(self._waiting) >= WAITING_MAX and self._waiting[-1].is_full:
             await self._advanced.wait()
+        if len(events) > LARGE:
+            await trio.lowlevel.checkpoint()  # what came before it took a while, too
         was_idle = self._now is None
         self._merge(events, stored_records)
         self._begin()
@@ -169,8 +219,7 @@ class Applier:
     async def show(self, events: Sequence[Event], *, force: bool = False) -> None:
         """Make further events visible, in one step, after what was taken; return when they are."""
         batch = _Batch(force=force, is_closed=True)
-        for event in events:
-            batch.add(event, is_own=event.key in self._update.intents)
+        batch.add_all(events, self._update.intents)
         self._waiting.append(batch)
         self._begin()
         await batch.over.wait()
@@ -179,12 +228,13 @@ class Applier:
         if self._is_broken:
             return
         intents = self._update.intents
-        for revision, group in groupby(events, _REVISION):
+        is_one = bool(events) and events[0].mod_revision == events[-1].mod_revision
+        groups = [(events[0].mod_revision, events)] if is_one else groupby(events, _REVISION)
+        for revision, group in groups:
             if not self._waiting or self._waiting[-1].is_full:
                 self._waiting.append(_Batch())
             batch = self._waiting[-1]
-            for event in (*group, *stored_records):
-                batch.add(event, is_own=event.key in intents)
+            batch.add_all((*group, *stored_records), intents)
             batch.revision = revision
             stored_records = ()  # they may well come before their keys
 
@@ -193,8 +243,7 @@ class Applier:
         await self.idle()
         self._is_broken = False
         batch = _Batch(revision=revision, force=True, is_closed=True)
-        for event in events:
-            batch.add(event, is_own=False)
+        batch.add_all(events, ())
         self._waiting.append(batch)
         self._begin()
         await batch.over.wait()
@@ -229,10 +278,18 @@ class Applier:
         self._now = self._waiting.popleft()
         self._asked = set()
         self._rounds = 0
-        for event in self._now.events.values():
+        # What moves directories is planned in one piece.
+        if len(self._now.events) > LARGE and not self._update.relocations:
+            self._turns = self._in_parts(self._now)
+            _soon(self._turn)
+            return
+        self._keep(self._now.events.values())
+        self._go_on(0)
+
+    def _keep(self, events: Iterable[Event]) -> None:
+        for event in events:
             if isinstance(event, KeyValue) and not is_record_key(event.key):
                 self._value_cache.put(event.key, event.mod_revision, event.value)
-        self._go_on(0)
 
     def _go_on(self, number: int, *, early: bool = False) -> None:
         """Take the next step with the present batch, if the round it waited for is this one.
@@ -242,6 +299,10 @@ class Applier:
         if self._now is None or number != self._round:
             return
         self._round = 0
+        if self._turns is not None:
+            self._is_early |= early
+            self._turn()
+            return
         try:
             self._step(self._now, early=early)
         except Exception:  # it runs as a callback of trio's, which none must leave
@@ -257,9 +318,16 @@ class Applier:
         if not stale or self._rounds == SWITCH_ROUNDS:
             self._apply_batch(batch, plan, late=stale)
             return
+        self._note_asked(plan, stale)
+        self._wait_for(stale)
+
+    def _note_asked(self, plan: Plan, stale: set[Cached]) -> None:
         self._update.tree.being_changed |= self._update.uncacheable(plan)
         self._update.note_invalidated(plan, stale)
         self._asked |= stale
+
+    def _wait_for(self, stale: Collection[Cached]) -> None:
+        """Go on when the kernel has let go of what is stale, and of all before it."""
         self._rounds += 1
         self._round = number = next(self._numbers)
         self.invalidator.submit(stale, lambda: self._go_on(number))
@@ -268,20 +336,26 @@ class Applier:
     def _apply_batch(self, batch: _Batch, plan: Plan, *, late: set[Cached]) -> None:
         before = self._versions(plan)
         self._update.apply(plan)
-        for file, key, revision in before:
-            # Or a key that is always written would fill the memory with what nobody asks for.
-            is_past = file.directory is None or revision != file.version
-            if is_past and not file.handles:
-                self._invalidate(key, revision)
+        self._let_go_past(before)
         self._update.tree.being_changed.clear()
         self.invalidator.submit(late | self._update.tree.held.excess())
+        self._count(batch)
+        self._finish(batch)
+
+    def _count(self, batch: _Batch) -> None:
         self.batches += 1
         self.events += batch.count
         self.collapsed += batch.count - len(batch.events)
         if batch.revision is not None:
             self.revision = batch.revision
             self._update.reached(batch.revision)
-        self._finish(batch)
+
+    def _let_go_past(self, before: Iterable[_Version]) -> None:
+        for file, key, revision in before:
+            # Or a key that is always written would fill the memory with what nobody asks for.
+            is_past = file.directory is None or revision != file.version
+            if is_past and not file.handles:
+                self._invalidate(key, revision)
 
     def _invalidate(self, key: bytes, revision: int) -> None:
         """Let go of the value before the one that is past now: a call under way may want that."""
@@ -290,7 +364,7 @@ class Applier:
             self._value_cache.discard(key, Revision(before))
         self._past[key] = revision
 
-    def _versions(self, plan: Plan) -> list[tuple[File, bytes, int]]:
+    def _versions(self, plan: Plan) -> list[_Version]:
         """Return the files that a plan replaces or changes, their keys and mod_revisions."""
         tree = self._update.tree
         files = [before for _, _, before, _ in plan.changes() if isinstance(before, File)]
@@ -298,12 +372,135 @@ class Applier:
         keys = ((f, known.get(f) or tree.key_of(f)) for f in (*files, *plan.key_state))
         return [(file, key, file.version) for file, key in keys if key is not None]
 
+    # --- in parts ---------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        """Do the next bit of work on a large batch."""
+        assert self._now is not None
+        assert self._turns is not None
+        try:
+            waits_for = next(self._turns)
+        except StopIteration:
+            self._end_turns()
+            self._finish(self._now)
+        except Exception:  # as in `_go_on`
+            log.exception("a large batch could not be applied; this is a bug of etcdfs")
+            self._end_turns()
+            self._fail(self._now)
+        else:
+            if waits_for:
+                self._unanswered = set()
+                self._wait_for(waits_for)
+            else:
+                _soon(self._turn)
+
+    def _end_turns(self) -> None:
+        self._turns = None
+        gc.enable()
+
+    def _in_parts(self, batch: _Batch) -> Iterator[set[Cached]]:
+        """Make a large batch visible.
+
+        Yields:
+            What the kernel must have let go of before the next bit; mostly nothing.
+        """
+        tree = self._update.tree
+        tree.disturbed = set()
+        self._is_early = False
+        # The collector would walk all that is made here again and again, and nobody be answered.
+        gc.disable()
+        yield set()
+        work = _Work({owner_of(key) for key in batch.events if is_record_key(key)})
+        for events in _pieces(batch.events.values(), PART_KEYS):
+            self._keep(events)
+            work.parts.append(self._plan_part(batch, work, events))
+            yield set()
+        plan = yield from self._until_planned(batch, work)
+        parts = [part for part, _ in work.parts]
+        # No `yield` may lie between the last plan and this.
+        if self._is_early:
+            for some in (*(part.plan for part in parts), plan):
+                self._update.note_not_invalidated(some)
+        tree.disturbed = None
+        past = self._versions(plan)
+        self._update.publish_parts(parts, plan)
+        waste = (tree.being_changed, self._asked)
+        tree.being_changed, self._asked = set(), set()
+        self._count(batch)
+        batch.over.set()
+        self._wake()
+        yield set()
+        parts.clear()
+        self._let_go_past(past)
+        yield from self._clean_up(work, waste)
+
+    def _clean_up(self, work: "_Work", waste: Sequence[set[Cached]]) -> Iterator[set[Cached]]:
+        """Let go of what a large batch was made visible with; all at once takes long, too."""
+        held = self._update.tree.held
+        while work.parts or any(waste):
+            if work.parts:
+                part, versions = work.parts.pop()
+                self._let_go_past(versions)
+                for directory, files in part.gone.items():
+                    for name, file, _ in files:
+                        if file.lookups and file.directory is None:
+                            held.add(Dentry(directory.inode, name), file)
+            for names in waste:
+                for _ in range(min(len(names), 4 * PART_KEYS)):
+                    names.pop()
+            yield set()
+        self.invalidator.submit(held.excess())
+        gc.freeze()
+
+    def _until_planned(self, batch: _Batch, work: "_Work") -> Generator[set[Cached], None, Plan]:
+        """Plan again what has changed meanwhile, until the kernel has let go of all of it.
+
+        Returns:
+            The plan of what is in no part, just made.
+        """
+        while True:
+            again = [i for i, (part, _) in enumerate(work.parts) if not self._update.holds(part)]
+            self._update.tree.disturbed = set()
+            may_wait = not self._is_early and self._rounds < SWITCH_ROUNDS
+            is_few = len(again) <= FEW_PARTS or not may_wait
+            for index in again:
+                events = work.parts[index][0].events.values()
+                work.parts[index] = self._plan_part(batch, work, events)
+                if not is_few:
+                    yield set()
+            if not is_few:
+                self._rounds += 1
+                continue
+            parts = [part for part, _ in work.parts]
+            plan = self._update.plan_rest((*batch.own, *work.rest), parts, force=batch.force)
+            self._ask(plan, waits=may_wait and bool(self._unanswered))
+            if not self._unanswered or not may_wait:
+                return plan
+            yield self._unanswered
+
+    def _plan_part(
+        self, batch: _Batch, work: "_Work", events: Iterable[Event]
+    ) -> tuple[Part, list[_Version]]:
+        part, others = self._update.plan_part(events, work.apart, force=batch.force)
+        work.rest += others
+        self._ask(part.plan, waits=True)
+        return part, self._versions(part.plan)
+
+    def _ask(self, plan: Plan, *, waits: bool) -> None:
+        """Have the kernel let go of what a plan makes untrue, if it `waits` for something."""
+        stale = self._update.invalidations(plan) - self._asked
+        if stale or waits:
+            self._note_asked(plan, stale)
+        if stale:
+            self.invalidator.submit(stale)
+            self._unanswered = stale  # when it has, it has of all before
+
     def _finish(self, batch: _Batch) -> None:
         self._now = None
         batch.over.set()
         self._wake()
         if self._waiting:  # in the next turn of the loop: others have waited long enough
-            trio.lowlevel.current_trio_token().run_sync_soon(self._begin)
+            _soon(self._begin)
 
     def _wake(self) -> None:
         self._advanced.set()
@@ -311,11 +508,23 @@ class Applier:
 
     def _fail(self, batch: _Batch) -> None:
         self._update.tree.being_changed.clear()
+        self._update.tree.disturbed = None
         self._update.tree.doubtful = True  # it may have been half-way
         self._waiting = deque(other for other in self._waiting if other.is_closed)
         self._is_broken = True
         self._finish(batch)
         self._failed()
+
+
+def _soon(function: Callable[[], None]) -> None:
+    with suppress(trio.RunFinishedError):  # the mount is taken down
+        trio.lowlevel.current_trio_token().run_sync_soon(function)
+
+
+def _pieces(events: Iterable[Event], size: int) -> Iterator[list[Event]]:
+    iterator = iter(events)
+    while piece := list(islice(iterator, size)):
+        yield piece
 
 
 def _size(event: Event) -> int:

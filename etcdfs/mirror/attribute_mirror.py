@@ -187,6 +187,7 @@ class AttributeMirror:
         """
         if not self._is_asking:
             return ()
+        await trio.lowlevel.checkpoint()  # there may be very many
         sizes = Counter(event.mod_revision for event in events)
         made = {
             event.key

@@ -8,15 +8,16 @@ is carried out, and who is told.
 Concurrency: synchronous; used on the trio thread only.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Final, final
 
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME
 from etcdfs.keyspace.store import Event, KeyValue, Tombstone
 from etcdfs.tree.inodes import (
     NOT_IN_ETCD,
+    Dentry,
     Directory,
     File,
     KeyState,
@@ -26,6 +27,8 @@ from etcdfs.tree.inodes import (
 )
 from etcdfs.tree.node_attributes import holds, is_news, stored_record_of, type_of
 from etcdfs.tree.tree import Tree
+
+_RESERVED: Final = frozenset((VALUE_NAME, MARKER_NAME))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -122,14 +125,47 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A plan for some events of a large batch that have nothing to do with one another.
+
+    Attributes:
+        events: The events, by key.
+        plan: What they do.
+        depends: What of the tree the plan was made of (`Tree.disturbed`); None: of directories.
+        doubtful: Directories that may be left with nothing.
+        gone: Of each directory the files that it loses: name, file, key.
+        made: Files that are new, and where.
+    """
+
+    events: dict[bytes, Event]
+    plan: Plan
+    depends: set[Node | Dentry | None]
+    doubtful: set[Directory]
+    gone: dict[Directory, list[tuple[bytes, File, bytes]]] = field(default_factory=dict)
+    made: list[tuple[Directory, bytes, Node]] = field(default_factory=list)
+
+
 @final
 class Planner:
     """The tree with a sheet of paper laid over it: reads fall through, writes stay on it."""
 
-    def __init__(self, tree: Tree, intents: dict[bytes, Intent], *, force: bool) -> None:
+    def __init__(
+        self,
+        tree: Tree,
+        intents: dict[bytes, Intent],
+        *,
+        force: bool,
+        under: Sequence["Part"] = (),
+    ) -> None:
+        """Lay a sheet over a tree, or over parts of a plan that lie on it already."""
         self._tree = tree
         self._intents = intents
         self._force = force
+        self._under: dict[Directory, dict[bytes, Node | None]] = {}
+        for part in under:
+            for directory, names in part.plan.entries.items():
+                self._under.setdefault(directory, {}).update(names)
         self._plan = Plan()
         self._doubtful: set[Directory] = set()
         self._where: dict[Directory, tuple[Directory, bytes]] = {}
@@ -157,6 +193,50 @@ class Planner:
             self._put(event, location.names)
         else:
             self._delete(event, location.names)
+
+    def part(self, events: Iterable[Event], apart: Container[bytes]) -> tuple["Part", list[Event]]:
+        """Plan those events that concern nothing but a file that there is, or a new one.
+
+        Args:
+            events: At most one of each key.
+            apart: Keys whose attributes change in the same batch.
+
+        Returns:
+            What is planned of them, and the others.
+        """
+        done: dict[bytes, Event] = {}
+        others: list[Event] = []
+        for event in events:
+            if event.key not in apart and self._is_single(event):
+                self.add(event)
+                done[event.key] = event
+            else:
+                others.append(event)
+        part = Part(done, self._plan, {None, *self._plan.key_state}, self._doubtful)
+        for directory, name, before, after in self._plan.changes():
+            part.depends.add(Dentry(directory.inode, name))
+            if after is not None:
+                part.made.append((directory, name, after))
+            elif isinstance(before, File):
+                part.depends.add(before)
+                gone = (name, before, self._plan.keys[before])
+                part.gone.setdefault(directory, []).append(gone)
+        return part, others
+
+    def _is_single(self, event: Event) -> bool:
+        key = event.key
+        if is_record_key(key) or key in self._intents or key in self._tree.stored_records:
+            return False
+        names, is_marker = self._tree.keyspace.locate(key)
+        directory = None if is_marker else self._find(names[:-1])
+        if directory is None or names[-1] in _RESERVED:
+            return False
+        there = directory.children.get(names[-1])
+        if there is None:
+            return self._tree.returning(directory, names[-1]) is None
+        return (
+            isinstance(there, File) and there.stored_record is None and self._tree.may_follow(there)
+        )
 
     def doubt(self, directory: Directory) -> None:
         """Have `finish` look whether a directory is still there."""
@@ -460,6 +540,10 @@ class Planner:
 
     def _is_empty_but_for_value(self, directory: Directory) -> bool:
         sheet = self._plan.entries.get(directory, {})
+        if directory in self._under:
+            sheet = self._under[directory] | sheet
+            if not any(sheet.values()) and sheet.keys() >= directory.children.keys():
+                return True
         if any(node is not None and name != VALUE_NAME for name, node in sheet.items()):
             return False
         return not any(
@@ -473,6 +557,8 @@ class Planner:
         sheet = self._plan.entries.get(directory)
         if sheet is not None and name in sheet:
             return sheet[name]
+        if directory in self._under and name in self._under[directory]:
+            return self._under[directory][name]
         return directory.children.get(name)
 
     def _set(self, directory: Directory, name: bytes, node: Node | None) -> None:

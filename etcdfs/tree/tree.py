@@ -25,7 +25,7 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Final, final
@@ -124,6 +124,8 @@ class Tree:
         # all are told for the same time.
         self._negatives: OrderedDict[Dentry, int] = OrderedDict()
         self.being_changed: set[Cached] = set()
+        # While a batch is planned in parts, nodes and names that change; None: of directories.
+        self.disturbed: set[Node | Dentry | None] | None = None
         # Whether something went wrong with the tree, so that it must be made anew (`take_over`).
         self.doubtful = False
         # Directories of which the kernel may have older names for as long as somebody holds their
@@ -142,8 +144,7 @@ class Tree:
         """
         node = self._known.get(Inode(inode))
         if node is None:
-            msg = f"inode {inode} is not known"
-            raise StaleError(msg)
+            raise StaleError(f"inode {inode} is not known")
         return node
 
     def numbered(self, inode: int) -> Node:
@@ -158,8 +159,7 @@ class Tree:
                 self._numbered = {child.inode: child for child in self._attached()}
             node = self._numbered.get(Inode(inode))
         if node is None:
-            msg = f"inode {inode} does not exist"
-            raise StaleError(msg)
+            raise StaleError(f"inode {inode} does not exist")
         return node
 
     def directory(self, inode: int) -> Directory:
@@ -171,8 +171,7 @@ class Tree:
         """
         node = self.node(inode)
         if isinstance(node, File):
-            msg = f"inode {inode} is a file"
-            raise NotADirectoryFileError(msg)
+            raise NotADirectoryFileError(f"inode {inode} is a file")
         return node
 
     def is_attached(self, node: Node) -> bool:
@@ -262,6 +261,15 @@ class Tree:
         """Count one lookup: an answer that hands the inode to the kernel."""
         node.lookups += 1
         self._known[node.inode] = node
+        self.disturb(node)
+
+    def disturb(self, node: Node, directory: Directory | None = None, name: bytes = b"") -> None:
+        """Note that what a plan was made of has changed: a node, or what is under a name."""
+        if self.disturbed is not None:
+            self.disturbed.add(node)
+            if directory is not None:
+                where = Dentry(directory.inode, name) if isinstance(node, File) else None
+                self.disturbed.add(where)
 
     def forget(self, inode: int, count: int) -> None:
         """Give back lookups; a node at 0 is unknown to the kernel (FUSE_FORGET)."""
@@ -269,6 +277,7 @@ class Tree:
         if node is None or node is self.root:
             return
         node.lookups = max(0, node.lookups - count)
+        self.disturb(node)
         if node.lookups == 0:
             node.kernel_may_cache = False
             if isinstance(node, File):
@@ -341,9 +350,8 @@ class Tree:
         """Return everything that the kernel may have cached, attributes of open files too."""
         cached: list[Cached] = list(self._negatives)
         for node in self._known.values():
-            parent = node.directory
-            if parent is not None:
-                cached.append(Dentry(parent.inode, node.name))
+            if node.directory is not None:
+                cached.append(Dentry(node.directory.inode, node.name))
             if isinstance(node, Directory):
                 cached.append(self.listing_of(node))
             elif node.handles:
@@ -357,7 +365,7 @@ class Tree:
         now_ns = self.clock() if now_ns is None else now_ns
         if key_state is not None:
             now_ns = self.revisions.learn(key_state.mod_revision, now_ns)
-        return File(self._new_number(), key_state, now_ns)
+        return File(Inode(next(self.numbers)), key_state, now_ns)
 
     def new_version(self, old: File | None, key_state: KeyState) -> File:
         """Make the file for a version that another client wrote over `old`.
@@ -381,17 +389,28 @@ class Tree:
 
         What was cached of it must have been invalidated, or be invalidated when it is opened.
         """
-        made = self.new_version(file, key_state)
-        file.key_state, file.stored_record = key_state, made.stored_record
-        file.mtime_ns, file.ctime_ns = made.mtime_ns, made.ctime_ns
-        file.pages_pushed = False
-        file.value = None
-        if file.pages_invalidated:
-            file.pages = None
+        if file.key_state is None or file.key_state.create_revision != key_state.create_revision:
+            file.stored_record = None
+        self.renew_all(((file, key_state),))
+
+    def renew_all(self, files: Iterable[tuple[File, KeyState]]) -> None:
+        """Do that, in one step, with very many files that have no attributes of their own."""
+        now_ns = time_ns = self.clock()
+        revision = 0
+        for file, key_state in files:
+            if key_state.mod_revision != revision:
+                revision = key_state.mod_revision
+                time_ns = self.revisions.learn(revision, now_ns)
+            file.key_state = key_state
+            file.mtime_ns = file.ctime_ns = max(time_ns, file.mtime_ns + 1)
+            file.pages_pushed = False
+            file.value = None
+            if file.pages_invalidated:
+                file.pages = None
 
     def new_directory(self) -> Directory:
         """Make a directory with a new inode number, attached nowhere yet."""
-        return Directory(self._new_number(), self.clock())
+        return Directory(Inode(next(self.numbers)), self.clock())
 
     def directory_at(self, above: Directory, name: bytes) -> Directory:
         """Return a directory to be attached: the one that was there, if it is held, or a new."""
@@ -411,6 +430,7 @@ class Tree:
         node.name = name
         node.removed = False
         directory.children[name] = node
+        self.disturb(node, directory, name)
         if self._numbered is not None:
             self._numbered[node.inode] = node
         if isinstance(node, Directory):
@@ -430,6 +450,7 @@ class Tree:
         name: bytes,
         *,
         gone: bool,
+        key: bytes | None = None,
         is_moved: bool = False,
         as_version: bool = False,
     ) -> Node | None:
@@ -439,6 +460,7 @@ class Tree:
             directory: Where it is.
             name: The name.
             gone: Whether its key is deleted, not merely replaced.
+            key: The key of a file, if it is known.
             is_moved: Whether a directory will be attached elsewhere with all that is below it.
             as_version: Whether only a new version of the file takes its place.
         """
@@ -447,7 +469,7 @@ class Tree:
             return None
         if isinstance(node, File):
             # Making keys of paths takes long when very many are deleted at once.
-            node.lost_key = self.key_of(node) if node.lookups or not gone else None
+            node.lost_key = (key or self.key_of(node)) if node.lookups or not gone else None
             node.gone = gone
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
         else:
@@ -459,6 +481,7 @@ class Tree:
                         self.detach(below, child, gone=True)
         del directory.children[name]
         node.directory = None
+        self.disturb(node, directory, name)
         if self._numbered is not None and not is_moved:
             self._numbered.pop(node.inode, None)
         if node.lookups and not (node.removed or is_moved):
@@ -468,6 +491,19 @@ class Tree:
         if not as_version:
             self._touch(directory)
         return node
+
+    def detach_all(self, directory: Directory, files: Iterable[tuple[bytes, File, bytes]]) -> None:
+        """Do what `detach` does with very many deleted files, but for `held`, which takes long."""
+        children, numbered, now_ns = directory.children, self._numbered or {}, self.clock()
+        for name, file, key in files:
+            del children[name]
+            file.directory = None
+            file.gone = True
+            if file.lookups:
+                file.lost_key = key
+                file.ctime_ns = max(now_ns, file.ctime_ns + 1)
+            numbered.pop(file.inode, None)
+        self._touch(directory)
 
     def clear(self) -> None:
         """Drop everything, while the kernel knows nothing of it."""
@@ -553,9 +589,6 @@ class Tree:
             assert subdirectories == directory.subdirectories
             if self.complete and directory is not self.root:
                 assert directory.marker or directory.children, "an empty directory has a marker"
-
-    def _new_number(self) -> Inode:
-        return Inode(next(self.numbers))
 
     def _touch(self, directory: Directory) -> None:
         now = max(self.clock(), directory.mtime_ns + 1)

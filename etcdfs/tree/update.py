@@ -16,13 +16,13 @@ change their place are recognised by their *relocation*, whatever is below them.
 Concurrency: synchronous; used on the trio thread only.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import final
 
 from etcdfs.keyspace.keys import VALUE_NAME
 from etcdfs.keyspace.store import Event, KeyValue
-from etcdfs.tree.changes import Intent, Plan, Planner, Relocation
+from etcdfs.tree.changes import Intent, Part, Plan, Planner, Relocation
 from etcdfs.tree.inodes import (
     Cached,
     CachedAttributes,
@@ -67,6 +67,33 @@ class Update:
         self._add(planner, events, force=force)
         return planner.finish()
 
+    def plan_part(
+        self, events: Iterable[Event], apart: Container[bytes], *, force: bool
+    ) -> tuple[Part, list[Event]]:
+        """Plan some events of a large batch by themselves; see `Planner.part`.
+
+        It holds until something changes that it depends on, or that this mount intends.
+        """
+        planner = Planner(self.tree, self.intents, force=force)
+        return planner.part((e for e in events if self._is_wanted(e, force=force)), apart)
+
+    def holds(self, part: Part) -> bool:
+        """Tell whether what was planned of part of a batch is still right."""
+        changed = self.tree.disturbed
+        assert changed is not None, "nobody has noted what changes"
+        return changed.isdisjoint(part.depends) and part.events.keys().isdisjoint(self.intents)
+
+    def plan_rest(self, events: Iterable[Event], parts: Sequence[Part], *, force: bool) -> Plan:
+        """Plan what is left of a large batch, with its parts as if they were published."""
+        planner = Planner(self.tree, self.intents, force=force, under=parts)
+        events = tuple(events)
+        planner.note(events)
+        self._add(planner, events, force=force)
+        for part in parts:
+            for directory in part.doubtful:
+                planner.doubt(directory)
+        return planner.finish()
+
     def _relocate(
         self,
         planner: Planner,
@@ -93,8 +120,11 @@ class Update:
     def _add(self, planner: Planner, events: tuple[Event, ...], *, force: bool) -> None:
         last = {event.key: event for event in events}
         for event in last.values():
-            if force or event.mod_revision > self._ahead.get(event.key, 0):
+            if self._is_wanted(event, force=force):
                 planner.add(event)
+
+    def _is_wanted(self, event: Event, *, force: bool) -> bool:
+        return force or event.mod_revision > self._ahead.get(event.key, 0)
 
     def is_moving(self, node: Node) -> bool:
         """Tell whether this mount is moving a node, or a directory that it is in."""
@@ -109,7 +139,8 @@ class Update:
         touched: set[Cached] = set()
         directories: set[Directory] = set()  # one may have 200 000 changes in it
         for directory, name, before, after in plan.changes():
-            touched |= {Dentry(directory.inode, name), _of_name(directory, name, before, after)}
+            touched.add(Dentry(directory.inode, name))
+            touched.add(_of_name(directory, name, before, after))
             if not plan.is_version(before, after):
                 directories.add(directory)
             touched |= _orphaned(plan, before)
@@ -174,6 +205,7 @@ class Update:
         for directory, marker in plan.markers.items():
             directory.marker = marker
         for file, key_state in plan.key_state.items():
+            tree.disturb(file)
             if file in plan.renewed:
                 tree.renew(file, key_state)
                 bind(file, file.stored_record)
@@ -182,6 +214,17 @@ class Update:
             file.pages = key_state.mod_revision if file.pages == file.version else file.pages
             file.key_state = key_state
         self._bind(plan)
+
+    def publish_parts(self, parts: Iterable[Part], rest: Plan) -> None:
+        """Make a large batch true; no `await` may lie between its last plan and this."""
+        tree = self.tree
+        for part in parts:
+            tree.renew_all(part.plan.key_state.items())
+            for directory, files in part.gone.items():
+                tree.detach_all(directory, files)
+            for directory, name, node in part.made:
+                tree.attach(directory, name, node)
+        self.apply(rest)
 
     def _take_away(
         self, plan: Plan, changes: list[tuple[Directory, bytes, Node | None, Node | None]]
@@ -196,6 +239,7 @@ class Update:
                         directory,
                         name,
                         gone=before in plan.deleted,
+                        key=plan.keys.get(before) if isinstance(before, File) else None,
                         is_moved=before in plan.moved,
                         as_version=plan.is_version(before, after),
                     )
@@ -208,6 +252,7 @@ class Update:
                 else:
                     self.tree.stored_records[key] = stored_record
         for node, stored_record in plan.with_record.items():
+            self.tree.disturb(node)
             bind(node, stored_record)
             node.ctime_ns = max(self.tree.clock(), node.ctime_ns + 1)
 

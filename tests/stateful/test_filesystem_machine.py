@@ -38,6 +38,8 @@ from hypothesis.stateful import (
 
 from etcdfs.errors import CompactedError, OutcomeUnknownError, StoreError, StoreFullError
 from etcdfs.keyspace.store import Committed, Delete, Get, KeyValue, Put, Transaction, range_end
+from etcdfs.mirror import applier
+from etcdfs.mirror.applier import LARGE, PART_KEYS
 from etcdfs.mirror.mirror import Mirror
 from etcdfs.tree.inodes import Directory, File
 from tests.support.fake_kernel import FakeMount, KernelHandle, KernelInode, Path, make_mount
@@ -380,8 +382,11 @@ class FilesystemMachine(RuleBasedStateMachine):
         self.raced: dict[bytes, KeyValue] = {}
         self.mount: FakeMount
 
-    @initialize(keys=st.lists(_keys, max_size=4))
-    def begin(self, keys: list[bytes]) -> None:
+    @initialize(keys=st.lists(_keys, max_size=4), in_parts=st.booleans())
+    def begin(self, keys: list[bytes], in_parts: bool) -> None:
+        # As a revision of very many keys is.
+        if in_parts:
+            vars(applier).update(LARGE=0, PART_KEYS=1)
         self.store.put_now(OUTSIDE, b"x")
         for key in keys:
             self.store.put_now(key, b"" if key.endswith(b"/") else self.value())
@@ -411,6 +416,7 @@ class FilesystemMachine(RuleBasedStateMachine):
                 self.finish()
         finally:
             self.loop.end()
+            vars(applier).update(LARGE=LARGE, PART_KEYS=PART_KEYS)
 
     # --- the world --------------------------------------------------------------------------
 

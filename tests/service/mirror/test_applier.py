@@ -1,5 +1,6 @@
 """How batches become visible when the kernel takes its time, and how a backlog collapses."""
 
+import gc
 from collections.abc import Callable, Collection
 
 import pytest
@@ -9,9 +10,10 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
 from etcdfs.mirror import applier as applier_module
-from etcdfs.mirror.applier import BATCH_KEYS, WAITING_MAX, Applier
+from etcdfs.mirror.applier import BATCH_KEYS, LARGE, PART_KEYS, WAITING_MAX, Applier
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.inodes import Cached, Dentry, File, Inode
+from etcdfs.tree.changes import Intent, Planner
+from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Inode
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache
@@ -177,3 +179,129 @@ async def test_after_a_failure_nothing_is_shown_before_a_new_listing(
         await wait_all_tasks_blocked()
         rig.kernel.invalidate()
     assert (rig.shown(b"a"), rig.applier.revision) == (3, 3)
+
+
+# --- large batches --------------------------------------------------------------------------
+
+MANY = 3 * LARGE
+
+
+def many(revision: int, *, deleted: bool = False) -> list[Event]:
+    names = (b"many/%06d" % number for number in range(MANY))
+    return [gone(name, revision) if deleted else put(name, revision) for name in names]
+
+
+def rig_of_many() -> Rig:
+    rig = Rig(b"a")
+    load(rig.tree, [put(b"many/%06d" % number, 1) for number in range(MANY)])
+    directory = rig.tree.root.children[b"many"]
+    assert isinstance(directory, Directory)
+    for node in (directory, *directory.children.values()):
+        rig.tree.remember(node)
+        node.kernel_may_cache = True
+    return rig
+
+
+def versions_of_many(rig: Rig) -> set[int]:
+    directory = rig.tree.root.children.get(b"many")
+    if not isinstance(directory, Directory):
+        return {0}
+    return {child.version for child in directory.children.values()}
+
+
+@pytest.mark.parametrize("deleted", [False, True])
+async def test_b220_others_have_their_turn_while_a_large_revision_is_worked_on(
+    deleted: bool, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is done key by key is done in small steps, and all of it is seen at once."""
+    rig = rig_of_many()
+    rig.kernel.is_slow = False
+    planned = 0
+    add = Planner.add
+
+    def counted(planner: Planner, event: Event) -> None:
+        nonlocal planned
+        planned += 1
+        add(planner, event)
+
+    monkeypatch.setattr(Planner, "add", counted)
+    steps: list[int] = []
+    seen: list[set[int]] = []
+
+    async def look() -> None:
+        while True:
+            before = planned
+            await trio.lowlevel.checkpoint()
+            steps.append(planned - before)
+            seen.append(versions_of_many(rig))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        await rig.applier.take(many(2, deleted=deleted))
+        with trio.fail_after(60):
+            await rig.applier.idle()
+        nursery.cancel_scope.cancel()
+    assert planned >= MANY
+    assert max(steps) <= 2 * PART_KEYS
+    seen.append(versions_of_many(rig))
+    assert all(versions in ({1}, {0 if deleted else 2}) for versions in seen)
+    assert (rig.applier.revision, rig.applier.batches) == (2, 1)
+    assert gc.isenabled()
+    rig.tree.check_invariants()
+
+
+async def test_what_changes_meanwhile_is_planned_again(autojump_clock: MockClock) -> None:
+    """Whoever opens a file keeps its version; what this mount deletes is recognised as such."""
+    rig = rig_of_many()
+    await rig.applier.take(many(2))
+    await wait_all_tasks_blocked()
+    directory = rig.tree.root.children[b"many"]
+    assert isinstance(directory, Directory)
+    opened = directory.children[b"000007"]
+    assert isinstance(opened, File)
+    opened.handles = 1
+    rig.tree.disturb(opened)
+    rig.update.intents[b"/many/000009"] = Intent()
+    with trio.fail_after(60):
+        while rig.applier.revision < 2:
+            rig.kernel.invalidate()
+            await trio.lowlevel.checkpoint()
+        rig.kernel.is_slow = False
+        rig.kernel.invalidate()
+        await rig.applier.idle()
+    assert (opened.version, opened.directory, opened.lost_key) == (1, None, b"/many/000007")
+    assert directory.children[b"000007"] is not opened
+    assert versions_of_many(rig) == {2}
+    rig.tree.check_invariants()
+
+
+async def test_a_large_batch_gives_way_to_a_call_that_holds_the_lock(
+    autojump_clock: MockClock,
+) -> None:
+    rig = rig_of_many()
+    await rig.applier.take(many(2, deleted=True))
+    await wait_all_tasks_blocked()
+    assert versions_of_many(rig) == {1}
+    directory = rig.tree.root.children[b"many"]
+    with rig.applier.invalidator.holding([Dentry(directory.inode, b"x")]):
+        assert versions_of_many(rig) == {0}
+    assert rig.applier.early == 1
+    rig.kernel.is_slow = False
+    rig.kernel.invalidate()
+    with trio.fail_after(60):
+        await rig.applier.idle()
+    assert directory.directory is None
+    rig.tree.check_invariants()
+
+
+async def test_a_large_batch_that_fails_is_not_shown(
+    autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(applier_module.log, "exception", lambda *_: None)
+    rig = rig_of_many()
+    monkeypatch.setattr(rig.update, "plan_part", lambda *_, **__: 1 / 0)
+    await rig.applier.take(many(2))
+    await wait_all_tasks_blocked()
+    assert (rig.failures, versions_of_many(rig), rig.applier.revision) == (1, {1}, 0)
+    assert gc.isenabled()
+    assert rig.tree.disturbed is None

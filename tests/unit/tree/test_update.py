@@ -101,6 +101,39 @@ def test_a_batch_makes_the_tree_what_a_listing_would(
     assert not list(again.changes()), "the same batch once more changes nothing"
 
 
+@given(before=_changes, batch=_changes, size=st.integers(1, 3))
+def test_a_batch_in_parts_makes_the_tree_what_a_listing_would(
+    before: list[list[tuple[bytes, bytes | None]]],
+    batch: list[list[tuple[bytes, bytes | None]]],
+    size: int,
+) -> None:
+    store = FakeStore()
+    for changes in before:
+        commit(store, changes)
+    tree, whole = tree_of(store), tree_of(store)
+    revision = store.revision
+    for changes in batch:
+        commit(store, changes)
+    last = list({event.key: event for event in since(store, revision)}.values())
+    update, one_step = Update(tree), Update(whole)
+    tree.disturbed = set()
+    found = [
+        update.plan_part(last[first : first + size], (), force=False)
+        for first in range(0, len(last), size)
+    ]
+    parts = [part for part, _ in found]
+    assert all(map(update.holds, parts))
+    rest = update.plan_rest([e for _, others in found for e in others], parts, force=False)
+    update.publish_parts(parts, rest)
+    tree.check_invariants()
+    one_step.apply(one_step.plan(last))
+    assert shape(tree) == shape(tree_of(store)) == shape(whole)
+    for directory in tree.directories():
+        other = at(whole, *tree.names(directory))
+        assert isinstance(other, Directory)
+        assert directory.subdirectories == other.subdirectories
+
+
 @given(before=_changes, batch=_changes)
 def test_the_kernel_is_told_exactly_of_what_changed(
     before: list[list[tuple[bytes, bytes | None]]], batch: list[list[tuple[bytes, bytes | None]]]
