@@ -9,6 +9,7 @@ Concurrency: plain blocking calls, each bounded.
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -28,36 +29,58 @@ done
 mount -t tmpfs tmpfs /mnt
 [ ! -e /sys/class/net/lo ] || ip link set lo up 2>/dev/null || true
 echo ready
-exec cat
 """
+
+_STAY: Final = "exec cat\n"
+
+_BOOT: Final = """
+for name in var root; do
+    mkdir "$0/$name" "$0/$name.work"
+    mount -t overlay overlay -o "lowerdir=/$name,upperdir=$0/$name,workdir=$0/$name.work" "/$name"
+done
+mount -t tmpfs tmpfs /run
+mount -t tmpfs tmpfs /sys/fs/cgroup
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+printf '[Unit]\nDefaultDependencies=no\n' >/etc/systemd/system/private-root.target
+exec env -i container=private-root NOTIFY_SOCKET="$0/notify" \
+    /lib/systemd/systemd --unit=private-root.target --show-status=no
+"""
+"""Nothing is started by itself: what is done at the boot of a machine is not for a copy of one."""
 
 
 @final
 class PrivateRoot:
     """Namespaces for mounts and processes. A context manager; owned by the test that made it."""
 
-    def __init__(self, *, network: bool = False) -> None:
+    def __init__(self, *, network: bool = False, boots: bool = False) -> None:
         """Make them.
 
         Args:
             network: Whether it gets a network of its own, with nothing but a loopback device.
+            boots: Whether systemd runs there, with no unit at first.
         """
         # An overlay's upper directory cannot be on an overlay, which /tmp of a container is.
         self._home = Path(tempfile.mkdtemp(prefix="etcdfs-test-root-", dir="/dev/shm"))
         command = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
         command += ["--net"] if network else []
-        self._holder = subprocess.Popen(
-            [*command, "sh", "-euc", _SETUP, str(self._home)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self._holder.stdout is not None
-        if self._holder.stdout.readline() != "ready\n":
-            _, said = self._holder.communicate(timeout=_TIMEOUT_S)
-            self.close()
-            pytest.skip(f"no namespaces here: {said.strip()}")
+        command += ["--cgroup", "--ipc", "--uts"] if boots else []
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.bind(str(self._home / "notify"))
+            notify.settimeout(_TIMEOUT_S)
+            self._holder = subprocess.Popen(
+                [*command, "sh", "-euc", _SETUP + (_BOOT if boots else _STAY), str(self._home)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            assert self._holder.stdout is not None
+            if self._holder.stdout.readline() != "ready\n":
+                _, said = self._holder.communicate(timeout=_TIMEOUT_S)
+                self.close()
+                pytest.skip(f"no namespaces here: {said.strip()}")
+            while boots and b"READY=1" not in notify.recv(4096).split(b"\n"):
+                pass
         own = Path("/proc", str(self._holder.pid), "task", str(self._holder.pid), "children")
         self._first = own.read_text().split()[0]
 

@@ -1,0 +1,101 @@
+"""The unit under a systemd, on a machine of the test's own: all of it, confinement included."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.etcd_process import EtcdProcess
+from tests.support.nobody import needs_root
+from tests.support.private_root import PrivateRoot
+
+pytestmark = [
+    pytest.mark.fuse,
+    pytest.mark.etcd,
+    needs_root,
+    pytest.mark.skipif(not Path("/lib/systemd/systemd").exists(), reason="no systemd"),
+]
+
+UNIT = "etcdfs@mnt-etcd.service"
+DROP_IN = f"""
+[Unit]
+DefaultDependencies=no
+Wants=
+After=
+[Service]
+Environment=PYTHONPATH={":".join(sys.path)}
+StandardError=file:/run/etcdfs.log
+RestartSec=100ms
+WatchdogSec=5
+TimeoutAbortSec=1
+"""
+
+SIGNAL_AND_WAIT = """
+import os, select, sys
+pid, number = map(int, sys.argv[1:])
+poll = select.poll()
+poll.register(os.pidfd_open(pid), select.POLLIN)
+os.kill(pid, number)
+poll.poll()
+"""
+
+
+@pytest.fixture
+def machine(shared_etcd: EtcdProcess) -> Iterator[PrivateRoot]:
+    with PrivateRoot(boots=True) as machine:
+        machine.run(
+            f"""
+            "$1" install-helper
+            mkdir -p /mnt/etcd /etc/etcdfs /etc/systemd/system/{UNIT}.d
+            echo "ETCDFS_ENDPOINTS=$2" >/etc/etcdfs/mnt-etcd.conf
+            echo "$3" >/etc/systemd/system/{UNIT}.d/test.conf
+            systemctl daemon-reload
+            """,
+            str(Path(sys.executable).with_name("etcdfs")),
+            shared_etcd.client_url,
+            DROP_IN,
+        )
+        yield machine
+
+
+def shown(machine: PrivateRoot, *properties: str) -> list[str]:
+    return [machine.run(f"systemctl show -P {name} {UNIT}").strip() for name in properties]
+
+
+def test_b262_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
+    # It has started when the mount is usable.
+    machine.run(f"systemctl start {UNIT}; echo value >/mnt/etcd/test-systemd")
+    assert shared_etcd.etcdctl("get", "--print-value-only", "/test-systemd") == b"value\n\n"
+    status, state = shown(machine, "StatusText", "ActiveState")
+    assert state == "active"
+    assert status.startswith(("Mounted", "Revision "))
+
+    # A reload is over when the daemon says so.
+    machine.run(f"systemctl reload {UNIT}")
+    assert "SIGHUP: reading certificates" in machine.run("cat /run/etcdfs.log")
+
+    # One that dies is started again, and one that hangs.
+    for number, sent in enumerate((signal.SIGKILL, signal.SIGSTOP), 1):
+        (before,) = shown(machine, "MainPID")
+        machine.run(
+            f'"$1" -c "$2" {before} {sent:d}; systemctl start {UNIT}',
+            sys.executable,
+            SIGNAL_AND_WAIT,
+        )
+        after, restarts = shown(machine, "MainPID", "NRestarts")
+        assert after != before
+        assert int(restarts) >= number
+        assert machine.run("cat /mnt/etcd/test-systemd") == "value\n"
+
+    # It stops with all that was written published.
+    machine.run(
+        f"""
+        exec 3>/mnt/etcd/test-systemd; echo last >&3
+        systemctl stop {UNIT}
+        """
+    )
+    assert shown(machine, "Result", "ActiveState") == ["success", "inactive"]
+    assert machine.run("ls /mnt/etcd") == ""
+    assert shared_etcd.etcdctl("get", "--print-value-only", "/test-systemd") == b"last\n\n"
