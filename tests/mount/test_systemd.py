@@ -1,5 +1,6 @@
 """The unit under a systemd, on a machine of the test's own: all of it, confinement included."""
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -42,22 +43,25 @@ poll.poll()
 """
 
 
-@pytest.fixture
-def machine(shared_etcd: EtcdProcess) -> Iterator[PrivateRoot]:
+@pytest.fixture(scope="module")
+def machine() -> Iterator[PrivateRoot]:
     with PrivateRoot(boots=True) as machine:
         machine.run(
             f"""
             "$1" install-helper
             mkdir -p /mnt/etcd /etc/etcdfs /etc/systemd/system/{UNIT}.d
-            echo "ETCDFS_ENDPOINTS=$2" >/etc/etcdfs/mnt-etcd.conf
-            echo "$3" >/etc/systemd/system/{UNIT}.d/test.conf
+            echo "$2" >/etc/systemd/system/{UNIT}.d/test.conf
             systemctl daemon-reload
             """,
             str(Path(sys.executable).with_name("etcdfs")),
-            shared_etcd.client_url,
             DROP_IN,
         )
         yield machine
+
+
+def configure(machine: PrivateRoot, **options: str) -> None:
+    lines = "\n".join(f"ETCDFS_{name.upper()}={value}" for name, value in options.items())
+    machine.run('echo "$1" >/etc/etcdfs/mnt-etcd.conf', lines)
 
 
 def shown(machine: PrivateRoot, *properties: str) -> list[str]:
@@ -65,6 +69,7 @@ def shown(machine: PrivateRoot, *properties: str) -> list[str]:
 
 
 def test_b262_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
+    configure(machine, endpoints=shared_etcd.client_url)
     # It has started when the mount is usable.
     machine.run(f"systemctl start {UNIT}; echo value >/mnt/etcd/test-systemd")
     assert shared_etcd.etcdctl("get", "--print-value-only", "/test-systemd") == b"value\n\n"
@@ -99,3 +104,24 @@ def test_b262_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProces
     assert shown(machine, "Result", "ActiveState") == ["success", "inactive"]
     assert machine.run("ls /mnt/etcd") == ""
     assert shared_etcd.etcdctl("get", "--print-value-only", "/test-systemd") == b"last\n\n"
+
+
+def test_b264_the_journal_has_events_with_their_figures(
+    machine: PrivateRoot, shared_etcd: EtcdProcess
+) -> None:
+    configure(machine, endpoints=shared_etcd.client_url, log_format="journal", prefix="/journal")
+    machine.run(
+        f"""
+        systemctl start systemd-journald.socket systemd-journald.service {UNIT}
+        systemctl stop {UNIT}
+        journalctl --sync
+        """
+    )
+    told = machine.run("journalctl -o json ETCDFS_MOUNTPOINT=/mnt/etcd")
+    events = [json.loads(line) for line in told.splitlines()]
+    assert [event["ETCDFS_EVENT"] for event in events if "ETCDFS_EVENT" in event] == [
+        *("synced", "mounted", "unmounted")
+    ]
+    assert events[0]["ETCDFS_KEYS"] == "0"
+    assert {event["_SYSTEMD_UNIT"] for event in events} == {UNIT}
+    assert {event["PRIORITY"] for event in events} == {"6"}
