@@ -349,3 +349,20 @@ async def test_an_answer_from_before_a_file_was_made_does_not_take_it_away(
         assert found.value == b"one two "
         store.delete_now(b"/f")
         assert await mount.kernel.listdir(()) == [b"e"]
+
+
+async def test_a_directory_that_is_held_is_found_again_with_those_above_it(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Nobody comes by its path: a working directory, a bind mount."""
+    store.put_now(b"/a/b/f", b"1")
+    async with open_mount(store, cache=False) as mount:
+        above = await mount.kernel.walk((b"a",))
+        held = await mount.kernel.walk((b"a", b"b"))
+        store.delete_now(b"/a/b/f")
+        assert await mount.kernel.listdir(()) == []
+        store.put_now(b"/a/b/g", b"2")
+        assert (await mount.kernel.fstat(held)).inode == held.number
+        assert mount.tree.is_attached(mount.tree.node(held.number))
+        assert (await mount.kernel.stat((b"a",))).inode == above.number
+        assert await mount.kernel.listdir((b"a", b"b")) == [b"g"]

@@ -1,5 +1,6 @@
 """Attributes between a store in memory and the calls: races, rights, and what is only remembered."""
 
+import json
 import os
 import random
 import stat
@@ -617,3 +618,57 @@ async def test_an_empty_root_keeps_what_is_set(
         await mount.filesystem.setattr(1, Change(mode=0o700, mtime_ns=LONG_AGO))
         found = await stat_of(mount)
         assert (stat.S_IMODE(found.mode), found.mtime_ns) == (0o700, LONG_AGO)
+
+
+async def test_what_is_set_as_it_is_already_puts_nothing(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(b"/f", b"1")
+    async with open_mount(store, cache=cache) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        await mount.filesystem.xattrs.setxattr(inode, b"user.a", b"b")
+        await mount.filesystem.setattr(inode, Change(mode=0o600))
+        revision = store.revision
+        await mount.filesystem.xattrs.setxattr(inode, b"user.a", b"b")
+        await mount.filesystem.setattr(inode, Change(mode=0o600))
+        assert store.revision == revision
+
+
+async def test_a_time_that_was_set_outlasts_a_change_of_anything_else(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    """In etcd as well, for every other mount; but not what it was set for."""
+    store.put_now(b"/f", b"1")
+    async with open_mount(store, cache=cache) as mount:
+        inode = (await stat_of(mount, b"f")).inode
+        await mount.filesystem.setattr(inode, Change(mtime_ns=7, atime_ns=7))
+        await mount.filesystem.setattr(inode, Change(mode=0o600))
+        await mount.filesystem.xattrs.setxattr(inode, b"user.a", b"b")
+        kept = json.loads(record(store, b"/f") or b"")
+        assert (kept["mtime_ns"], kept["mode"]) == (7, "0600")
+        store.put_now(b"/f", b"2")
+        await trio.testing.wait_all_tasks_blocked()
+        inode = (await stat_of(mount, b"f")).inode
+        await mount.filesystem.setattr(inode, Change(mode=0o640))
+        assert "mtime_ns" not in json.loads(record(store, b"/f") or b"")
+
+
+async def test_a_directory_whose_marker_another_client_makes_meanwhile(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_now(b"/d/f", b"1")
+    commit, left = store.commit, [b"/d/"]
+
+    async def raced(transaction: Transaction) -> Any:
+        if left and any(isinstance(o, Put) for o in _flat((transaction,))):
+            key = left.pop()
+            puts = (Put(key, b""), Put(record_key(key), b'{"uid":5}'))
+            store.commit_now(Transaction(then=puts))
+        return await commit(transaction)
+
+    async with open_mount(store, cache=cache) as mount:
+        inode = (await stat_of(mount, b"d")).inode
+        monkeypatch.setattr(store, "commit", raced)
+        await mount.filesystem.setattr(inode, Change(mode=0o700))
+        assert not left
+        assert json.loads(record(store, b"/d/") or b"") == {"mode": "0700", "uid": 5}

@@ -243,3 +243,14 @@ class TestMoved:
     def test_what_cannot_be_read_is_taken_along_as_it_is(self) -> None:
         stored_record = entry(record_key(b"a"), b"?", 4, 4)
         assert moved(stored_record, entry(b"a", b"", 3, 3)) == b"?"
+
+
+def test_as_many_names_are_read_as_listxattr_can_return() -> None:
+    """The rest stays as it is, in the order of the names."""
+    names = [f"user.{n:0250d}" for n in range(257)]  # of 255 bytes, and a NUL behind each
+    full = json.dumps({"xattrs": dict.fromkeys(names[:256], "")}).encode()
+    assert list(decode(full, REVISION).xattrs) == [name.encode() for name in names[:256]]
+    assert decode(full, REVISION).unknown == {}
+    more = decode(json.dumps({"xattrs": dict.fromkeys(names, "")}).encode(), REVISION)
+    assert list(more.xattrs) == [name.encode() for name in names[:256]]
+    assert json.loads(more.unknown["xattrs"]) == {names[256]: ""}

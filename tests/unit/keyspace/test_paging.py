@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from etcdfs.errors import AnswerTooLargeError, StoreProtocolError
-from etcdfs.keyspace.paging import FIRST_KEYS, GROWTH, Pages, Paging
+from etcdfs.keyspace.paging import FIRST_KEYS, GROWTH, Pages, Paging, check_nearer
 from etcdfs.keyspace.store import KeyValue, Page, Revision
 from tests.support.fake_store import FakeStore
 
@@ -73,3 +73,10 @@ async def test_pages_without_end_are_not_read_for_ever() -> None:
     await pages.next()
     with pytest.raises(StoreProtocolError):
         await pages.next()
+
+
+def test_the_last_page_brings_all_that_was_left() -> None:
+    """Not every etcd counts what is left after it."""
+    check_nearer(2, page(2, 1))
+    with pytest.raises(StoreProtocolError, match="2 keys were left of a range, and now 3"):
+        check_nearer(2, page(3, 1))

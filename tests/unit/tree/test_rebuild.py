@@ -74,3 +74,23 @@ def test_what_is_made_anew_is_the_listing(
         assert tree.is_attached(node) == is_alike(at(expected, names), node)
     numbers = [n.inode for d in tree.directories() for n in d.children.values()]
     assert len(set(numbers)) == len(numbers)
+
+
+def test_what_was_held_and_does_not_stay_is_told_apart() -> None:
+    """A file whose key is gone is deleted; one that has a newer version is only superseded."""
+    tree = make({b"/gone": 1, b"/newer": 1, b"/d/f": 1})
+    nodes = {tree.names(n): n for d in tree.directories() for n in d.children.values()}
+    for node in nodes.values():
+        tree.remember(node)
+    rebuild(tree, make({b"/newer": 2}, tree))
+    files = {names[-1]: node for names, node in nodes.items() if isinstance(node, File)}
+    assert {name: (node.directory, node.gone) for name, node in files.items()} == {
+        b"gone": (None, True),
+        b"newer": (None, False),
+        b"f": (None, True),
+    }
+    assert files[b"newer"].lost_key == b"/newer"
+    directory = nodes[b"d",]
+    assert isinstance(directory, Directory)
+    assert (directory.directory, directory.was_in) == (None, tree.root)
+    tree.check_invariants()
