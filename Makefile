@@ -34,7 +34,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 .PHONY: help
 help:
-	@echo "make demo | check | test | nightly | test-on | lint | reference | bench | soak | etcd-releases | clean"
+	@echo "make demo | check | test | mutants | nightly | test-on | lint | reference | bench | soak | etcd-releases | clean"
 
 # --- what has to be there -------------------------------------------------------------------
 
@@ -143,6 +143,18 @@ test: etcd etcd-releases lint programs
 	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
+
+# Mistakes made on purpose, one at a time, in a sample of all places: which of them does no quick
+# test notice (tests/mutants)? Takes about ten minutes on two cores.
+#   MUTATE=...     packages or modules
+#   MUTANTS=200    how many
+#   SAMPLE=n       another sample
+MUTATE ?= $(addprefix etcdfs/,keyspace tree consistency files mirror uncached vfs)
+MUTANTS ?= 200
+SAMPLE ?= 0
+.PHONY: mutants
+mutants: $(VENV)/.dev
+	$(BIN)/python -m tests.mutants --count $(MUTANTS) --sample $(SAMPLE) --jobs $(CORES) $(MUTATE)
 
 .PHONY: bench
 bench: etcd $(VENV)/.dev
