@@ -121,6 +121,7 @@ lint: packages $(VENV)/.dev
 reference: $(VENV)/.dev
 	$(BIN)/python -m tests.support.reference_page > docs/reference.md
 	$(BIN)/python -m tests.support.manual_pages
+	$(BIN)/python -m tests.support.metrics_reference
 
 .PHONY: programs
 programs:

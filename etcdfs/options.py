@@ -424,6 +424,12 @@ class MountOptions:
         Panel.PERMISSIONS,
         "Keep no attributes of files in etcd: no chmod, chown or symbolic links.",
     )
+    no_control_dir: bool = option(
+        False,
+        Kind.FLAG,
+        Panel.ADVANCED,
+        "Have no directory .etcdfs (status, metrics, revision, config) at the root.",
+    )
     max_file_size: int = option(
         1536 * 1024,
         Kind.SIZE,

@@ -20,12 +20,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar, final
+from typing import Final, NoReturn, TypeVar, final
 
 import trio
 
@@ -34,6 +33,7 @@ from etcdfs.consistency.times_record import TimesRecord
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
 from etcdfs.daemon.service_manager import ServiceManager, find_service_manager
 from etcdfs.daemon.signals import Serving, Signals
+from etcdfs.daemon.status import Section, Status
 from etcdfs.errors import (
     CommandError,
     EtcdRefusedError,
@@ -50,6 +50,7 @@ from etcdfs.etcd.client import EtcdStore, open_store
 from etcdfs.files.handles import Handles
 from etcdfs.files.write_buffer import WriteBufferQuota
 from etcdfs.files.writeback import Writeback
+from etcdfs.fuse.control_directory import ControlDirectory
 from etcdfs.fuse.notify import KernelCache, is_in_kernel
 from etcdfs.fuse.operations import FuseMount, Operations
 from etcdfs.fuse.procfs import describe_shortage, is_shortage
@@ -72,7 +73,6 @@ from etcdfs.process.mountpoint import (
     is_there,
     tear_down,
 )
-from etcdfs.process.printable import printable
 from etcdfs.process.processes import take_name
 from etcdfs.process.startup_protocol import (
     Failed,
@@ -160,6 +160,8 @@ class Components:
         self.files = Handles(
             self.view, self.value_cache, self.writeback, self.buffers, read_only=options.read_only
         )
+        owner = os.geteuid()
+        self.status = Status(options, self._sections())
         self.filesystem = Filesystem(
             ResolvingStore(store),
             self.view,
@@ -176,41 +178,45 @@ class Components:
             kernel_timeout_s=_kernel_timeout_s(options),
             timeout_s=options.timeout_s,
             read_only=options.read_only,
-            statistics=self.statistics,
+            statistics=self.status.document,
+            statistics_owner=owner if options.allow_other else None,
         )
         self.operations = Operations(
             self.filesystem,
             self.files,
             self.filesystem.xattrs,
             store=self.kernel.store if options.cache else None,
+            control=None
+            if options.no_control_dir
+            else ControlDirectory(self.status.files(), owner=owner, is_private=options.allow_other),
         )
 
-    def statistics(self) -> Mapping[str, Any]:
-        """Return all counters, by part; what `user.etcdfs.statistics` and SIGUSR1 show."""
-        counters: dict[str, Any] = {
-            "requests": dict(self.operations.requests),
-            "store": asdict(self.store.statistics()),
-            "tree": asdict(self.tree.statistics()),
-            "attributes": asdict(self.tree.rights.statistics()),
-            "value_cache": asdict(self.value_cache.statistics()),
-            "kernel": asdict(self.kernel.statistics()),
-            "writeback": asdict(self.writeback.statistics()),
-            "write_buffer": asdict(self.buffers.statistics()),
-            "open_files": len(self.files),
-            "admission": asdict(self.operations.admission.statistics()),
-            "key_outside": None if self.outside is None else repr(self.outside)[2:-1],
+    def _sections(self) -> dict[str, Section]:
+        """Return who is asked for each section of the status document."""
+        sections: dict[str, Section] = {
+            "requests": lambda: dict(self.operations.requests),  # these two are yet to come
+            "admission": lambda: self.operations.admission.statistics(),  # noqa: PLW0108
+            "open_files": lambda: len(self.files),
+            "store": self.store.statistics,
+            "tree": self.tree.statistics,
+            "attributes": self.tree.rights.statistics,
+            "value_cache": self.value_cache.statistics,
+            "kernel": self.kernel.statistics,
+            "writeback": self.writeback.statistics,
+            "write_buffer": self.buffers.statistics,
+            "key_outside": lambda: None if self.outside is None else repr(self.outside)[2:-1],
         }
-        if self.mirror is not None:
-            counters["mirror"] = asdict(self.mirror.statistics())
-            counters["staleness"] = asdict(self.mirror.staleness.statistics())
-            counters["audit"] = asdict(self.mirror.auditor.statistics())
-            if self.mirror.stored_records is not None:
-                counters["attribute_audit"] = asdict(
-                    self.mirror.stored_records.auditor.statistics()
-                )
-            if self.mirror.state_machine is not None:
-                counters["state_machine"] = asdict(self.mirror.state_machine.statistics())
-        return counters
+        mirror = self.mirror
+        if mirror is not None:
+            sections["mirror"] = mirror.statistics
+            sections["staleness"] = mirror.staleness.statistics
+            sections["audit"] = mirror.auditor.statistics
+            sections["state_machine"] = lambda: (
+                {} if mirror.state_machine is None else mirror.state_machine.statistics()
+            )
+            if mirror.stored_records is not None:
+                sections["attribute_audit"] = mirror.stored_records.auditor.statistics
+        return sections
 
     async def look_elsewhere(self) -> None:
         """See whether there are keys that the default prefix leaves out, and say so once."""
@@ -231,16 +237,6 @@ class Components:
                 "there are keys that do not begin with a slash, such as %r: --prefix '' shows them",
                 self.outside,
             )
-
-    def status(self) -> str:
-        """Return the state of the mount in one line, as `systemctl status` shows it."""
-        if self.mirror is None:
-            return "Mounted; every operation asks etcd"
-        staleness = self.mirror.staleness.statistics()
-        line = f"Revision {self.mirror.revision}, {staleness.stale_s:.0f} s behind"
-        if staleness.refused:
-            return f"{line}; nothing is shown: {printable(staleness.refused)}"
-        return line if staleness.connected else f"{line}; etcd is silent"
 
     async def flush(self) -> None:
         """Publish what is still unpublished, as far as that can be done in time."""
@@ -282,6 +278,7 @@ async def serve(
         async with AsyncExitStack() as stack:
             waiting = _Waiting(options.wait_for_etcd_s, reporter)
             components, store, client_url = await _open_components(stack, options, waiting)
+            logging.getLogger().addHandler(components.status.problems)
             tasks = await stack.enter_async_context(trio.open_nursery())
             stack.callback(tasks.cancel_scope.cancel)
             if not options.no_attrs:
@@ -302,10 +299,10 @@ async def serve(
                 if _forbids_links(options):
                     forbid_links(options.mountpoint)
                 components.kernel.start(tasks)
-                go_on = partial(tasks.start_soon, manager.run, components.status)
+                go_on = partial(tasks.start_soon, manager.run, components.status.line)
                 tasks.start_soon(_announce, components, reporter, client_url, go_on)
                 signals.serving = Serving(
-                    statistics=components.statistics,
+                    statistics=components.status.document,
                     reread=store.renew,
                     end=partial(_end_serving, components, mount),
                 )

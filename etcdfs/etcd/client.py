@@ -275,8 +275,15 @@ class EtcdStore(LeaseCalls):
 
     def statistics(self) -> StoreStatistics:
         """Count the requests so far; what is sent again counts once."""
+        members = self._members
         return StoreStatistics(
-            ranges=self._ranges, transactions=self._transactions, watches=self._watches
+            ranges=self._ranges,
+            transactions=self._transactions,
+            watches=self._watches,
+            endpoints=tuple(map(str, members.endpoints)),
+            endpoint=str(members.endpoint),
+            moves=members.moves,
+            revision=members.watermark.known.revision,
         )
 
     def _deadline(self) -> float:

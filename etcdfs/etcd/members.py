@@ -79,6 +79,7 @@ class Members:
     """The connections of a store. Owned by it; `close` ends them.
 
     Attributes:
+        endpoints: All of them, in order of preference.
         closed: Whether that has happened.
         patience_s: How long a member may keep quiet before another is asked as well.
         watermark: How far etcd is.
@@ -88,10 +89,10 @@ class Members:
         # --- dependencies
         self._login = login
         # --- constants
-        self._endpoints = tuple(dict.fromkeys(endpoints))
+        self.endpoints = tuple(dict.fromkeys(endpoints))
         self._timeout_s = timeout_s
         # One that is alone has all the time there is.
-        count = len(self._endpoints)
+        count = len(self.endpoints)
         self.patience_s = timeout_s if count == 1 else min(timeout_s / count, SILENCE_MAX_S)
         # --- mutable state
         self.watermark = RevisionWatermark()
@@ -105,7 +106,7 @@ class Members:
     @property
     def endpoint(self) -> Endpoint:
         """The endpoint in use."""
-        return self._endpoints[self._preferred]
+        return self.endpoints[self._preferred]
 
     @property
     def moves(self) -> int:
@@ -115,8 +116,8 @@ class Members:
     def in_turn(self) -> Iterator[Endpoint]:
         """Yield all endpoints, the one in use first."""
         first = self._preferred
-        yield from self._endpoints[first:]
-        yield from self._endpoints[:first]
+        yield from self.endpoints[first:]
+        yield from self.endpoints[:first]
 
     async def connection(self, endpoint: Endpoint) -> Connection:
         """Return the connection to a member; nothing is sent.
@@ -155,13 +156,13 @@ class Members:
         if endpoint != self.endpoint:
             self._rename += 1
             log.info("%s answers instead of %s", endpoint, self.endpoint)
-            self._preferred = self._endpoints.index(endpoint)
+            self._preferred = self.endpoints.index(endpoint)
 
     def failed(self, endpoint: Endpoint) -> None:
         """Use the next endpoint, if this is the one in use."""
-        if endpoint == self.endpoint and len(self._endpoints) > 1:
+        if endpoint == self.endpoint and len(self.endpoints) > 1:
             self._rename += 1
-            self._preferred = (self._preferred + 1) % len(self._endpoints)
+            self._preferred = (self._preferred + 1) % len(self.endpoints)
             log.info("%s does not serve; trying %s", endpoint, self.endpoint)
 
     def broke(self, connection: Connection) -> None:
@@ -183,7 +184,7 @@ class Members:
         They would notice only by gRPC's pings, much later.
         """
         self.broke(connection)
-        if len(self._endpoints) > 1:
+        if len(self.endpoints) > 1:
             for watch in [w for w, e in self._watches.items() if e == connection.endpoint]:
                 watch.abandon()
 

@@ -43,6 +43,7 @@ from pyfuse3 import (
 from etcdfs.admission import Admission, Request, current
 from etcdfs.errors import EtcdfsError, FuseRefusedError, NoAttributeError
 from etcdfs.files.handles import Handles
+from etcdfs.fuse.control_directory import ControlDirectory, is_control_inode
 from etcdfs.fuse.procfs import Openers, describe_shortage, is_shortage
 from etcdfs.vfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
 from etcdfs.vfs.filesystem import Filesystem
@@ -79,6 +80,9 @@ def handler(
         request = Request(self.admission, lambda: self.user_of(name, args))
         before = current.set(request)
         try:
+            if self._control is not None and (answering := self._control.answering(name, args)):
+                answer: R = await answering(*args)
+                return answer
             return await function(self, *args, **kwargs)
         except FUSEError:
             raise
@@ -109,8 +113,9 @@ class Operations(pyfuse3.Operations):
         xattrs: Xattrs,
         *,
         store: Callable[[int, bytes], None] | None,
+        control: ControlDirectory | None = None,
     ) -> None:
-        """Serve `filesystem`.
+        """Serve `filesystem`, and beside it `control`.
 
         With `store`, which gives the kernel an inode's content, pages outlive the last close of
         a file; without, each open begins anew.
@@ -120,6 +125,7 @@ class Operations(pyfuse3.Operations):
         self._filesystem = filesystem
         self._files = files
         self._xattrs = xattrs
+        self._control = control
         # --- constants
         self._keep_cache = store is not None
         self._store = store
@@ -159,7 +165,7 @@ class Operations(pyfuse3.Operations):
     def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:  # type: ignore[override]
         self.requests["forget"] += 1
         try:
-            self._filesystem.forget(inode_list)
+            self._filesystem.forget([pair for pair in inode_list if not is_control_inode(pair[0])])
         except Exception:
             log.exception("forget failed; this is a bug of etcdfs")
 
@@ -262,7 +268,7 @@ class Operations(pyfuse3.Operations):
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
         _asked.set(None)
         try:
-            value = await self._xattrs.getxattr(inode, name)
+            value = await self._xattrs.getxattr(inode, name, _caller(ctx))
         except NoAttributeError:
             _asked.set((ctx, False))
             raise

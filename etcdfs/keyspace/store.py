@@ -266,11 +266,25 @@ class StoreStatus:
 
 @dataclass(frozen=True, slots=True)
 class StoreStatistics:
-    """How often the store was asked, since the start."""
+    """How often the store was asked, since the start, and who is.
+
+    Attributes:
+        ranges: Reads of ranges.
+        transactions: Transactions.
+        watches: Watches that were opened.
+        endpoints: The members, in order of preference.
+        endpoint: The one in use.
+        moves: Times that another was taken into use.
+        revision: The newest revision that etcd has answered with; 0: none yet.
+    """
 
     ranges: int
     transactions: int
     watches: int
+    endpoints: tuple[str, ...] = ()
+    endpoint: str = ""
+    moves: int = 0
+    revision: int = 0
 
 
 class Store(Protocol):

@@ -77,6 +77,7 @@ class MirrorStatistics:
     Attributes:
         revision: The revision that readers see.
         listed_keys: Keys in the last listing.
+        lag: Revisions between that and the newest that etcd has answered with.
         connected: Whether a watch stands.
         batches: Batches applied.
         events: Events in them.
@@ -87,6 +88,7 @@ class MirrorStatistics:
 
     revision: int
     listed_keys: int
+    lag: int
     connected: bool
     batches: int
     events: int
@@ -267,6 +269,7 @@ class Mirror:
         return MirrorStatistics(
             revision=self.revision,
             listed_keys=self._staged_keys,
+            lag=max(0, self._store.statistics().revision - self.revision),
             connected=self.staleness.connected,
             batches=self._applier.batches,
             events=self._applier.events,

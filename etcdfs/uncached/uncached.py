@@ -10,15 +10,16 @@ Concurrency: trio thread. An answer is applied in one step; of two answers about
 with the higher mod_revision stays.
 """
 
+import math
 from collections.abc import Collection, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, final
 
 import trio
 
-from etcdfs.errors import CallerError, CompactedError, StorePermissionError
+from etcdfs.errors import CallerError, CompactedError, StoreError, StorePermissionError
 from etcdfs.keyspace.attribute_records import RECHECK_S, record_key, record_range
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
 from etcdfs.keyspace.paging import Pages, Paging, check_nearer
@@ -43,6 +44,8 @@ VALUES_LIMIT: Final = 256
 """Values fetched at a time, at most."""
 MAX_LISTINGS: Final = 3
 """Listings begun anew because their revision was compacted away, before giving up."""
+ROOT_PATIENCE_S: Final = 0.1
+"""How long etcd is waited for with the root's attributes when it has not said them last time."""
 
 
 @final
@@ -56,6 +59,7 @@ class Uncached:
         self.update = Update(tree)
         # --- mutable state
         self._records_refused_until = 0.0
+        self._root_patience_s = math.inf
 
     def check(self) -> None:
         """See `View.check`: what is held is what an open file was when it was opened."""
@@ -222,9 +226,17 @@ class Uncached:
             directory = child
 
     async def _refresh_root(self, root: Directory) -> None:
+        """Ask for the root's attributes; they stay as they were while etcd does not say.
+
+        The kernel asks for them on the way to any path, so also to what does not need etcd: df(1)
+        and the control directory. All the rest asks etcd itself, and fails.
+        """
         if not self.update.tree.attributes or not self.update.tree.keyspace.prefix:
             return
-        found = await self._ask(())
+        found = None
+        with suppress(StoreError), trio.move_on_after(self._root_patience_s):
+            found = await self._ask(())
+        self._root_patience_s = ROOT_PATIENCE_S if found is None else math.inf
         if found is not None:
             stored_record, marker = found.directory_record, found.marker
             answer = _Answer(stored_record, marker, found.revision, has_record=found.has_records)

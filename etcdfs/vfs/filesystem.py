@@ -114,6 +114,7 @@ class Filesystem:
         timeout_s: float,
         read_only: bool,
         statistics: Callable[[], Mapping[str, Any]],
+        statistics_owner: int | None = None,
     ) -> None:
         # --- dependencies
         self._store = store
@@ -133,6 +134,7 @@ class Filesystem:
             timeout_s=timeout_s,
             read_only=read_only,
             statistics=statistics,
+            statistics_owner=statistics_owner,
         )
         # --- constants
         self._kernel_timeout_s = kernel_timeout_s

@@ -10,7 +10,7 @@ own are kept (that is `set_attributes`), FUSE.
 `user.etcd.version`          /
 `user.etcd.lease`            the lease's number, in hexadecimal as etcdctl writes it
 `user.etcd.ttl`              seconds that are left of it; can be set, and removed
-`user.etcdfs.statistics`     of the root: the counters of the mount, as JSON
+`user.etcdfs.statistics`     of the root: the status of the mount, as JSON (`etcdfs.daemon.status`)
 `user.etcdfs.wait.REVISION`  of the root: answers once readers see that revision
 ===========================  ====================================================================
 
@@ -67,7 +67,12 @@ class Xattrs:
         timeout_s: float,
         read_only: bool,
         statistics: Callable[[], Mapping[str, Any]],
+        statistics_owner: int | None,
     ) -> None:
+        """Answer for a mount.
+
+        Only `statistics_owner` and root may read the statistics; everybody if it is None.
+        """
         # --- dependencies
         self._view = view
         self._setattr = set_attributes
@@ -76,15 +81,17 @@ class Xattrs:
         # --- constants
         self._timeout_s = timeout_s
         self._read_only = read_only
+        self._statistics_owner = statistics_owner
 
     @property
     def _tree(self) -> Tree:
         return self._view.update.tree
 
-    async def getxattr(self, inode: int, name: bytes) -> bytes:
-        """Return an extended attribute.
+    async def getxattr(self, inode: int, name: bytes, caller: Caller | None = None) -> bytes:
+        """Return an extended attribute to a caller; None is the mount itself.
 
         Raises:
+            NotPermittedError: It is not for the caller.
             NoAttributeError: There is none of that name.
             NotSupportedError: Only user.* attributes can be kept.
             RevisionNotReachedError: The revision to wait for did not come within `--timeout`.
@@ -92,7 +99,7 @@ class Xattrs:
         """
         _check_name(name)  # first: the kernel asks for security.capability before each write
         if name.startswith(ETCDFS):
-            return await self._own(self._tree.node(inode), name)
+            return await self._own(self._tree.node(inode), name, caller)
         node = await node_of(self._view, inode)
         if name.startswith(ETCD):
             return await self._fact(node, name)
@@ -152,11 +159,15 @@ class Xattrs:
 
     # --- what etcd and etcdfs say -----------------------------------------------------------
 
-    async def _own(self, node: Node, name: bytes) -> bytes:
+    async def _own(self, node: Node, name: bytes, caller: Caller | None) -> bytes:
         wanted = name.removeprefix(WAIT)
         if node is not self._tree.root or (name != STATISTICS and not wanted.isdigit()):
             raise no_attribute(name)
         if name == STATISTICS:
+            owner = self._statistics_owner
+            if owner is not None and caller is not None and caller.uid not in (0, owner):
+                msg = f"{name!r} is for whoever mounted, and for root"
+                raise NotPermittedError(msg)
             return json.dumps(self._statistics(), sort_keys=True).encode()
         about_to_wait()
         with trio.move_on_after(self._timeout_s):

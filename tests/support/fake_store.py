@@ -196,6 +196,7 @@ class FakeStore:
             ranges=len(self.range_calls),
             transactions=len(self.commit_calls),
             watches=self._watches,
+            revision=self.revision,
         )
 
     # --- the foreign writer -----------------------------------------------------------------

@@ -347,7 +347,7 @@ def test_option_list_has_every_option() -> None:
     for name in VALUED:
         assert parse_option_list(f"{name}=x").texts == {name: "x"}
     flags = parse_option_list(
-        "ro,allow_other,no_attrs,cache,embedded,insecure_skip_tls_verify"
+        "ro,allow_other,no_attrs,no_control_dir,cache,embedded,insecure_skip_tls_verify"
     ).texts
     assert flags.keys() == OPTIONS.keys() - VALUED - {"password"}
 

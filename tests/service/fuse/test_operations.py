@@ -18,7 +18,9 @@ import etcdfs.errors
 from etcdfs.admission import Admission, about_to_wait
 from etcdfs.errors import EtcdfsError, NotFoundError, StoreFullError
 from etcdfs.files.handles import Handles
+from etcdfs.fuse.control_directory import ControlDirectory
 from etcdfs.fuse.operations import Operations, quieten
+from etcdfs.keyspace.keys import CONTROL_NAME
 from etcdfs.tree.inodes import Inode
 from etcdfs.vfs.attributes import Attributes, Caller, Change
 from etcdfs.vfs.filesystem import Filesystem, Listed, SpaceStatistics
@@ -510,3 +512,82 @@ def test_an_answer_that_nobody_waits_for_is_no_error(
         theirs.setLevel(logging.NOTSET)
     logged = [record.levelno for record in caplog.records]
     assert logged == ([level] if level < logging.INFO else [level, level])
+
+
+# --- the control directory ------------------------------------------------------------------
+
+
+def with_control() -> Operations:
+    """Return handlers whose filesystem fails at whatever it is asked."""
+    fake = cast("Any", Raising(RuntimeError("the filesystem was asked")))
+    control = ControlDirectory({b"status": lambda: b"content"}, owner=3, is_private=True)
+    return Operations(fake, fake, fake, store=None, control=control)
+
+
+async def control_inode(served: Operations, name: bytes | None = None) -> Any:
+    """Return the inode of the control directory, or of a file in it."""
+    packed = await served.lookup(pyfuse3.ROOT_INODE, pyfuse3.FileNameT(CONTROL_NAME), CONTEXT)
+    if name is not None:
+        packed = await served.lookup(packed.st_ino, pyfuse3.FileNameT(name), CONTEXT)
+    return packed.st_ino
+
+
+async def test_a_request_about_the_control_directory_never_reaches_the_filesystem() -> None:
+    """Nor is it ENOSYS, which the kernel would take for an answer for all files."""
+    served = with_control()
+    answered = {}
+    for inode in (await control_inode(served), await control_inode(served, b"status")):
+        for name in handlers():
+            if name in {"statfs", "read", "readdir", "release"}:  # of no inode, or of what is open
+                continue
+            made = arguments(getattr(Operations, name))
+            at = 2 if name == "rename" else 0
+            made[at] = inode
+            try:
+                await getattr(served, name)(*made)
+            except FUSEError as exc:
+                answered[name] = exc.errno
+    refused = {name for name, number in answered.items() if number == errno.EPERM}
+    assert refused == {
+        *("create", "link", "mkdir", "mknod", "open", "readlink", "removexattr", "rename"),
+        *("rmdir", "setattr", "setxattr", "symlink", "unlink", "write"),
+    }
+    others = {name: number for name, number in answered.items() if name not in refused}
+    assert others == {"getxattr": errno.ENODATA, "lookup": errno.ENOENT}
+
+
+@pytest.mark.parametrize(
+    "name", ["mkdir", "create", "rmdir", "unlink", "rename", "symlink", "link"]
+)
+async def test_the_control_directory_itself_stays(name: str) -> None:
+    made = arguments(getattr(Operations, name))
+    at = 1 if name == "link" else 0
+    made[at : at + 2] = [pyfuse3.ROOT_INODE, CONTROL_NAME]
+    assert await errno_of(getattr(with_control(), name)(*made)) == errno.EPERM
+
+
+async def test_a_control_file_is_made_at_its_open_and_stays_as_it_was() -> None:
+    value_cache = iter((b"first", b"second"))
+    control = ControlDirectory({b"status": lambda: next(value_cache)}, owner=3, is_private=False)
+    fake = cast("Any", Recording())
+    served = Operations(fake, fake, fake, store=None, control=control)
+    inode = await control_inode(served, b"status")
+    opened = [
+        await served.open(inode, pyfuse3.FlagT(os.O_RDONLY), CONTEXT),
+        await served.open(inode, pyfuse3.FlagT(os.O_RDONLY), CONTEXT),
+    ]
+    assert all(info.direct_io for info in opened)
+    assert [await served.read(info.fh, 0, 100) for info in opened] == [b"first", b"second"]
+    assert await served.read(opened[0].fh, 2, 2) == b"rs"
+    for info in opened:
+        await served.release(info.fh)
+    assert fake.calls == []
+
+
+async def test_the_control_directory_is_not_forgotten_in_the_tree() -> None:
+    fake = cast("Any", Recording())
+    control = ControlDirectory({}, owner=3, is_private=False)
+    served = Operations(fake, fake, fake, store=None, control=control)
+    inode = await control_inode(served)
+    served.forget([(inode, 1), (pyfuse3.InodeT(5), 2)])
+    assert fake.calls == [("forget", [(5, 2)])]
