@@ -355,6 +355,12 @@ class UnmountError(CommandError):
     exit_code = 15
 
 
+class NotAnsweringError(CommandError):
+    """A mount does not say how it is: its daemon is gone or hangs, or it is not for this user."""
+
+    exit_code = 16
+
+
 class EtcdUnreachableError(CommandError):
     """No endpoint answered in time."""
 

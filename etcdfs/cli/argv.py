@@ -8,6 +8,9 @@ Concurrency: none; pure functions.
 
 import os
 
+_WITH_MOUNTPOINT = {"mount", "umount", "status"}
+"""Commands that a path may follow; the first field of fstab cannot be one of them."""
+
 _NOT_IN_BACKGROUND = {"-f", "--foreground", "-h", "--help", "--version"}
 
 
@@ -23,7 +26,7 @@ def original_form(arguments: list[str]) -> list[str]:
     """
     match arguments:
         case [first, second, *_] if (
-            first in {"mount", "umount"} or first.startswith("-") or second.startswith("-")
+            first in _WITH_MOUNTPOINT or first.startswith("-") or second.startswith("-")
         ):
             return arguments
         case [source, mountpoint, *rest] if mountpoint.startswith("/") and not source.startswith(

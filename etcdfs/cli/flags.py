@@ -39,6 +39,19 @@ OptionLists = Annotated[
         help="Options as in fstab: ro, allow_other, noexec, or any flag without its dashes.",
     ),
 ]
+AnyMountpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="MOUNTPOINT",
+        show_default=False,
+        help="Where etcdfs is mounted; all mounts if left out.",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print what the mount says, as JSON.")]
+Watch = Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")]
+Interval = Annotated[
+    str, typer.Option("--interval", metavar="S", show_default="2", help="How often, with --watch.")
+]
 UnmountTimeout = Annotated[
     str,
     typer.Option(

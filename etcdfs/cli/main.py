@@ -22,14 +22,18 @@ import typer
 from etcdfs import __version__
 from etcdfs.cli.argv import has_empty_operand, original_form
 from etcdfs.cli.flags import (
+    AnyMountpoint,
+    AsJson,
     Foreground,
     InstallRoot,
+    Interval,
     Lazy,
     MountedAt,
     Mountpoint,
     OptionLists,
     RemoveHelper,
     UnmountTimeout,
+    Watch,
     takes_the_table,
 )
 from etcdfs.cli.install import find_command, install_files, remove_files, strangers
@@ -110,6 +114,24 @@ def umount(mountpoint: MountedAt, timeout: UnmountTimeout = "30", lazy: Lazy = F
 
 
 @app.command()
+def status(
+    mountpoint: AnyMountpoint = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
+    interval: Interval = "2",
+) -> None:
+    """Say how a mount is, or all mounts of the machine: connection, revision, requests, audits."""
+    from etcdfs.cli.status import show_status  # noqa: PLC0415 -- only who wants it loads rich
+
+    show_status(
+        None if mountpoint is None else resolve(str(mountpoint)),
+        as_json=as_json,
+        watch=watch,
+        interval_s=_interval(interval),
+    )
+
+
+@app.command()
 def install_helper(root: InstallRoot = Path("/"), remove: RemoveHelper = False) -> None:
     """Let the system find etcdfs: mount -t etcdfs, fstab, systemd.
 
@@ -124,6 +146,13 @@ def install_helper(root: InstallRoot = Path("/"), remove: RemoveHelper = False) 
         typer.echo(f"installed {place}")
     if foreign := strangers(command):
         log.warning("root runs %s now, and others than root can change %s", command, foreign[0])
+
+
+def _interval(text: str) -> float:
+    seconds = parse_seconds(text)
+    if not seconds:
+        raise UsageError("--interval: it must be more than 0")
+    return seconds
 
 
 # --- putting texts together -----------------------------------------------------------------

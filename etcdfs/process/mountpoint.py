@@ -111,8 +111,12 @@ def _unescape(field: bytes) -> str:
 
 def find_mounted(path: str) -> Mounted | None:
     """Return what is mounted at an absolute path, the topmost; None if nothing is."""
-    mounts = parse_mountinfo(_MOUNTINFO.read_bytes())
-    return next((m for m in reversed(list(mounts)) if m.path == path), None)
+    return next((m for m in reversed(find_mounts()) if m.path == path), None)
+
+
+def find_mounts() -> list[Mounted]:
+    """Return all mounts that this process sees, the oldest first."""
+    return list(parse_mountinfo(_MOUNTINFO.read_bytes()))
 
 
 def is_there(mounted: Mounted) -> bool:
