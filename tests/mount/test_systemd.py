@@ -125,3 +125,25 @@ def test_b264_the_journal_has_events_with_their_figures(
     assert events[0]["ETCDFS_KEYS"] == "0"
     assert {event["_SYSTEMD_UNIT"] for event in events} == {UNIT}
     assert {event["PRIORITY"] for event in events} == {"6"}
+
+
+def test_b263_a_line_of_fstab_is_a_mount_of_systemd(
+    machine: PrivateRoot, shared_etcd: EtcdProcess
+) -> None:
+    """At boot it is systemd that reads fstab; the daemon outlives the command that started it."""
+    shared_etcd.etcdctl("put", "/fstab/test-systemd", "value")
+    line = f"{shared_etcd.endpoint}/fstab /mnt/fstab etcdfs cache,_netdev,nofail,noauto 0 0"
+    machine.run(
+        """
+        mkdir /mnt/fstab; echo "$1" >>/etc/fstab
+        systemctl set-environment PYTHONPATH="$PYTHONPATH"
+        systemctl daemon-reload; systemctl start mnt-fstab.mount
+        """,
+        line,
+    )
+    state, kind = (
+        machine.run(f"systemctl show -P {name} mnt-fstab.mount") for name in ("ActiveState", "Type")
+    )
+    assert (state, kind) == ("active\n", "fuse.etcdfs\n")
+    assert machine.run("cat /mnt/fstab/test-systemd") == "value"
+    assert machine.run("systemctl stop mnt-fstab.mount; ls /mnt/fstab") == ""
