@@ -290,7 +290,7 @@ async def serve(
                 await components.times.save()
                 tasks.start_soon(components.times.run)
             await components.look_elsewhere()
-            claim.check()
+            await trio.to_thread.run_sync(claim.check)
             mount = FuseMount(components.operations, options.mountpoint, _kernel_options(options))
             with mount:
                 mounted = _found_by_name(options.mountpoint)

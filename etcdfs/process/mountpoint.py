@@ -160,7 +160,10 @@ def _real(path: Path) -> str:
 
 
 def prepare(mountpoint: str) -> None:
-    """Make sure that a directory can be mounted over; clear what a killed daemon left there.
+    """Make sure that a directory can be mounted over, as far as can be told; say what is there.
+
+    What a killed daemon left stays until its successor is about to mount (`Claim.check`): for as
+    long as that reads keys, or waits for etcd, an empty directory would look like deleted files.
 
     Args:
         mountpoint: As `resolve` returns it.
@@ -168,10 +171,12 @@ def prepare(mountpoint: str) -> None:
     Raises:
         CommandError: It cannot; the class says why.
     """
-    mounted = find_mounted(mountpoint)
-    if mounted is not None:
-        _clear_if_stale(mounted)
-    _check_directory(mountpoint)
+    if _find_stale(mountpoint) is not None:
+        log.warning(
+            "a killed daemon left a stale mount on %s, which is to be replaced; if nobody killed "
+            "it, its log or the kernel's tells whether memory ran out",
+            mountpoint,
+        )
     check_fuse(_DEVICE)
 
 
@@ -184,13 +189,17 @@ class Claim:
         self._fd = fd
 
     def check(self) -> None:
-        """Make sure, just before mounting, that nobody else has.
+        """Make sure, just before mounting, that nobody else has; clear what a killed daemon left.
 
         Raises:
             AlreadyMountedError: Somebody has.
+            CommandError: What is below the stale mount cannot be mounted over.
         """
-        if find_mounted(self._mountpoint) is not None:
-            raise AlreadyMountedError(f"{self._mountpoint} is a mountpoint already")
+        stale = _find_stale(self._mountpoint)
+        if stale is not None:
+            _unmount(stale.path, lazy=True)
+            log.info("cleared the stale mount on %s", stale.path)
+            _check_directory(stale.path)
 
     def release(self) -> None:
         """Let others look for themselves: it is mounted, or will not be."""
@@ -208,10 +217,11 @@ def claimed(mountpoint: str) -> Iterator[Claim]:
     Raises:
         CommandError: As `prepare`; or another daemon was quicker.
     """
-    prepare(mountpoint)
+    _find_stale(mountpoint)
+    check_fuse(_DEVICE)
     claim = Claim(mountpoint, _lock(mountpoint))
     try:
-        claim.check()
+        _find_stale(mountpoint)  # another daemon may have mounted, and released its claim
         yield claim
     finally:
         claim.release()
@@ -275,24 +285,25 @@ def check_fuse(device: Path = _DEVICE) -> None:
         raise FuseMissingError("there is no fusermount3 on PATH: install the package fuse3")
 
 
-def _clear_if_stale(mounted: Mounted) -> None:
-    """Take a dead mount of ours away; anything else that is mounted stays.
+def _find_stale(mountpoint: str) -> Mounted | None:
+    """Return the dead mount of ours that is in the way; None if nothing is.
 
     Raises:
-        AlreadyMountedError: It is alive, or is not ours.
-        UnmountError: It is dead and could not be taken away.
+        AlreadyMountedError: What is mounted is alive, or is not ours.
+        CommandError: Nothing is mounted, and the directory cannot be mounted over.
     """
-    path = mounted.path
-    if not mounted.ours:
-        raise AlreadyMountedError(f"{path} is a mountpoint already ({mounted.type})")
-    if _find_server(mounted) is not None or not _is_dead(path):
-        raise AlreadyMountedError(f"etcdfs is mounted on {path} already")
-    _unmount(path, lazy=True)
-    log.warning(
-        "cleared the stale mount that a killed daemon left on %s; if nobody killed it, its log or "
-        "the kernel's tells whether memory ran out",
-        path,
-    )
+    mounted = find_mounted(mountpoint)
+    if mounted is None:
+        _check_directory(mountpoint)
+    elif not mounted.ours:
+        raise AlreadyMountedError(f"{mountpoint} is a mountpoint already ({mounted.type})")
+    elif not _is_stale(mounted):
+        raise AlreadyMountedError(f"etcdfs is mounted on {mountpoint} already")
+    return mounted
+
+
+def _is_stale(mounted: Mounted) -> bool:
+    return mounted.ours and _find_server(mounted) is None and _is_dead(mounted.path)
 
 
 def clear_dead(mountpoint: str) -> None:
@@ -302,9 +313,8 @@ def clear_dead(mountpoint: str) -> None:
         UnmountError: It could not be taken away.
     """
     mounted = find_mounted(mountpoint)
-    if mounted is not None and mounted.ours and _find_server(mounted) is None:
-        with contextlib.suppress(AlreadyMountedError):
-            _clear_if_stale(mounted)
+    if mounted is not None and _is_stale(mounted):
+        _unmount(mountpoint, lazy=True)
 
 
 def _is_dead(path: str) -> bool:

@@ -492,7 +492,7 @@ def test_b84_another_user_can_neither_hold_a_mount_up_nor_keep_it_away(
             os.kill(server, signal.SIGKILL)
             wait_for_end(pidfd)
             done = run_etcdfs("mount", str(mnt), "--endpoints", shared_etcd.client_url)
-            assert (done.returncode, "cleared the stale mount" in done.stderr) == (0, True)
+            assert (done.returncode, "left a stale mount" in done.stderr) == (0, True)
             done = run_etcdfs("umount", str(mnt))
             assert (done.returncode, done.stderr) == (0, "")
 
@@ -613,9 +613,24 @@ def test_a_stale_mount_is_cleared_by_the_next_mount(shared_etcd: EtcdProcess, mn
     kill(mnt)
     done = run_etcdfs("mount", str(mnt), *endpoint)
     assert done.returncode == 0
-    assert f"etcdfs: cleared the stale mount that a killed daemon left on {mnt};" in done.stderr
+    assert (
+        f"etcdfs: a killed daemon left a stale mount on {mnt}, which is to be replaced"
+        in done.stderr
+    )
     assert done.stderr.count("\n") == 1
     (mnt / "test-cli").write_text("alive")
+    umount(mnt)
+
+
+def test_b79_a_mount_that_fails_leaves_the_stale_one_so_that_nothing_looks_empty(
+    shared_etcd: EtcdProcess, mnt: Path
+) -> None:
+    mount(mnt, "--endpoints", shared_etcd.client_url)
+    kill(mnt)
+    done = run_etcdfs("mount", str(mnt), "--endpoints", "127.0.0.1:1", "--timeout", "1")
+    assert done.returncode == 20
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTCONN)):
+        os.listdir(mnt)
     umount(mnt)
 
 

@@ -39,9 +39,9 @@ from etcdfs.process.mountpoint import (
 from etcdfs.process.processes import find_daemon, find_server
 from tests.support.nobody import needs_root, public_directory, running_as_nobody
 
-CLEARED = (
-    "cleared the stale mount that a killed daemon left on %s; if nobody killed it, its log or "
-    "the kernel's tells whether memory ran out"
+STALE = (
+    "a killed daemon left a stale mount on %s, which is to be replaced; if nobody killed "
+    "it, its log or the kernel's tells whether memory ran out"
 )
 
 TABLE = rb"""22 28 0:21 / /proc rw,nosuid,nodev - proc proc rw
@@ -230,7 +230,7 @@ signal.pause()
 
 
 @needs_root
-@pytest.mark.expect_log(CLEARED)
+@pytest.mark.expect_log(STALE)
 def test_b84_another_users_process_is_no_daemon(
     table: Path, place: str, fusermount3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,7 +241,7 @@ def test_b84_another_users_process_is_no_daemon(
         enter(table, place)
         monkeypatch.setattr(etcdfs.process.mountpoint, "_is_dead", lambda path: path == place)
         prepare(place)
-    assert fusermount3.read_text() == f"-u -- {place}\n-uz -- {place}\n"
+    assert fusermount3.read_text() == f"-u -- {place}\n"
 
 
 def test_a_mountpoint_that_leads_nowhere_is_refused(
@@ -301,22 +301,31 @@ def test_a_mount_of_ours_that_answers_is_refused(table: Path, place: str) -> Non
         prepare(place)
 
 
-@pytest.mark.expect_log(CLEARED)
-def test_a_stale_mount_is_cleared(
-    table: Path,
-    place: str,
-    fusermount3: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+@pytest.mark.expect_log(STALE)
+def test_a_stale_mount_stays_until_its_successor_is_about_to_mount(
+    table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    notes = install(tmp_path, monkeypatch, f'sed -i /fuse.etcdfs/d "{table}"')
     enter(table, place)
     monkeypatch.setattr(etcdfs.process.mountpoint, "_is_dead", lambda path: path == place)
     prepare(place)
-    assert fusermount3.read_text() == f"-uz -- {place}\n"
-    assert caplog.messages == [CLEARED % place]
+    with claimed(place) as claim:
+        assert not notes.exists()
+        claim.check()
+    assert notes.read_text() == f"-uz -- {place}\n"
 
 
-@pytest.mark.expect_log(CLEARED)
+def test_what_is_below_a_stale_mount_is_not_hidden(
+    table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path, monkeypatch, f'sed -i /fuse.etcdfs/d "{table}"')
+    enter(table, place)
+    monkeypatch.setattr(etcdfs.process.mountpoint, "_is_dead", lambda path: path == place)
+    Path(place, "file").touch()
+    with claimed(place) as claim, pytest.raises(MountpointNotEmptyError):
+        claim.check()
+
+
 def test_clear_dead_leaves_what_lives(
     table: Path, place: str, fusermount3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +366,7 @@ def test_a_mountpoint_is_claimed_by_one_daemon_at_a_time(table: Path, place: str
         with pytest.raises(AlreadyMountedError, match="another etcdfs is about to mount"):
             claimed(place).__enter__()
         enter(table, place)
-        with pytest.raises(AlreadyMountedError, match="is a mountpoint already"):
+        with pytest.raises(AlreadyMountedError, match="etcdfs is mounted on"):
             claim.check()
         table.write_bytes(TABLE)
         claim.release()
@@ -406,12 +415,14 @@ def test_b84_a_directory_that_somebody_else_has_made_is_not_used(
 def test_what_was_mounted_meanwhile_cannot_be_claimed(
     table: Path, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def quicker(path: str) -> None:
-        prepare(path)
-        enter(table, path)
+    lock = etcdfs.process.mountpoint._lock
 
-    monkeypatch.setattr(etcdfs.process.mountpoint, "prepare", quicker)
-    with pytest.raises(AlreadyMountedError, match="is a mountpoint already"):
+    def slower(path: str) -> int | None:
+        enter(table, path)
+        return lock(path)
+
+    monkeypatch.setattr(etcdfs.process.mountpoint, "_lock", slower)
+    with pytest.raises(AlreadyMountedError, match="etcdfs is mounted on"):
         claimed(place).__enter__()
 
 
