@@ -453,8 +453,6 @@ async def _announce(
         )
     )
     then()
-    if mirror is not None:
-        await mirror.keep_loaded()
 
 
 def _kernel_timeout_s(options: MountOptions) -> float:

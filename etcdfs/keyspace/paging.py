@@ -22,8 +22,8 @@ FIRST_KEYS: Final = 64
 GROWTH: Final = 8
 """How many times as large the next page may be; also how many times as small, if it must."""
 
-PAGE_BYTES: Final = 4 << 20
-"""Bytes that a page is to have: about 20 ms, and little beside what a process takes anyway."""
+PAGE_BYTES: Final = 8 << 20
+"""Bytes that a page is to have: about 40 ms, and little beside what a process takes anyway."""
 
 
 @final

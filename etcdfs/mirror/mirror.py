@@ -7,7 +7,6 @@ Concurrency: trio thread; one task lists, watches and hands batches on, in order
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from contextlib import AbstractContextManager, aclosing
 from dataclasses import dataclass
@@ -54,7 +53,7 @@ from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node
 from etcdfs.tree.node_attributes import bind_all, stored_record_of
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
-from etcdfs.tree.value_cache import ValueCache, entry_size, value_of
+from etcdfs.tree.value_cache import ValueCache, value_of
 
 log = logging.getLogger(__name__)
 
@@ -165,9 +164,8 @@ class Mirror:
         self._is_restored = False
         self._staging: Staging | None = None
         self._fresh: Tree | None = None  # what is listed, if the tree has to be made anew
-        self._loaded: deque[tuple[KeyValue, ...]] = deque()
         self._staged_keys = self._staged_bytes = 0
-        self._room = 0  # bytes of memory for values of the first listing
+        self._is_full = False  # no more values of the first listing fit
         self._ahead = 0
 
     @property
@@ -441,8 +439,7 @@ class Mirror:
             self._fresh = self._staging = None
             if not self._is_restored:
                 self.update.tree.clear()
-                self._loaded.clear()
-                self._room = self._value_cache.capacity
+                self._is_full = False
             elif self.update.tree.doubtful:
                 self._fresh = self._make_tree()
             else:
@@ -454,19 +451,6 @@ class Mirror:
         if not self._is_restored:
             progress(self._staged_keys, self._staged_bytes)
 
-    async def keep_loaded(self) -> None:
-        """Keep the values of the first listing, as many as fit, while others work.
-
-        Run it once the mount is usable: nobody need wait for it. Until it is done, a value that
-        is asked for may have to be fetched again.
-        """
-        while self._loaded:
-            for entry in self._loaded.popleft():
-                if not self._value_cache.put_if_room(entry.key, entry.mod_revision, entry.value):
-                    self._loaded.clear()
-                    return
-            await trio.lowlevel.checkpoint()
-
     def _stage_some(self, entries: tuple[KeyValue, ...]) -> None:
         self._staged_keys += len(entries)
         self._staged_bytes += sum(map(len, map(_VALUE, entries)))
@@ -477,14 +461,14 @@ class Mirror:
             self._staging.add(entries)
             return
         load(self.update.tree, entries)
-        # Those that fit, or all values would be in memory until the mount is usable.
-        if self._room > 0:
-            self._room -= sum(entry_size(entry.value) for entry in entries)
-            over = self._room
-            while over < 0:
-                over += entry_size(entries[-1].value)
-                entries = entries[:-1]
-            self._loaded.append(entries)
+        # At once: what is kept of a page until it is loaded lies between what stays, and the
+        # memory would not go back.
+        for entry in entries:
+            if self._is_full or is_record_key(entry.key):
+                return
+            self._is_full = not self._value_cache.put_if_room(
+                entry.key, entry.mod_revision, entry.value
+            )
 
     async def _restore(self, revision: Revision) -> None:
         if not self._is_restored:

@@ -16,7 +16,7 @@ from functools import partial
 
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, is_plain
-from etcdfs.keyspace.store import KeyValue
+from etcdfs.keyspace.store import KeyValue, Revision
 from etcdfs.tree.inodes import Directory, File, Inode, KeyState, Node, key_state_of
 from etcdfs.tree.node_attributes import stored_record_of, type_of
 from etcdfs.tree.tree import Tree
@@ -45,7 +45,14 @@ def date(tree: Tree) -> None:
     if not newest:
         return
     tree.revisions.learn(newest, tree.clock())
-    time_of = tree.revisions.time_of
+    times = {0: 0}  # of the last revision: its time is one object, too
+
+    def time_of(revision: int) -> int:
+        if revision not in times:
+            times.clear()
+            times[revision] = tree.revisions.time_of(revision)
+        return times[revision]
+
     made: dict[Directory, int] = {}  # at which revision, as far as is known
     for directory in reversed(directories):  # what is below comes first
         marker = directory.marker
@@ -82,9 +89,16 @@ class _Loader:
 
     def load(self, entries: Iterable[KeyValue]) -> None:
         # The hot loop of a start: what it calls per key is written out here.
-        now, numbers = self._now, self._tree.numbers
+        now, numbers, last = self._now, self._tree.numbers, Revision(0)
         for entry in entries:
             key, value, created, modified, version, lease = entry
+            # The same number is one object: most keys were made and never changed since, many of
+            # them in one transaction.
+            if modified == last:
+                modified = last
+            last = modified
+            if created == modified:
+                created = modified
             cut = key.rfind(b"/") + 1
             name = key[cut:]
             children = self._directory.children

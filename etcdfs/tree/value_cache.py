@@ -8,24 +8,21 @@ many bytes. Then it is read from etcd's history. Does not know: which version is
 Concurrency: owned by the trio thread; only what reads from etcd waits.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, final
-
-from cachetools import Cache, LRUCache
 
 from etcdfs.errors import CompactedError, StaleError, StoreError, StoreFullError
 from etcdfs.keyspace.store import Committed, Get, Page, Revision, Store, Transaction
 from etcdfs.tree.inodes import File
 from etcdfs.tree.tree import Tree
 
-# What an entry takes beside the bytes of its value: the headers of value and key, the revision,
-# the pair of both, and a slot in each of cachetools' three hash tables (values, sizes, order).
-# Measured with tracemalloc: 360-400 bytes and the key itself, so keys of up to about 110 bytes
-# are paid for. Without it, a million values of 10 bytes would take forty times what they say.
-ENTRY_OVERHEAD: Final = 512
-
-_Version = tuple[bytes, Revision]
+# What an entry takes beside the bytes of its value: the headers of both objects, the key with its
+# revision, and a node and a slot in the table. Measured with tracemalloc: 150-190 bytes and the key
+# itself, so keys of up to about 70 bytes are paid for. Without it, a million values of 10 bytes would
+# take twenty times what they say.
+ENTRY_OVERHEAD: Final = 256
 
 
 def entry_size(value: bytes) -> int:
@@ -54,16 +51,6 @@ class ValueCacheStatistics:
     evictions: int
 
 
-class _CountingLru(LRUCache[_Version, bytes]):
-    """An LRU that counts what it evicts."""
-
-    evictions = 0
-
-    def popitem(self) -> tuple[_Version, bytes]:
-        self.evictions += 1
-        return super().popitem()
-
-
 @final
 class ValueCache:
     """A cache of values by key and mod_revision, bounded by the memory they take.
@@ -77,10 +64,13 @@ class ValueCache:
         self._capacity = capacity
 
         # --- mutable state ---
-        # INVARIANT: the sizes of all entries add up to what the LRU says, at most the capacity.
-        self._lru = _CountingLru(capacity, getsizeof=entry_size)
-        self._hits = 0
-        self._misses = 0
+        # One table, and one object for key and revision: cachetools' cache has three tables, and
+        # takes 400 bytes an entry.
+        # INVARIANT: the sizes of all entries add up to `_size`, at most the capacity; those used
+        # last come last.
+        self._values: OrderedDict[bytes, bytes] = OrderedDict()
+        self._size = 0
+        self._hits = self._misses = self._evictions = 0
 
     @property
     def capacity(self) -> int:
@@ -92,8 +82,14 @@ class ValueCache:
 
         A value that can never fit is not kept, and nothing is dropped for it.
         """
-        if entry_size(value) <= self._capacity:
-            self._lru[key, mod_revision] = value
+        if entry_size(value) > self._capacity:
+            return
+        self.discard(key, mod_revision)
+        self._values[_name_of(key, mod_revision)] = value
+        self._size += entry_size(value)
+        while self._size > self._capacity:
+            self._size -= entry_size(self._values.popitem(last=False)[1])
+            self._evictions += 1
 
     def put_if_room(self, key: bytes, mod_revision: Revision, value: bytes) -> bool:
         """Keep a value if it fits as things are; return whether it did.
@@ -101,46 +97,53 @@ class ValueCache:
         For loading in bulk, where no value is likelier to be wanted than those it would drop:
         a load of more than the capacity then costs half as much, and drops nothing in use.
         """
-        if self._lru.currsize + entry_size(value) > self._capacity:
+        size = self._size + entry_size(value)
+        if size > self._capacity:
             return False
-        self._lru[key, mod_revision] = value
+        self._values[_name_of(key, mod_revision)] = value
+        self._size = size
         return True
 
     def get(self, key: bytes, mod_revision: Revision) -> bytes | None:
         """Return the value that a key was given at a revision, or None if it is not held."""
-        value = self._lru.get((key, mod_revision))
+        version = _name_of(key, mod_revision)
+        value = self._values.get(version)
         if value is None:
             self._misses += 1
         else:
             self._hits += 1
+            self._values.move_to_end(version)
         return value
 
     def peek(self, key: bytes, mod_revision: Revision) -> bytes | None:
         """Return what `get` would, without counting it as a use."""
-        version = (key, mod_revision)
-        # Not `self._lru[version]`: reading through LRUCache moves the entry to the end.
-        return Cache.__getitem__(self._lru, version) if version in self._lru else None
+        return self._values.get(_name_of(key, mod_revision))
 
     def discard(self, key: bytes, mod_revision: Revision) -> None:
         """Let go of a value, if it is held: its version can no longer be asked for."""
-        self._lru.pop((key, mod_revision), None)
+        value = self._values.pop(_name_of(key, mod_revision), None)
+        if value is not None:
+            self._size -= entry_size(value)
 
     def statistics(self) -> ValueCacheStatistics:
         """Count what is held and what has happened."""
         return ValueCacheStatistics(
-            entries=len(self._lru),
-            size=int(self._lru.currsize),
+            entries=len(self._values),
+            size=self._size,
             capacity=self._capacity,
             hits=self._hits,
             misses=self._misses,
-            evictions=self._lru.evictions,
+            evictions=self._evictions,
         )
 
     def check_invariants(self) -> None:
         """Assert what always holds; slow."""
-        # Not `values()`: it reads through LRUCache, and would count as a use of each entry.
-        size = sum(entry_size(Cache.__getitem__(self._lru, version)) for version in self._lru)
-        assert size == self._lru.currsize <= self._capacity
+        size = sum(map(entry_size, self._values.values()))
+        assert size == self._size <= self._capacity
+
+
+def _name_of(key: bytes, mod_revision: Revision) -> bytes:
+    return mod_revision.to_bytes(8) + key
 
 
 async def value_of(store: Store, value_cache: ValueCache, tree: Tree, file: File) -> bytes:

@@ -731,10 +731,9 @@ async def test_a_first_listing_holds_no_more_values_than_are_kept(
     for n in range(100):
         store.put_now(b"/%03d" % n, b"x" * 100_000)
     async with open_mount(store, cache_size=1 << 20) as mount:
-        loaded = [entry for page in mount.mirror._loaded for entry in page]
-        assert sum(len(entry.value) for entry in loaded) <= 1 << 20
-        await mount.mirror.keep_loaded()
-        assert not mount.mirror._loaded
+        statistics = mount.value_cache.statistics()
+        assert (statistics.entries, statistics.evictions) == (10, 0)
+        assert statistics.size <= 1 << 20
         assert await content(mount, (b"007",)) == b"x" * 100_000
 
 

@@ -7,8 +7,16 @@ import pytest
 import trio
 
 from etcdfs.errors import AnswerTooLargeError, StoreProtocolError
-from etcdfs.keyspace.paging import FIRST_KEYS, GROWTH, Pages, Paging, check_nearer
+from etcdfs.keyspace.paging import (
+    FIRST_KEYS,
+    GROWTH,
+    PAGE_BYTES,
+    Pages,
+    Paging,
+    check_nearer,
+)
 from etcdfs.keyspace.store import KeyValue, Page, Revision
+from etcdfs.mirror.state_machine import PAGE_SIZE
 from tests.support.fake_store import FakeStore
 
 
@@ -24,6 +32,17 @@ def test_pages_grow_while_keys_are_small() -> None:
         limits.append(paging.limit)
         paging.took(page(paging.limit, 200))
     assert limits == [FIRST_KEYS, FIRST_KEYS * GROWTH, FIRST_KEYS * GROWTH**2, 5000]
+
+
+def test_all_of_many_small_keys_comes_in_few_pages() -> None:
+    """Each page costs etcd a walk over all that is left."""
+    paging, left, pages = Paging(PAGE_SIZE), 1_000_000, 0
+    while left > 0:
+        taken = min(paging.limit, left)
+        left, pages = left - taken, pages + 1
+        paging.took(Page(page(1, 230).entries * taken, Revision(1), more=left > 0))
+    assert pages <= 32
+    assert paging.limit * 230 <= PAGE_BYTES
 
 
 def test_large_values_come_few_at_a_time() -> None:

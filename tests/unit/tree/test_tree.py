@@ -9,7 +9,7 @@ from etcdfs.errors import NotADirectoryFileError, StaleError
 from etcdfs.keyspace.attribute_records import Record
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import KeyValue, Revision
-from etcdfs.tree.bulk_load import load
+from etcdfs.tree.bulk_load import date, load
 from etcdfs.tree.inodes import (
     MAX_VANISHED,
     NOT_IN_ETCD,
@@ -87,6 +87,23 @@ def test_every_key_is_loaded_at_its_path(keys: set[bytes], cut: int, marked: boo
             file = node.children[b"%value"] if isinstance(node, Directory) else node
             assert isinstance(file, File)
             assert tree.key_of(file) == key
+
+
+def test_equal_numbers_of_a_listing_are_one_object() -> None:
+    """A million keys have as many of each, of 32 bytes."""
+    tree = Tree(ROOT, lambda: 1000, complete=True)
+    # As they come from a message: each number by itself.
+    entries = [
+        KeyValue(b"/%d" % n, b"", Revision(int("1000")), Revision(int("1000")), 1)
+        for n in range(100)
+    ]
+    load(tree, entries)
+    date(tree)
+    files = [child for child in tree.root.children.values() if isinstance(child, File)]
+    states = [file.key_state for file in files if file.key_state is not None]
+    numbers = [n for state in states for n in (state.create_revision, state.mod_revision)]
+    assert len({id(number) for number in numbers}) <= 3, "the first key is placed by itself"
+    assert len({id(file.mtime_ns) for file in files}) == 1
 
 
 def test_clear_empties_what_the_kernel_does_not_know() -> None:

@@ -1,5 +1,7 @@
 """The values in memory are those that were put, least recently used first out."""
 
+import tracemalloc
+
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -107,3 +109,15 @@ def test_tiny_values_are_charged_for_what_they_really_take() -> None:
     for revision in range(10_000):
         value_cache.put(b"k", Revision(revision), b"x")
     assert value_cache.statistics().entries == 1_000_000 // (ENTRY_OVERHEAD + 1)
+
+
+def test_what_is_charged_pays_for_the_memory() -> None:
+    count, revision = 22_000, Revision(123_456_789)  # just after the table has grown
+    value_cache, keys = ValueCache(1 << 30), [b"/some/directory/%06d" % n for n in range(count)]
+    tracemalloc.start()
+    before, _ = tracemalloc.get_traced_memory()
+    for key in keys:
+        value_cache.put(key, revision, bytes(100))
+    taken = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert value_cache.statistics().size / 2 < taken <= value_cache.statistics().size
