@@ -71,6 +71,16 @@ def read_all(endpoint: Endpoint, prefix: bytes) -> dict[bytes, bytes]:
     return found
 
 
+def delete_all(endpoint: Endpoint, prefix: bytes) -> int:
+    """Delete every key below a prefix in one revision, and return it."""
+    with _kv(endpoint) as kv:
+        answer = kv.DeleteRange(
+            rpc.DeleteRangeRequest(key=prefix, range_end=prefix_end(prefix)), timeout=_TIMEOUT_S
+        )
+        revision: int = answer.header.revision
+        return revision
+
+
 @contextmanager
 def _kv(endpoint: Endpoint) -> Iterator[Any]:
     with grpc.insecure_channel(str(endpoint), options=_CHANNEL_OPTIONS) as channel:

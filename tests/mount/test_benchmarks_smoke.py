@@ -48,7 +48,7 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
     _check_figures(json.loads(figures.read_text())["benchmarks"])
     text = table.read_text()
     assert text in done.stdout
-    for part in ("open+read+close", "--no-cache", "raw client", "Propagation", "Start"):
+    for part in ("open+read+close", "--no-cache", "raw client", "Propagation", "Start", "Pauses"):
         assert part in text
 
 
