@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import Any
 
 import pytest
 import trio
@@ -11,6 +12,7 @@ from trio.testing import MockClock
 from etcdfs.consistency.audit_index import Staging
 from etcdfs.errors import CompactedError, NotFoundError, StoreUnavailableError
 from etcdfs.keyspace.store import Delete, KeyValue, Put, Revision, Transaction
+from etcdfs.mirror.mirror import Mirror
 from etcdfs.tree.bulk_load import load
 from etcdfs.tree.inodes import CachedAttributes, Dentry
 from tests.service.mirrors import AGAIN, BOUND_S, content, quiet
@@ -789,3 +791,20 @@ async def test_comparing_a_listing_lets_others_have_their_turn(
             nursery.cancel_scope.cancel()
         assert len(gone) == len(entries) // 2
         assert turns > len(entries) // 100, "no more than a hundred keys at a time or so"
+
+
+async def test_the_first_listing_says_how_far_it_is(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, int]] = []
+    run = Mirror.run
+
+    async def run_and_tell(mirror: Mirror, _progress: object, **named: Any) -> None:
+        await run(mirror, lambda keys, size: told.append((keys, size)), **named)
+
+    monkeypatch.setattr(Mirror, "run", run_and_tell)
+    for number in range(100):
+        store.put_now(b"/%d" % number, b"12345")
+    async with open_mount(store):
+        assert told == sorted(told)
+        assert told[-1] == (100, 500)

@@ -764,3 +764,24 @@ async def test_read_only_mount_refuses_every_change(
             assert await errno_of(call) == errno.EROFS
         assert await content(mount, (b"f",)) == b"1"
         assert not [c for c in store.commit_calls if any(isinstance(o, Put) for o in c.then)]
+
+
+async def test_a_directory_that_was_removed_never_comes_back_even_if_the_watch_was_first(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the kernel it is dead: whoever is in it must not see what others make in its place."""
+    store.put_now(b"/d/", b"")
+    commit = store.commit
+
+    async def late(transaction: Transaction) -> Committed:
+        committed = await commit(transaction)
+        await trio.testing.wait_all_tasks_blocked()
+        return committed
+
+    async with open_mount(store) as mount:
+        held = await mount.kernel.walk((b"d",))
+        monkeypatch.setattr(store, "commit", late)
+        await mount.kernel.rmdir((b"d",))
+        store.put_now(b"/d/x", b"1")
+        await trio.testing.wait_all_tasks_blocked()
+        assert (await mount.kernel.stat((b"d",))).inode != held.number

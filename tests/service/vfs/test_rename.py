@@ -13,7 +13,7 @@ from trio.testing import MockClock
 from etcdfs.errors import EtcdfsError, StorePermissionError
 from etcdfs.keyspace.attribute_records import Record, encode, record_key
 from etcdfs.keyspace.store import Committed, Get, Put, Transaction
-from etcdfs.tree.inodes import Directory
+from etcdfs.tree.inodes import Directory, File
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
 
@@ -497,4 +497,25 @@ async def test_a_look_meanwhile_takes_nothing_away(
         await mount.kernel.close(writer)
         assert keys(store) == {b"/n/f": b"new", b"/n/g": b"2"}
         assert (await mount.kernel.walk((b"n",))).number == inode
+        await quiet(mount)
+
+
+async def test_an_inode_that_is_made_old_while_it_is_renamed_is_known_by_the_new_name(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    fill(store, {b"/f": b"1"})
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open((b"f",), os.O_RDONLY)
+        number = await racing(
+            store,
+            lambda: mount.kernel.rename((b"f",), (b"g",)),
+            lambda: store.put_now(b"/f", b"newer"),
+        )
+        assert (number, keys(store)) == (0, {b"/g": b"newer"})
+        await trio.testing.wait_all_tasks_blocked()
+        file = mount.tree.node(handle.inode.number)
+        assert isinstance(file, File)
+        assert (file.lost_key, file.removed) == (b"/g", False)
+        assert await mount.kernel.read(handle) == b"1"
+        await mount.kernel.close(handle)
         await quiet(mount)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
+from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
 from etcdfs.tree.bulk_load import load
@@ -389,4 +390,19 @@ def test_withdrawn_file_takes_the_directory_that_only_it_kept() -> None:
     stale = update.withdraw(directory, b"new", gone=True)
     assert Expiry(Dentry(tree.root.inode, b"d")) in stale
     assert not tree.root.children
+    tree.check_invariants()
+
+
+def test_a_file_that_becomes_a_link_is_another_inode() -> None:
+    """The kernel never lets an inode change its type."""
+    store, tree, update = made(b"/f", b"/g")
+    link, other = file_at(tree, b"f"), file_at(tree, b"g")
+    tree.remember(link)
+    tree.remember(other)
+    revision = store.revision
+    store.put_now(record_key(b"/f"), b'{"type":"symlink"}')
+    store.put_now(record_key(b"/g"), b'{"mode":"0600"}')
+    apply(update, since(store, revision))
+    assert file_at(tree, b"f") is not link
+    assert file_at(tree, b"g") is other
     tree.check_invariants()

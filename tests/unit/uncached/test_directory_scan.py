@@ -38,13 +38,17 @@ def test_every_name_is_found_once(keys: set[bytes], limit: int, prefix: bytes) -
     store.put_now(PREFIX[:-1] + b"0", b"after the prefix")
     keyspace = Keyspace(prefix)
     expected: dict[bytes, bool] = {}
+    markers: dict[bytes, bytes] = {}
     for entry in store.range_now(prefix or b"\0", range_end(prefix)).entries:
         names, is_marker = keyspace.locate(entry.key)
         if names:
             is_directory = is_marker or len(names) > 1
             expected[names[0]] = expected.get(names[0], False) or is_directory
+            if is_marker and len(names) == 1:
+                markers[names[0]] = entry.key
     level, *_ = listed(store, limit, prefix)
     assert {name: value is None for name, value in level.found.items()} == expected
+    assert {name: entry.key for name, entry in level.markers.items()} == markers
     for name, witness in level.evidence_keys.items():
         assert keyspace.locate(witness)[0][0] == name
     assert level.evidence_keys.keys() == {name for name, below in expected.items() if below}
