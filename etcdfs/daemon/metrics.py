@@ -180,6 +180,7 @@ TABLE: Final[tuple[Metric, ...]] = (
         "Requests that were refused (EAGAIN), as too many waited.",
     ),
     _gauge("open_files", "open_files", "Open file handles."),
+    _unshown("fast_path", "What the fast path has the kernel do; nothing without it."),
     # --- etcd
     _info("store.endpoints", "endpoints", "The members, in order of preference."),
     _state("store.endpoint", "endpoint_in_use", "The member in use.", "endpoint"),

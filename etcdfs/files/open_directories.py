@@ -1,4 +1,4 @@
-"""Open directories, and the names that each shows.
+"""The names that readers of directories are shown.
 
 Knows: that a listing is of one moment, however long it is read, and how the memory for that does
 not grow with those who read. Does not know: the kernel, what names stand for.
@@ -10,11 +10,14 @@ a directory take the room of one, and when it changes in between, little more.
 Concurrency: one owner, the trio thread.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Final, NewType, final
 from weakref import WeakValueDictionary
 
-from etcdfs.tree.inodes import Directory
+import trio
+
+from etcdfs.tree.inodes import Directory, Inode
 
 DirectoryHandle = NewType("DirectoryHandle", int)
 
@@ -91,3 +94,89 @@ def _cut(names: list[bytes]) -> Iterator[tuple[bytes, ...]]:
     for start, end in zip([0, *cuts], [*cuts, len(names)], strict=True):
         if start < end:
             yield tuple(names[start:end])
+
+
+COOKIE_BITS: Final = 62
+"""Of a name's hash; an off_t has 63, and the caller puts a few entries before the names."""
+
+BUCKET: Final = 256
+"""Names that are sorted together, on average."""
+
+SLICE: Final = 16 * 1024
+"""Names that are distributed before others get their turn: a few milliseconds."""
+
+KEPT_NAMES: Final = 1 << 20
+"""Names that are kept in order, of all directories but the last one."""
+
+
+@final
+class _Ordered:
+    """A directory's names at one moment, by their hashes, in buckets that are sorted when read."""
+
+    __slots__ = ("buckets", "changes", "count", "shift")
+
+    def __init__(self, count: int, changes: int) -> None:
+        bits = max(0, (count // BUCKET).bit_length())
+        self.buckets: list[list[bytes]] = [[] for _ in range(1 << bits)]
+        self.shift = COOKIE_BITS - bits
+        self.count = count
+        self.changes = changes
+
+
+@final
+class ListingsByHash:
+    """Listings that are read without a handle: the kernel keeps them, and opens no directory.
+
+    Where a reader goes on is all that it says, however long it waited; so the position is not a
+    number in some list, but the hash of the name before, as on ext4: a name that stays is listed
+    once, whatever comes and goes meanwhile. (Two of a million names have the same hash of 62 bits
+    in one of ten million directories; then one may be left out, where an answer ends between them.)
+    """
+
+    def __init__(self) -> None:
+        # --- mutable state
+        self._kept: OrderedDict[Inode, _Ordered] = OrderedDict()
+        self._count = 0  # INVARIANT: of names in them
+
+    def __len__(self) -> int:
+        """Count the names that are kept in order."""
+        return self._count
+
+    async def take(self, directory: Directory, *, anew: bool) -> None:
+        """Put the names in order; `anew`: those that are there now, for who begins to read."""
+        kept = self._kept.get(directory.inode)
+        if kept is not None and not (anew and kept.changes != directory.changes):
+            self._kept.move_to_end(directory.inode)
+            return
+        names = list(directory.children)
+        ordered = _Ordered(len(names), directory.changes)
+        buckets, shift = ordered.buckets, ordered.shift
+        for start in range(0, len(names), SLICE):
+            if start:
+                await trio.lowlevel.checkpoint()
+            for name in names[start : start + SLICE]:
+                buckets[_cookie(name) >> shift].append(name)
+        self._keep(directory.inode, ordered)
+
+    def names(self, directory: Directory, position: int) -> Iterator[tuple[int, bytes]]:
+        """Iterate over the names from a position on, with the one after each; after `take`."""
+        ordered = self._kept[directory.inode]
+        for number in range(position >> ordered.shift, len(ordered.buckets)):
+            bucket = ordered.buckets[number]
+            bucket.sort(key=_cookie)
+            for name in bucket:
+                cookie = _cookie(name)
+                if cookie >= position:
+                    yield cookie + 1, name
+
+    def _keep(self, inode: Inode, ordered: _Ordered) -> None:
+        before = self._kept.pop(inode, None)
+        self._count += ordered.count - (0 if before is None else before.count)
+        self._kept[inode] = ordered
+        while self._count > KEPT_NAMES and len(self._kept) > 1:
+            _, dropped = self._kept.popitem(last=False)
+            self._count -= dropped.count
+
+
+def _cookie(name: bytes) -> int:
+    return hash(name) & ((1 << COOKIE_BITS) - 1)

@@ -405,8 +405,8 @@ def invalidate_attributes(inode: int, *, pages: bool) -> bool:
     """Have the kernel forget the attributes of an inode; False if it does not have it.
 
     This never waits for a lock; with its `pages`, for a READ under way. That waits for nothing
-    here, but perhaps in Linux, behind other requests (`max_background`).
-    Directories have none (pyfuse3 cannot ask for FOPEN_CACHE_DIR).
+    here, but perhaps in Linux, behind other requests (`max_background`). Those of a directory are
+    its listing; getdents(2) locks one while it copies from there to the caller's memory.
     """
     try:
         pyfuse3.invalidate_inode(pyfuse3.InodeT(inode), attr_only=not pages)

@@ -44,6 +44,7 @@ from etcdfs.admission import Admission, Request, current
 from etcdfs.errors import EtcdfsError, FuseRefusedError, NoAttributeError
 from etcdfs.files.handles import Handles
 from etcdfs.fuse.control_directory import ControlDirectory, is_control_inode
+from etcdfs.fuse.fastpath import NO_FAST_PATH, FastPath
 from etcdfs.fuse.procfs import Openers, describe_shortage, is_shortage
 from etcdfs.vfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
 from etcdfs.vfs.filesystem import Filesystem
@@ -114,6 +115,7 @@ class Operations(pyfuse3.Operations):
         *,
         store: Callable[[int, bytes], None] | None,
         control: ControlDirectory | None = None,
+        fast_path: FastPath = NO_FAST_PATH,
     ) -> None:
         """Serve `filesystem`, and beside it `control`.
 
@@ -126,6 +128,7 @@ class Operations(pyfuse3.Operations):
         self._files = files
         self._xattrs = xattrs
         self._control = control
+        self.fast_path = fast_path
         # --- constants
         self._keep_cache = store is not None
         self._store = store
@@ -249,6 +252,7 @@ class Operations(pyfuse3.Operations):
             gid=attr.st_gid if fields.update_gid else None,
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            is_now=_is_now(self.fast_path.flags, fields),
         )
         return _pack(await self._filesystem.setattr(inode, change, ctx.uid, by_path=fh is None))
 
@@ -283,8 +287,12 @@ class Operations(pyfuse3.Operations):
     async def setxattr(
         self, inode: InodeT, name: XAttrNameT, value: bytes, ctx: RequestContext
     ) -> None:
-        asked = _asked.get()
-        is_there = asked[1] if asked is not None and asked[0] is ctx else None
+        flags = self.fast_path.flags
+        if flags is not None:
+            is_there = {os.XATTR_CREATE: False, os.XATTR_REPLACE: True}.get(flags)
+        else:
+            asked = _asked.get()
+            is_there = asked[1] if asked is not None and asked[0] is ctx else None
         await self._xattrs.setxattr(inode, name, value, is_there, _caller(ctx))
 
     @handler
@@ -373,8 +381,14 @@ class Operations(pyfuse3.Operations):
     @handler
     async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
         filesystem = self._filesystem
-        listing = await filesystem.readdir(fh, max(0, start_id - _DOTS))
-        for position, (name, node) in enumerate(filesystem.dots(fh)):
+        start = max(0, start_id - _DOTS)
+        if self.fast_path.keeps_listings:
+            inode = int(fh)
+            listing = await filesystem.readdir_by_inode(inode, start)
+        else:
+            inode = filesystem.opened_directory(fh)
+            listing = await filesystem.readdir(fh, start)
+        for position, (name, node) in enumerate(filesystem.dots(inode)):
             if position >= start_id:
                 # The kernel takes no lookup for these two (fs/fuse/readdir.c,
                 # fuse_direntplus_link).
@@ -427,6 +441,7 @@ class FuseMount:
         said: list[str] = []
         try:
             with _listening_to_stderr(said):
+                self._operations.fast_path.prepare()
                 pyfuse3.init(self._operations, self._mountpoint, self._options)
         except RuntimeError as exc:
             why = said[-1] if said else exc
@@ -434,6 +449,11 @@ class FuseMount:
             raise FuseRefusedError(msg) from exc
         for line in said:
             log.info("%s", line)
+        try:
+            self._operations.fast_path.check()
+        except FuseRefusedError:
+            pyfuse3.close()
+            raise
         return self
 
     def __exit__(
@@ -496,6 +516,20 @@ _DIRECTORY: Final = "directory"
 _OF_DIRECTORIES: Final = frozenset(("readdir", "releasedir", "fsyncdir"))
 
 _DOTS: Final = 2  # "." and ".." come first in every listing
+
+
+# libfuse, fuse_lowlevel.h, FUSE_SET_ATTR_ATIME_NOW and FUSE_SET_ATTR_MTIME_NOW
+_ATIME_NOW: Final = 1 << 7
+_MTIME_NOW: Final = 1 << 8
+
+
+def _is_now(flags: int | None, fields: SetattrFields) -> bool | None:
+    """Say whether all times that are set are the present, None if that is not known."""
+    if flags is None:
+        return None
+    return (not fields.update_atime or bool(flags & _ATIME_NOW)) and (
+        not fields.update_mtime or bool(flags & _MTIME_NOW)
+    )
 
 
 def _caller(ctx: RequestContext) -> Caller:

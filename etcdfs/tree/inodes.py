@@ -146,10 +146,11 @@ class Directory:
     """A prefix of keys.
 
     `marker` is what etcd says of its marker key, None without one; `NOT_IN_ETCD` of part of a
-    long name, which has no key, and was made here.
+    long name, which has no key, and was made here. `changes` counts changes of its names.
     """
 
     __slots__ = (
+        "changes",
         "children",
         "ctime_ns",
         "directory",
@@ -174,6 +175,7 @@ class Directory:
         self.removed = False  # by this mount: for the kernel it is dead, and never comes back
         self.was_in: Directory | None = None  # while it is not there
         self.children: dict[bytes, Node] = {}
+        self.changes = 0
         self.marker: KeyState | None = None
         self.mtime_ns = now_ns
         self.ctime_ns = now_ns

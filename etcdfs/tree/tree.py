@@ -198,9 +198,11 @@ class Tree:
     def may_follow(self, file: File) -> bool:
         """Return whether a file may become the version that another client has written.
 
-        Not what somebody has open: a reader would see the old size with new bytes.
+        Not what somebody has open: a reader would see the old size with new bytes. Nor a link whose
+        target the kernel has: a READLINK under way would bring it back, and no open ask again.
         """
-        return not (file.handles or file.removed or file.key_state is None)
+        is_kept_link = file.pages is not None and _type(file) == "symlink"
+        return not (file.handles or file.removed or file.key_state is None or is_kept_link)
 
     def returning(self, directory: Directory, name: bytes) -> Node | None:
         """Return the node that the kernel holds of a name which comes back, if it can be that."""
@@ -347,13 +349,13 @@ class Tree:
         return CachedAttributes(node.inode, within)
 
     def cached_by_kernel(self) -> list[Cached]:
-        """Return everything that the kernel may have cached, attributes of open files too."""
+        """Return all that the kernel may have cached: of open files and directories, too."""
         cached: list[Cached] = list(self._negatives)
         for node in self._known.values():
             if node.directory is not None:
                 cached.append(Dentry(node.directory.inode, node.name))
             if isinstance(node, Directory):
-                cached.append(self.listing_of(node))
+                cached.append(self.listing_of(node)._replace(pages=True))
             elif node.handles:
                 cached.append(CachedAttributes(node.inode, None))
         return cached
@@ -528,8 +530,8 @@ class Tree:
         """Put a node in the place of one of its kind, with what that one has."""
         node.stored_record = there.stored_record
         if isinstance(node, Directory) and isinstance(there, Directory):
-            node.children = there.children
-            node.subdirectories = there.subdirectories
+            node.children, node.subdirectories = there.children, there.subdirectories
+            self._touch(node)  # or the kernel would take a listing that it kept for this one
             node.marker = there.marker
             for child in node.children.values():
                 child.directory = node
@@ -581,8 +583,7 @@ class Tree:
         for directory in self.directories():
             subdirectories = 0
             for name, child in directory.children.items():
-                assert child.directory is directory
-                assert child.name == name
+                assert (child.directory, child.name) == (directory, name)
                 assert (child.inode in self._known) == (child.lookups > 0)
                 assert Dentry(directory.inode, name) not in self._negatives
                 subdirectories += isinstance(child, Directory)
@@ -591,8 +592,8 @@ class Tree:
                 assert directory.marker or directory.children, "an empty directory has a marker"
 
     def _touch(self, directory: Directory) -> None:
-        now = max(self.clock(), directory.mtime_ns + 1)
-        directory.mtime_ns = directory.ctime_ns = now
+        directory.mtime_ns = directory.ctime_ns = max(self.clock(), directory.mtime_ns + 1)
+        directory.changes += 1
 
 
 def _type(file: File) -> str | None:

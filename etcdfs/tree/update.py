@@ -171,9 +171,11 @@ class Update:
         stale.update(map(self.tree.listing_of, directories))
         for file in plan.renewed:
             stale |= self._of_version(file) - {self.tree.listing_of(file).within}
-        stale.update(
-            self.tree.listing_of(node) for node in plan.with_record if node.kernel_may_cache
-        )
+        for node in plan.with_record:
+            if node.kernel_may_cache:
+                # A directory's mtime may be set to what it was when the kernel kept its listing.
+                is_listed = isinstance(node, Directory)
+                stale.add(self.tree.listing_of(node)._replace(pages=is_listed))
         return stale
 
     def _of_version(self, file: File) -> set[Cached]:

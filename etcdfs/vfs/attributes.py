@@ -50,7 +50,11 @@ class Attributes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A change of attributes; None leaves one as it is."""
+    """A change of attributes; None leaves one as it is.
+
+    Attributes:
+        is_now: Whether all times that are set are the present (UTIME_NOW); None: not known.
+    """
 
     size: int | None = None
     mode: int | None = None
@@ -58,6 +62,7 @@ class Change:
     gid: int | None = None
     atime_ns: int | None = None
     mtime_ns: int | None = None
+    is_now: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,7 @@ from etcdfs.errors import (
     StoreError,
 )
 from etcdfs.files.handles import Handle, Handles, may_change
-from etcdfs.files.open_directories import DirectoryHandle, OpenDirectories
+from etcdfs.files.open_directories import DirectoryHandle, ListingsByHash, OpenDirectories
 from etcdfs.files.put_attributes import commit_with
 from etcdfs.keyspace.attribute_records import Record, Type
 from etcdfs.keyspace.keys import MARKER_NAME, NAME_MAX, VALUE_NAME, has_keys_below, is_part
@@ -141,6 +141,7 @@ class Filesystem:
         self._read_only = read_only
         # --- mutable state
         self._open_directories = OpenDirectories()
+        self._listings_by_hash = ListingsByHash()
         self._last_size = 0
 
     @property
@@ -239,17 +240,27 @@ class Filesystem:
         if position == 0:
             await self._view.revalidate_directory(directory)
             self._open_directories.take(handle)
-        return self._listed(directory, handle, position)
+        return _listed(directory, self._open_directories.names(handle, position))
 
-    def _listed(self, directory: Directory, handle: int, start: int) -> Iterator[Listed]:
-        for position, name in self._open_directories.names(handle, start):
-            node = directory.children.get(name)
-            if node is not None:
-                yield Listed(name, node, position)
+    async def readdir_by_inode(self, inode: int, position: int) -> Iterator[Listed]:
+        """As `readdir`, of a directory that was not opened.
 
-    def dots(self, handle: int) -> tuple[tuple[bytes, Directory], tuple[bytes, Directory]]:
-        """Return `.` and `..` of an open directory; the root is its own parent."""
-        directory = self._open_directories.directory(handle)
+        The kernel keeps the listing until the directory's mtime is another one.
+        """
+        directory = self._tree.directory(inode)
+        self._view.check()
+        if position == 0:
+            await self._view.revalidate_directory(directory)
+        await self._listings_by_hash.take(directory, anew=position == 0)
+        return _listed(directory, self._listings_by_hash.names(directory, position))
+
+    def opened_directory(self, handle: int) -> Inode:
+        """Return the inode that a handle is for."""
+        return self._open_directories.directory(handle).inode
+
+    def dots(self, inode: int) -> tuple[tuple[bytes, Directory], tuple[bytes, Directory]]:
+        """Return `.` and `..` of a directory; the root is its own parent."""
+        directory = self._tree.directory(inode)
         return (b".", directory), (b"..", directory.directory or directory)
 
     def remember_listed(self, listed: Listed, attributes: Attributes) -> None:
@@ -292,6 +303,8 @@ class Filesystem:
         if not isinstance(node, File) or record_of(node).type != "symlink":
             msg = f"inode {inode} is no symbolic link"
             raise InvalidRequestError(msg)
+        if self._kernel_timeout_s:
+            node.pages = node.version  # the kernel may keep the target
         target = await self._view.value(node)
         if len(target) >= PATH_MAX:
             msg = f"the target of inode {inode} has {len(target)} bytes"
@@ -629,9 +642,11 @@ class Filesystem:
                 raise IsADirectoryFileError(msg)
             await self._files.truncate(node, change.size, uid, by_path=by_path)
         await self._setattr.change(node, change)
-        if inode != node.inode:
-            listing = self._tree.listing_of(node)
-            await self._view.invalidate_first({listing._replace(pages=change.size is not None)})
+        is_listed = isinstance(node, Directory) and change.mtime_ns is not None
+        if inode != node.inode or is_listed:
+            # Of a directory, the kernel keeps what was listed when it had that mtime before.
+            pages = is_listed or change.size is not None
+            await self._view.invalidate_first({self._tree.listing_of(node)._replace(pages=pages)})
         return self._of_inode(inode, node)
 
     # --- helpers ----------------------------------------------------------------------------
@@ -657,6 +672,14 @@ class Filesystem:
 
 
 _DOTS: Final = (b".", b"..")
+
+
+def _listed(directory: Directory, names: Iterator[tuple[int, bytes]]) -> Iterator[Listed]:
+    for position, name in names:
+        node = directory.children.get(name)
+        if node is not None:
+            yield Listed(name, node, position)
+
 
 _TYPES: Final[dict[int, Type | None]] = {
     stat.S_IFREG: None,

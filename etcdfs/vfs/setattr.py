@@ -63,8 +63,8 @@ MAX_RECORD_SIZE: Final = 256 * 1024
 TICK_NS: Final = 10_000_000
 """How far behind the kernel's coarse clock may be, which stamps calls (CONFIG_HZ=100).
 
-With UTIME_NOW, Linux sends the time of the call; pyfuse3 does not pass on that it is that, nor is
-it always a tick (multigrain timestamps, Linux 6.13). So what lies between the last write and this
+With UTIME_NOW, Linux sends the time of the call; without the fast path it is not passed on that it
+is that, nor is it always a tick (multigrain timestamps, Linux 6.13). So what lies between the last write and this
 moment counts as now, however long the request took to reach us. A program that sets such a time
 itself gets it, too, but only as long as this mount shows it: it is not kept in etcd.
 """
@@ -104,7 +104,7 @@ class Setattr:
         change = _clamped(change)
         if isinstance(node, File) and await self._set_times(node, change):
             change = replace(change, mtime_ns=None, atime_ns=None)
-        if change == Change(size=change.size):
+        if change == Change(size=change.size, is_now=change.is_now):
             return
 
         def edit(node: Node) -> Record:
@@ -129,7 +129,9 @@ class Setattr:
             now_ns = self._tree.clock()
             since_ns = min(buffer.changed_ns, now_ns) - TICK_NS
             times = (change.mtime_ns, change.atime_ns)
-            is_now = all(since_ns <= time_ns <= now_ns for time_ns in times if time_ns is not None)
+            is_now = change.is_now
+            if is_now is None:
+                is_now = all(since_ns <= t_ns <= now_ns for t_ns in times if t_ns is not None)
             self._files.set_times(file, change.mtime_ns, change.atime_ns, keep=not is_now)
             file.ctime_ns = max(self._tree.clock(), file.ctime_ns + 1)
             return True
@@ -177,7 +179,7 @@ class Setattr:
         def edit(node: Node) -> Record:
             record = self._current(node)
             if is_there is not None and is_there != (name in record.xattrs):
-                raise no_attribute(name) if is_there else _there_already(name)
+                raise no_attribute(name) if is_there else there_already(name)
             found = {**record.xattrs, name: value}
             record = replace(record, xattrs=found)
             names_size = sum(map(xattr_list_size, found))
@@ -327,5 +329,6 @@ def no_attribute(name: bytes) -> NoAttributeError:
     return NoAttributeError(f"there is no attribute {name!r}")
 
 
-def _there_already(name: bytes) -> ExistsError:
+def there_already(name: bytes) -> ExistsError:
+    """Return the error for an extended attribute that is not to be there."""
     return ExistsError(f"there is an attribute {name!r} already")

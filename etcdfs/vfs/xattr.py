@@ -39,9 +39,9 @@ from etcdfs.tree.node_attributes import key_state_of_node
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.view import View
 from etcdfs.vfs.attributes import Caller
-from etcdfs.vfs.leases import Leases
+from etcdfs.vfs.leases import Leases, lease_of
 from etcdfs.vfs.namei import node_of
-from etcdfs.vfs.setattr import Setattr, no_attribute
+from etcdfs.vfs.setattr import Setattr, no_attribute, there_already
 
 USER: Final = b"user."
 ETCD: Final = b"user.etcd."
@@ -142,6 +142,8 @@ class Xattrs:
             await self._setattr.set_xattr(node, name, value, is_there=is_there)
             return
         file = await self._expiring(node, name, caller)
+        if is_there is not None and is_there != await self._expires(file):
+            raise no_attribute(name) if is_there else there_already(name)
         await self._leases.attach(file, _seconds(value))
 
     async def removexattr(self, inode: int, name: bytes, caller: Caller | None = None) -> None:
@@ -211,6 +213,9 @@ class Xattrs:
             msg = f"{name!r} can only be read"
             raise NotPermittedError(msg)
         return node
+
+    async def _expires(self, file: File) -> bool:
+        return await self._leases.time_left(lease_of(file)) is not None
 
     async def _expiring(self, node: Node, name: bytes, caller: Caller | None) -> File:
         """Return the file that a caller may let expire, or last.

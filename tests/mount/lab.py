@@ -14,9 +14,10 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final, final
 
 from etcdfs.process.processes import find_daemon
@@ -115,10 +116,14 @@ class Pool:
 
     @contextlib.contextmanager
     def private(
-        self, etcd: EtcdProcess, *options: str, via: str | None = None
+        self,
+        etcd: EtcdProcess,
+        *options: str,
+        via: str | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Iterator[Mounted]:
         """Yield a mount of the test's own, guarded by the watchdog."""
-        with Mounted(etcd, *options, via=via) as mounted:
+        with Mounted(etcd, *options, via=via, **environment) as mounted:
             self._private.append(mounted)
             try:
                 yield mounted

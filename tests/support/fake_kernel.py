@@ -1,7 +1,8 @@
 """A Linux kernel in memory: what fs/fuse and the VFS keep, lock and ask, and when they let go.
 
-It caches names, missing names, attributes and pages for as long as the filesystem said, lets go
-of what `submit` names, and holds the lock of a directory during LOOKUP, READDIRPLUS (shared) and
+It caches names, missing names, attributes and pages for as long as the filesystem said, and with
+the fast path listings for as long as the directory's mtime is the same. It lets go of what
+`submit` names, and holds the lock of a directory during LOOKUP, READDIRPLUS (shared) and
 CREATE, MKDIR, UNLINK, RMDIR, RENAME (exclusive), as the real one does. An invalidation of an
 entry waits for that lock; jobs are done one after the other, as by the kernel door's thread.
 
@@ -75,6 +76,24 @@ class RwLock:
 
 
 @dataclass(eq=False, slots=True)
+class KeptListing:
+    """What a directory's pages have of its listing (fs/fuse/readdir.c, fuse_inode.rdc).
+
+    Attributes:
+        mtime_ns, changes: Of the directory, when the first entry was asked for.
+        names: The entries that there are.
+        position: Where the next one would be; -1 if a page is gone, so that there never is one.
+        is_complete: Whether these are all.
+    """
+
+    mtime_ns: int
+    changes: int
+    names: list[bytes] = field(default_factory=list)
+    position: int = 0
+    is_complete: bool = False
+
+
+@dataclass(eq=False, slots=True)
 class KernelInode:
     """An inode in the kernel's memory."""
 
@@ -85,6 +104,9 @@ class KernelInode:
     version: int = 0
     """Counts invalidations: an answer that was on its way then is not trusted (attr_version)."""
     pages: bytes | None = None
+    listing: KeptListing | None = None
+    changes: int = 0
+    """Of a directory: counts names that the kernel itself knows to have changed (i_version)."""
     opens: int = 0
     lock: RwLock = field(default_factory=RwLock)
 
@@ -135,6 +157,7 @@ class FakeKernel:
         self._files: Handles
         # constants
         self.keep_cache = True
+        self.keeps_listings = False
         # mutable state
         self.requests: Counter[str] = Counter()
         self.invalidated: list[Cached] = []
@@ -146,11 +169,14 @@ class FakeKernel:
         self.is_idle = True
         self.stick: Callable[[Inode | None, float | None], None]
 
-    def mount(self, filesystem: Filesystem, files: Handles, *, keep_cache: bool) -> None:
+    def mount(
+        self, filesystem: Filesystem, files: Handles, *, keep_cache: bool, keeps_listings: bool
+    ) -> None:
         """Serve a filesystem from now on."""
         self._filesystem = filesystem
         self._files = files
         self.keep_cache = keep_cache
+        self.keeps_listings = keeps_listings
         self.inodes[ROOT_INODE] = KernelInode(ROOT_INODE, lookups=1)
 
     # --- notifications ----------------------------------------------------------------------
@@ -216,7 +242,15 @@ class FakeKernel:
         self._stale(inode)
         if pages:
             inode.pages = None
+            self._drop_pages_of_listing(inode)
         return True
+
+    def _drop_pages_of_listing(self, inode: KernelInode) -> None:
+        listing = inode.listing
+        if listing is not None and listing.is_complete:
+            inode.listing = None  # as if it were missed by the next reader
+        elif listing is not None and listing.names:
+            listing.position = -1
 
     async def _invalidate_entry(self, entry: Dentry, *, expire_only: bool = False) -> None:
         """See fuse_reverse_inval_entry: the directory's lock, exclusively."""
@@ -224,11 +258,13 @@ class FakeKernel:
         if parent is None:
             return
         async with parent.lock.held(exclusive=True):
-            self._stale(parent)
             dentry = self._dentries.get((entry.directory, entry.name))
-            if dentry is not None and expire_only:
+            if dentry is None:
+                return
+            self._dir_changed(parent)
+            if expire_only:
                 dentry.fresh_until = 0.0
-            elif dentry is not None:
+            else:
                 self._drop(parent, entry.name)
 
     # --- caches -----------------------------------------------------------------------------
@@ -236,6 +272,10 @@ class FakeKernel:
     def _stale(self, inode: KernelInode) -> None:
         inode.version += 1
         inode.fresh_until = 0.0
+
+    def _dir_changed(self, directory: KernelInode) -> None:
+        self._stale(directory)
+        directory.changes += 1
 
     def _drop(self, directory: KernelInode, name: bytes) -> None:
         """Take a dentry out; what is below it stays, as if it were in use."""
@@ -292,8 +332,14 @@ class FakeKernel:
         while pending:
             directory, path = pending.pop()
             inode = self.inodes[directory.inode]
+            attributes = filesystem.attributes(directory)
             if inode.attributes is not None and inode.fresh_until > now:
-                _same(inode.attributes, filesystem.attributes(directory), path)
+                _same(inode.attributes, attributes, path)
+                attributes = inode.attributes
+            if _is_shown(inode, attributes):
+                assert inode.listing is not None
+                names = inode.listing.names
+                assert sorted(names) == sorted(directory.children), f"{path}: an older listing"
             for (number, name), dentry in self._dentries.items():
                 if number != directory.inode or dentry.fresh_until <= now:
                     continue
@@ -420,6 +466,11 @@ class FakeKernel:
         if inode.number != ROOT_INODE and not inode.is_directory:
             raise fail(errno.ENOTDIR)
         inode.opens += 1
+        if self.keeps_listings:
+            try:
+                return sorted(await self._listdir_kept(inode))  # by hash: any order will do
+            finally:
+                inode.opens -= 1
         self.requests["opendir"] += 1
         names: list[bytes] = []
         with errnos():
@@ -436,22 +487,56 @@ class FakeKernel:
                 inode.opens -= 1
         return names
 
+    async def _listdir_kept(self, inode: KernelInode) -> list[bytes]:
+        """List a directory that is not opened (fuse_readdir_cached, fuse_readdir_uncached)."""
+        async with inode.lock.held(exclusive=False):
+            attributes = await self.fstat(inode)  # FUSE_AUTO_INVAL_DATA
+            if _is_shown(inode, attributes):
+                assert inode.listing is not None
+                return list(inode.listing.names)
+        if inode.listing is None or inode.listing.is_complete:
+            inode.listing = KeptListing(attributes.mtime_ns, inode.changes)
+        names: list[bytes] = []
+        position, more = 0, True
+        while more:
+            async with inode.lock.held(exclusive=False):
+                before = len(names)
+                position = await self._readdir(inode, None, position, names)
+                more = len(names) > before
+        self._end_listing(inode, position)
+        return names
+
+    def _end_listing(self, directory: KernelInode, position: int) -> None:
+        kept = directory.listing
+        if kept is not None and kept.position == position:
+            kept.is_complete = True
+
     async def _readdir(
-        self, directory: KernelInode, handle: int, position: int, names: list[bytes]
+        self, directory: KernelInode, handle: int | None, position: int, names: list[bytes]
     ) -> int:
         self.requests["readdir"] += 1
         filesystem = self._filesystem
-        answer: list[tuple[bytes, Attributes]] = []
-        for listed in await filesystem.readdir(handle, position):
+        answer: list[tuple[bytes, int, Attributes]] = []
+        with errnos():
+            listing = (
+                await filesystem.readdir_by_inode(directory.number, position)
+                if handle is None
+                else await filesystem.readdir(handle, position)
+            )
+        for listed in listing:
             if len(answer) == _READDIR_ROOM:
                 break
             attributes = filesystem.attributes(listed.node)
             filesystem.remember_listed(listed, attributes)
-            answer.append((listed.name, attributes))
-            position = listed.position
+            answer.append((listed.name, listed.position, attributes))
         await trio.lowlevel.checkpoint()
-        for name, attributes in answer:
+        for name, after, attributes in answer:
             names.append(name)
+            kept = directory.listing
+            if kept is not None and not kept.is_complete and kept.position == position:
+                kept.names.append(name)
+                kept.position = after
+            position = after
             inode = self._receive(attributes, None)
             inode.lookups += 1
             until = trio.current_time() + attributes.timeout_s
@@ -526,8 +611,25 @@ class FakeKernel:
         inode.lookups += 1
         until = trio.current_time() + answer.timeout_s
         self._dentries[directory.number, name] = KernelDentry(inode, until)
-        self._stale(directory)
+        self._dir_changed(directory)
         return inode
+
+    async def readlink(self, path: Path) -> bytes:
+        """readlink(2); the fast path has the target kept in the inode's pages."""
+
+        async def attempt(reval: bool) -> bytes:
+            inode = await self._walk(path, reval=reval)
+            if inode.pages is not None:
+                return inode.pages
+            self.requests["readlink"] += 1
+            with errnos():
+                target = await self._filesystem.readlink(inode.number)
+            await trio.lowlevel.checkpoint()
+            if self.keeps_listings:
+                inode.pages = target
+            return target
+
+        return await self._retry(attempt)
 
     async def read(self, handle: KernelHandle, offset: int = 0, size: int = 1 << 20) -> bytes:
         """pread(2), through the page cache."""
@@ -661,7 +763,7 @@ class FakeKernel:
                 await trio.lowlevel.checkpoint()
                 self._unlinked(inode)
                 self._drop(parent, path[-1])
-                self._stale(parent)
+                self._dir_changed(parent)
 
     def _unlinked(self, inode: KernelInode) -> None:
         self._stale(inode)
@@ -700,9 +802,11 @@ class FakeKernel:
                 self._drop(target, new)
             raise
         await trio.lowlevel.checkpoint()
-        for changed in (inode, source, target, replaced):
+        for changed in (inode, replaced):
             if changed is not None:
                 self._stale(changed)
+        self._dir_changed(source)
+        self._dir_changed(target)
         if flags == RENAME_EXCHANGE:
             self._exchange((source.number, old), (target.number, new))
             return
@@ -782,6 +886,7 @@ def make_mount(
     settle_timeout_s: float = 2.0,
     kernel_timeout_s: float = 60.0,
     read_only: bool = False,
+    fast_path: bool = True,
     **care: Any,
 ) -> FakeMount:
     """Put the rooms together as `etcdfs.daemon.main` does; from within trio.
@@ -799,18 +904,20 @@ def make_mount(
     writeback = Writeback(store, view, value_cache, max_file_size=max_file_size)
     buffers = WriteBufferQuota(write_buffer, max_file_size=max_file_size)
     files = Handles(view, value_cache, writeback, buffers, read_only=read_only)
+    kernel_timeout_s = kernel_timeout_s if cache and not care.get("linearizable") else 0.0
     filesystem = Filesystem(
         store,
         view,
         files,
         Defaults(uid=7, gid=8, file_mode=0o644, dir_mode=0o755, umask=0, rights=tree.rights),
         Liveness(store),
-        kernel_timeout_s=kernel_timeout_s if cache and not care.get("linearizable") else 0.0,
+        kernel_timeout_s=kernel_timeout_s,
         timeout_s=5.0,
         read_only=read_only,
         statistics=dict,
     )
-    kernel.mount(filesystem, files, keep_cache=cache)
+    keeps_listings = fast_path and kernel_timeout_s > 0
+    kernel.mount(filesystem, files, keep_cache=cache, keeps_listings=keeps_listings)
     return FakeMount(store, kernel, tree, value_cache, view, writeback, files, filesystem)
 
 
@@ -827,6 +934,16 @@ async def open_mount(store: FakeStore, **options: Any) -> AsyncIterator[FakeMoun
 
 def _trio_clock() -> int:
     return int(trio.current_time() * 1e9)
+
+
+def _is_shown(directory: KernelInode, attributes: Attributes) -> bool:
+    """Say whether the listing that is kept is shown, as the directory has these attributes."""
+    listing = directory.listing
+    return (
+        listing is not None
+        and listing.is_complete
+        and (listing.mtime_ns, listing.changes) == (attributes.mtime_ns, directory.changes)
+    )
 
 
 def _same(cached: Attributes, true: Attributes, path: Path) -> None:

@@ -369,7 +369,10 @@ class Directory:
     async def readdir(self, handle: int, position: int) -> Iterator[Listed]:
         return iter(self._entries[position:])
 
-    def dots(self, handle: int) -> tuple[tuple[bytes, Any], ...]:
+    def opened_directory(self, handle: int) -> int:
+        return 1
+
+    def dots(self, inode: int) -> tuple[tuple[bytes, Any], ...]:
         return ((b".", None), (b"..", None))
 
     def attributes(self, node: Any) -> Attributes:

@@ -612,7 +612,7 @@ async def test_listing_while_it_changes(autojump_clock: MockClock, store: FakeSt
         assert first + rest == [b"0", b"1", b"2", b"3", b"4", b"6", b"7", b"8"]
         again = [entry.name for entry in await mount.filesystem.readdir(handle, 0)]
         assert again == [b"1", b"2", b"3", b"4", b"6", b"7", b"8", b"new"]
-        assert [name for name, _ in mount.filesystem.dots(handle)] == [b".", b".."]
+        assert [name for name, _ in mount.filesystem.dots(ROOT_INODE)] == [b".", b".."]
         await mount.filesystem.releasedir(handle)
 
 
@@ -739,7 +739,7 @@ async def test_failed_changes_leave_everything_as_it_was(
             assert await errno_of(call()) == number
             assert keys(store) == before
             await quiet(mount)
-            assert await mount.kernel.listdir(()) == [b"d", b"f"]
+            assert sorted(await mount.kernel.listdir(())) == [b"d", b"f"]
             assert not mount.view.update.intents
             assert not mount.view.update.locked
 
