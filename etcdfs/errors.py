@@ -421,6 +421,12 @@ class EmbeddedFailedError(CommandError):
     exit_code = 51
 
 
+class MetricsAddressError(CommandError):
+    """Nobody can listen on the address of --metrics-listen."""
+
+    exit_code = 62
+
+
 class UnpublishedError(CommandError):
     """The daemon ended, but etcd did not take all that was written; the log names what is lost."""
 

@@ -42,6 +42,7 @@ class Kind(Enum):
     SECONDS = "S"
     MODE = "OCTAL"
     ID = "N"
+    LISTEN = "[HOST:]PORT"
 
 
 class Panel(Enum):
@@ -426,6 +427,13 @@ class MountOptions:
         Panel.PERMISSIONS,
         "Keep no attributes of files in etcd: no chmod, chown or symbolic links.",
     )
+    metrics_listen: tuple[str, int] | None = option(
+        None,
+        Kind.LISTEN,
+        Panel.ADVANCED,
+        "Serve /metrics for Prometheus, and /healthz, by HTTP.",
+        more="On 127.0.0.1 if no host is said; whoever can connect there can read them.",
+    )
     no_control_dir: bool = option(
         False,
         Kind.FLAG,
@@ -524,4 +532,6 @@ def decode_options(encoded: Mapping[str, Any]) -> MountOptions:
     values["endpoints"] = tuple(Endpoint(**endpoint) for endpoint in values["endpoints"])
     values["security"] = Security(**values["security"])
     values["fuse_options"] = tuple(values["fuse_options"])
+    listen = values["metrics_listen"]
+    values["metrics_listen"] = None if listen is None else tuple(listen)
     return MountOptions(**values)

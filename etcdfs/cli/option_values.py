@@ -30,6 +30,8 @@ _RESERVED: Final = b"/.etcdfs/"
 _ID_MAX: Final = 2**32 - 2  # -1 means "no id" to chown(2)
 _MODE_MAX: Final = 0o777  # a value from the network is never setuid
 _SIZE_MAX: Final = 2**63 - 1
+_PORT_MAX: Final = 65535
+_LOOPBACK: Final = "127.0.0.1"
 _SECONDS_MAX: Final = 365 * 24 * 3600.0
 
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9.])?")
@@ -272,6 +274,21 @@ def _parse_id(text: str) -> int:
     return int(text)
 
 
+def parse_listen(text: str) -> tuple[str, int]:
+    """Read where to listen: `PORT`, `HOST:PORT` or `[IPV6]:PORT`; port 0 is any that is free.
+
+    Raises:
+        UsageError: It is no such place.
+    """
+    host, _, port = text.rpartition(":")
+    if not re.fullmatch(r"[0-9]{1,5}", port) or int(port) > _PORT_MAX:
+        raise UsageError(f"{text!r} has no port; expected PORT or HOST:PORT")
+    bare = host.removeprefix("[").removesuffix("]")
+    if ":" in bare and bare == host:
+        raise UsageError(f"{text!r} has an IPv6 address without its brackets")
+    return (bare or _LOOPBACK), int(port)
+
+
 # --- by the table ---------------------------------------------------------------------------
 
 
@@ -317,5 +334,6 @@ _PARSERS: Final[Mapping[Kind, Callable[[str], object]]] = {
     Kind.SECONDS: parse_seconds,
     Kind.MODE: parse_mode,
     Kind.ID: _parse_id,
+    Kind.LISTEN: parse_listen,
 }
 """How the text of each kind is read; of endpoints, `parse_endpoints` with what asks for TLS."""

@@ -31,6 +31,7 @@ import trio
 from etcdfs.consistency.staleness import Liveness
 from etcdfs.consistency.times_record import TimesRecord
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
+from etcdfs.daemon.metrics_server import serving_metrics
 from etcdfs.daemon.service_manager import ServiceManager, find_service_manager
 from etcdfs.daemon.signals import Serving, Signals
 from etcdfs.daemon.status import Section, Status
@@ -293,6 +294,9 @@ async def serve(
                 await components.times.save()
                 tasks.start_soon(components.times.run)
             await components.look_elsewhere()
+            if options.metrics_listen is not None:
+                pages = components.status.pages()
+                await stack.enter_async_context(serving_metrics(options.metrics_listen, pages))
             await trio.to_thread.run_sync(claim.check)
             mount = FuseMount(components.operations, options.mountpoint, _kernel_options(options))
             with mount:

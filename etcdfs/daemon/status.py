@@ -14,10 +14,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, final
 
 from etcdfs import __version__
 from etcdfs.daemon.metrics import PREFIX, TABLE, Kind, Metric
+from etcdfs.daemon.metrics_server import Page
 from etcdfs.options import MountOptions, encode_options
 from etcdfs.process.printable import printable
 
@@ -76,6 +78,18 @@ class Status:
             b"revision": lambda: b"%d\n" % self.revision,
             b"status": lambda: _as_json(self.document()),
         }
+
+    def pages(self) -> dict[str, Callable[[], Page]]:
+        """Return what makes each page of `--metrics-listen`, by its path."""
+        return {
+            "/metrics": lambda: (HTTPStatus.OK, self.prometheus()),
+            "/healthz": self._healthz,
+        }
+
+    def _healthz(self) -> Page:
+        shows_nothing = self._options.cache and self.sections["staleness"]().refused
+        status = HTTPStatus.SERVICE_UNAVAILABLE if shows_nothing else HTTPStatus.OK
+        return status, f"{self.line()}\n".encode()
 
     def line(self) -> str:
         """Return the state of the mount in one line, as `systemctl status` shows it."""

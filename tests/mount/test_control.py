@@ -2,6 +2,9 @@
 
 import json
 import os
+import socket
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.mount.lab import MODES, Lab, Pool, sh
 from tests.mount.posix.calls import errno_of
 from tests.mount.test_outages import eventually
-from tests.support.etcd_process import EtcdProcess
-from tests.support.mounted import Mounted
+from tests.support.etcd_process import EtcdProcess, free_port
+from tests.support.mounted import Mounted, run_etcdfs
 from tests.support.nobody import needs_root, run_as_nobody
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
@@ -152,3 +155,47 @@ print(os.getxattr(root, "user.etcdfs.wait.1").decode())
     assert said.split("\n") == ["for all", "refused", "refused", "refused", "1", ""]
     assert json.loads((shared / ".etcdfs/status").read_bytes())["mirror"]["revision"] > 1
     assert os.getxattr(shared, "user.etcdfs.statistics")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_b252_metrics_and_health_by_http(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
+    port = free_port()
+    options = ("--max-stale", "0.1", "--timeout", "0.5", "--watch-timeout", "0.3")
+    listen = ("--metrics-listen", str(port))
+    with pool.private(own_etcd, mode, *options, *listen) as mounted:
+        mounted.expect_log("")
+        assert (mounted.path / ".etcdfs/metrics").exists()
+        status, metrics = fetched(port, "metrics")
+        assert status == 200
+        assert f'mountpoint="{mounted.path}"' in metrics
+        assert fetched(port, "healthz")[0] == 200
+        own_etcd.pause()
+        if mode == "--cache":
+            eventually(lambda: fetched(port, "healthz")[0] == 503)
+            assert "nothing is shown" in fetched(port, "healthz")[1]
+            own_etcd.resume()
+            eventually(lambda: fetched(port, "healthz")[0] == 200)
+        else:
+            assert fetched(port, "healthz")[0] == 200
+            own_etcd.resume()
+
+
+def test_an_address_that_is_taken_is_a_status_and_no_mount(
+    own_etcd: EtcdProcess, tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        endpoints = ("--endpoints", own_etcd.client_url)
+        done = run_etcdfs("mount", str(tmp_path), *endpoints, "--metrics-listen", str(port))
+    assert done.returncode == 62
+    assert f"nobody can listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+    assert not os.path.ismount(tmp_path)
+
+
+def fetched(port: int, page: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{page}", timeout=30) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as refused:
+        with refused:
+            return refused.code, refused.read().decode()

@@ -521,6 +521,7 @@ mount_options = st.builds(
     write_buffer=sizes,
     embedded=st.booleans(),
     data_dir=st.one_of(st.none(), paths),
+    metrics_listen=st.one_of(st.none(), st.tuples(st.text(), sizes)),
     fuse_options=st.lists(st.text()).map(tuple),
 )
 

@@ -144,6 +144,7 @@ _SAMPLES = {
     Kind.SECONDS: "7",
     Kind.MODE: "0700",
     Kind.ID: "77",
+    Kind.LISTEN: "host:9099",
 }
 _NEEDED = {"cert": "key", "key": "cert", "data-dir": "embedded", "user": "password-file"}
 """What an option is refused without."""

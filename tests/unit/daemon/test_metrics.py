@@ -159,3 +159,35 @@ async def test_config_has_all_options_and_no_secret() -> None:
 def test_the_reference_is_of_these_rows() -> None:
     page = PAGE.read_text()
     assert page == with_table(page), "run `make reference`"
+
+
+# --- what is drawn, and what raises an alarm ------------------------------------------------
+
+_MONITORING = PAGE.parent / "monitoring"
+_OTHERS = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total"}
+_WORDS = {"sum", "by", "rate", "increase", "and", "instance", "job", "m", "h"}
+
+
+def expressions() -> list[str]:
+    """Return every expression of the dashboard and of the alerts."""
+    dashboard = json.loads((_MONITORING / "dashboard.json").read_text())
+    drawn = [t["expr"] for panel in dashboard["panels"] for t in panel["targets"]]
+    queries = [v["query"] for v in dashboard["templating"]["list"] if v["type"] == "query"]
+    alerts = re.findall(r"^ +expr: (.*)$", (_MONITORING / "alerts.yml").read_text(), re.MULTILINE)
+    assert len(drawn) > 10
+    assert len(alerts) > 5
+    return [*drawn, *alerts, *(query.removeprefix("label_values") for query in queries)]
+
+
+def test_what_is_drawn_and_what_raises_an_alarm_are_metrics_that_exist() -> None:
+    there = _OTHERS | {PREFIX + row.name for row in _SHOWN} | {f"{PREFIX}mount_info"}
+    labels = {label for row in _SHOWN for label in (*row.labels, row.each)}
+    for expression in expressions():
+        named = set(re.findall(r"[a-z][a-z_]*", re.sub(r'"[^"]*"|\$\w+', "", expression)))
+        assert named - there - labels - _WORDS == set(), expression
+
+
+def test_what_must_not_be_missed_raises_an_alarm() -> None:
+    alarms = (_MONITORING / "alerts.yml").read_text()
+    for name in ("stale_seconds", "connected", "audits_differing_total", "reads_suspended"):
+        assert re.search(rf"expr: .*\b{PREFIX}{name}\b", alarms)
