@@ -2,6 +2,7 @@
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from time import perf_counter
@@ -63,7 +64,15 @@ def open_while_deleting(etcd: EtcdProcess, root: Path) -> list[float]:
         calls = pool.submit(call)
         try:
             revision = delete_all(etcd.endpoint, PREFIX + b"many/")
-            os.getxattr(root, f"user.etcdfs.wait.{revision}")
+            wait_for(root, revision)
         finally:
             is_visible.set()
         return calls.result()
+
+
+def wait_for(root: Path, revision: int) -> None:
+    """Return when a revision is visible; a machine may be so busy that one wait is too short."""
+    while True:
+        with suppress(TimeoutError):
+            os.getxattr(root, f"user.etcdfs.wait.{revision}")
+            return
