@@ -427,6 +427,12 @@ class MetricsAddressError(CommandError):
     exit_code = 62
 
 
+class ProblemsFoundError(CommandError):
+    """`doctor` found a problem."""
+
+    exit_code = 70
+
+
 class UnpublishedError(CommandError):
     """The daemon ended, but etcd did not take all that was written; the log names what is lost."""
 

@@ -8,7 +8,7 @@ Concurrency: none; pure functions.
 
 import os
 
-_WITH_MOUNTPOINT = {"mount", "umount", "status"}
+_WITH_MOUNTPOINT = {"mount", "umount", "status", "doctor"}
 """Commands that a path may follow; the first field of fstab cannot be one of them."""
 
 _NOT_IN_BACKGROUND = {"-f", "--foreground", "-h", "--help", "--version"}

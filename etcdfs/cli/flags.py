@@ -47,6 +47,15 @@ AnyMountpoint = Annotated[
         help="Where etcdfs is mounted; all mounts if left out.",
     ),
 ]
+WouldBeMountpoint = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MOUNTPOINT", show_default=False, help="Where it is, or would be, mounted."
+    ),
+]
+Fix = Annotated[
+    bool, typer.Option("--fix", help="Delete records of attributes that belong to no key.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print what the mount says, as JSON.")]
 Watch = Annotated[bool, typer.Option("--watch", "-w", help="Again and again, until Ctrl-C.")]
 Interval = Annotated[

@@ -13,9 +13,10 @@ import os
 import stat
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from getpass import getpass
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -24,6 +25,7 @@ from etcdfs.cli.argv import has_empty_operand, original_form
 from etcdfs.cli.flags import (
     AnyMountpoint,
     AsJson,
+    Fix,
     Foreground,
     InstallRoot,
     Interval,
@@ -34,14 +36,15 @@ from etcdfs.cli.flags import (
     RemoveHelper,
     UnmountTimeout,
     Watch,
+    WouldBeMountpoint,
     takes_the_table,
 )
 from etcdfs.cli.install import find_command, install_files, remove_files, strangers
 from etcdfs.cli.option_parsing import OptionList, parse_option_list, read_options
 from etcdfs.cli.option_values import OFF, ON, parse_fields, parse_seconds
 from etcdfs.errors import CommandError, UsageError
-from etcdfs.options import OPTIONS, SECURITY, Kind, LogSettings
-from etcdfs.process.launcher import dismiss, run_in_foreground, start_in_background
+from etcdfs.options import OPTIONS, SECURITY, Kind, LogSettings, decode_options
+from etcdfs.process.launcher import become_doctor, dismiss, run_in_foreground, start_in_background
 from etcdfs.process.logs import Formatter, has_journal, open_log
 from etcdfs.process.mountpoint import prepare, resolve, unmount
 from etcdfs.process.printable import printable
@@ -114,6 +117,25 @@ def umount(mountpoint: MountedAt, timeout: UnmountTimeout = "30", lazy: Lazy = F
 
 
 @app.command()
+@takes_the_table
+def doctor(
+    ctx: typer.Context,
+    mountpoint: WouldBeMountpoint = Path("/"),
+    fix: Fix = False,
+    option_lists: OptionLists = [],  # noqa: B006 -- typer never hands it out
+    **said: bool | str | list[str],
+) -> None:
+    """Check this machine, etcd and the keys, with the options of a mount; 70 if something is wrong."""
+    listed = parse_option_list(",".join(option_lists))
+    handover = _handover(mountpoint, _texts(ctx, said, listed), listed.fuse_options)
+    if not {"endpoints", "embedded"} & _said(ctx, listed):
+        from etcdfs.cli.status import read_config  # noqa: PLC0415 -- as there
+
+        handover = _as_mounted(handover, read_config(handover.options.mountpoint))
+    become_doctor(handover, *(["--fix"] if fix else []))
+
+
+@app.command()
 def status(
     mountpoint: AnyMountpoint = None,
     as_json: AsJson = False,
@@ -153,6 +175,21 @@ def _interval(text: str) -> float:
     if not seconds:
         raise UsageError("--interval: it must be more than 0")
     return seconds
+
+
+def _said(ctx: typer.Context, listed: OptionList) -> set[str]:
+    """Return which options were said by a flag or by -o."""
+    sources = {name: ctx.get_parameter_source(name.replace("-", "_")) for name in OPTIONS}
+    flags = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    return flags | listed.texts.keys()
+
+
+def _as_mounted(handover: Handover, config: dict[str, Any] | None) -> Handover:
+    """Return the options of what is mounted, if something is, with the password of these."""
+    if config is None:
+        return handover
+    config["security"]["password"] = handover.options.security.password
+    return replace(handover, options=decode_options(config))
 
 
 # --- putting texts together -----------------------------------------------------------------

@@ -34,6 +34,8 @@ ANSWER_TIMEOUT_S: Final = 5.0
 _ASK: Final = "import os, sys; os.write(1, os.getxattr(sys.argv[1], 'user.etcdfs.statistics'))"
 """Not the file in the control directory: a mount may be without it."""
 
+_READ_CONFIG: Final = "import sys; sys.stdout.write(open(sys.argv[1] + '/.etcdfs/config').read())"
+
 _WIDTH: Final = 120  # where there is no terminal
 _KINDS: Final = 6  # of requests that are shown
 
@@ -142,10 +144,26 @@ def ask(mountpoint: str | None) -> list[Answer]:
     return [_ask(mounted) for mounted in mounts]
 
 
-def _ask(mounted: Mounted) -> Answer:
+def read_config(mountpoint: str) -> dict[str, Any] | None:
+    """Return what a mount was told, without secrets; None if nothing of ours is mounted there.
+
+    Raises:
+        NotAnsweringError: It is, and does not say: its daemon is gone, or it has no control
+            directory.
+    """
+    mounted = find_mounted(mountpoint)
+    if mounted is None or not mounted.ours:
+        return None
+    answer = _ask(mounted, _READ_CONFIG)
+    if answer.error:
+        raise NotAnsweringError(f"{mountpoint} does not say its options: {answer.error}")
+    return None if answer.status is None else dict(answer.status)
+
+
+def _ask(mounted: Mounted, question: str = _ASK) -> Answer:
     path = mounted.path
     asking = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _ASK, path],
+        [sys.executable, "-I", "-S", "-c", question, path],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -161,7 +179,7 @@ def _ask(mounted: Mounted) -> Answer:
         last = complaint.decode(errors="replace").strip().rpartition("\n")[2]
         return Answer(mountpoint=path, error=_why(last))
     status = json.loads(said)
-    if "mount" not in status:
+    if question == _ASK and "mount" not in status:
         return Answer(mountpoint=path, error="its daemon is of an older version of etcdfs")
     return Answer(mountpoint=path, status=status)
 

@@ -251,6 +251,8 @@ def store_status(response: Message) -> StoreStatus:
         version=response.version,
         database_size=max(0, response.dbSize),
         revision=response.header.revision,
+        cluster=response.header.cluster_id,
+        problems=tuple(response.errors),
     )
 
 

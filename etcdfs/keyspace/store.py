@@ -257,11 +257,21 @@ class Watch(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StoreStatus:
-    """What the member in use says of itself. Sizes in bytes."""
+    """What the member in use says of itself. Sizes in bytes.
+
+    Attributes:
+        version: Its release.
+        database_size: Of the file of its database.
+        revision: The newest it has.
+        cluster: Which cluster it is of.
+        problems: Alarms and errors that it reports.
+    """
 
     version: str
     database_size: int
     revision: Revision
+    cluster: int = 0
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,15 @@ def run_in_foreground(handover: Handover) -> NoReturn:
     os.execve(sys.executable, command, daemon_environment())
 
 
+def become_doctor(handover: Handover, *arguments: str) -> NoReturn:
+    """Become the process that runs the checklist of `etcdfs doctor`."""
+    options_fd = send_handover(handover)
+    os.set_inheritable(options_fd, True)
+    command = [sys.executable, "-P", "-m", "etcdfs.doctor.main", handover.options.mountpoint]
+    command += ["--options-fd", str(options_fd), *arguments]
+    os.execve(sys.executable, command, daemon_environment())
+
+
 def start_in_background(handover: Handover, early: Spawned | None = None) -> Ready | Failed:
     """Have a daemon mount and wait for its last word, showing its progress on a terminal.
 

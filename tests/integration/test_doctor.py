@@ -1,0 +1,234 @@
+"""`etcdfs doctor` finds each of the problems that are planted here, and none where all is well."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import etcdfs.doctor.cluster
+import etcdfs.doctor.machine
+from etcdfs.doctor.machine import Finding, Level, check_machine
+from etcdfs.doctor.main import examine
+from etcdfs.errors import FuseMissingError
+from etcdfs.keyspace.attribute_records import record_key
+from etcdfs.options import Endpoint, MountOptions, Security
+from tests.mount.client import Client
+from tests.support.etcd_process import EtcdProcess, free_port
+from tests.support.mounted import Mounted, run_etcdfs
+from tests.support.secured import Authority, add_user, secure, switch_users_on
+
+pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
+
+ROOT = Security(user="root", password="root")
+
+
+@pytest.fixture
+def etcd(etcd_binary: Path) -> Iterator[EtcdProcess]:
+    with EtcdProcess(etcd_binary) as started:
+        yield started
+
+
+def options(*endpoints: Endpoint, **more: object) -> MountOptions:
+    made = MountOptions(mountpoint="/mnt", endpoints=endpoints, timeout_s=5.0)
+    return replace(made, **more)  # type: ignore[arg-type]
+
+
+async def problems(asked: MountOptions, *, fix: bool = False) -> list[str]:
+    """Return the problems found, but those of other tests' mounts."""
+    found = await examine(asked, fix=fix)
+    wrong = [f for f in found if f.level is Level.PROBLEM and f.check != "mounts"]
+    return [finding.message for finding in wrong]
+
+
+def of_machine(
+    kernel: str = "6.1.0", fuse_conf: Path = Path("/nowhere"), **more: object
+) -> set[str]:
+    found = check_machine(options(**more), kernel=kernel, fuse_conf=fuse_conf)
+    return {f.check for f in found if f.level is Level.PROBLEM and f.check != "mounts"}
+
+
+# --- nothing is wrong -----------------------------------------------------------------------
+
+
+async def test_a_healthy_etcd_has_no_problem(etcd: EtcdProcess) -> None:
+    assert await problems(options(etcd.endpoint)) == []
+
+
+def test_a_healthy_mount_has_no_problem_and_says_its_options(etcd: EtcdProcess) -> None:
+    with Mounted(etcd, "--cache", "--prefix", "/app") as mounted:
+        (mounted.path / "file").write_bytes(b"x")
+        os.chmod(mounted.path / "file", 0o600)
+        done = run_etcdfs("doctor", str(mounted.path))
+        assert f"{etcd.endpoint}: etcd " in done.stdout, "of the mount, not of 127.0.0.1:2379"
+        assert "1 keys below /app/" in done.stdout
+        assert "1 records" in done.stdout
+        wrong = [line for line in done.stdout.splitlines() if line.startswith("PROBLEM")]
+        assert [line for line in wrong if " mounts " not in line] == [], "others' may be dead"
+        assert done.returncode == (70 if wrong else 0)
+
+
+# --- the machine ----------------------------------------------------------------------------
+
+
+def test_1_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check_fuse() -> None:
+        raise FuseMissingError("there is no /dev/fuse")
+
+    assert of_machine() == set()
+    monkeypatch.setattr(etcdfs.doctor.machine, "check_fuse", check_fuse)
+    assert of_machine() == {"fuse"}
+
+
+def test_2_an_old_kernel() -> None:
+    assert of_machine("4.19.0-amd64") == {"kernel"}
+    assert of_machine("5.4.0") == set()
+
+
+def test_3_other_users_are_not_let_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    conf = tmp_path / "fuse.conf"
+    conf.write_text("#user_allow_other\n")
+    assert of_machine(fuse_conf=conf, allow_other=True) == {"allow_other"}
+    assert of_machine(allow_other=True) == {"allow_other"}, "there is no such file"
+    conf.write_text("mount_max = 1000\nuser_allow_other\n")
+    assert of_machine(fuse_conf=conf, allow_other=True) == set()
+
+
+@pytest.mark.expect_log("")
+def test_4_a_mount_whose_daemon_is_gone(etcd: EtcdProcess) -> None:
+    with Mounted(etcd, "--cache") as mounted:
+        os.kill(mounted.daemon, signal.SIGKILL)
+        done = run_etcdfs("doctor", str(mounted.path), "--endpoints", etcd.client_url)
+        assert done.returncode == 70
+        assert f"the daemon of {mounted.path} is gone" in done.stdout
+        done = run_etcdfs("doctor", str(mounted.path))
+        assert done.returncode == 16
+        assert "does not say its options: its daemon is gone" in done.stderr
+        assert run_etcdfs("umount", str(mounted.path)).returncode == 0
+
+
+# --- etcd -----------------------------------------------------------------------------------
+
+
+async def test_5_a_member_that_nobody_answers_for(etcd: EtcdProcess) -> None:
+    dead = Endpoint("127.0.0.1", free_port())
+    (found,) = await problems(options(etcd.endpoint, dead))
+    assert f"{dead}: " in found
+
+
+async def test_6_a_member_that_keeps_quiet() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        quiet = Endpoint("127.0.0.1", silent.getsockname()[1])
+        (found,) = await problems(options(quiet, timeout_s=0.5))
+        assert str(quiet) in found
+
+
+async def test_7_members_of_two_clusters(etcd: EtcdProcess, etcd_binary: Path) -> None:
+    with EtcdProcess(etcd_binary) as other:
+        found = await problems(options(etcd.endpoint, other.endpoint))
+    assert f"{etcd.endpoint} and {other.endpoint} are of different clusters" in found
+
+
+async def test_8_a_release_that_may_lose_data(
+    etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (release,) = {
+        match[1]
+        for finding in await examine(options(etcd.endpoint), fix=False)
+        if (match := re.search(r"etcd (\S+) answers", finding.message))
+    }
+    monkeypatch.setattr(etcdfs.doctor.cluster, "_MAY_LOSE_DATA", (release,))
+    (found,) = await problems(options(etcd.endpoint))
+    assert "may lose data" in found
+
+
+async def test_9_a_release_that_is_too_old(
+    etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(etcdfs.doctor.cluster, "_OLDEST", (9, 0))
+    (found,) = await problems(options(etcd.endpoint))
+    assert "is too old" in found
+
+
+async def test_10_a_full_database(etcd_binary: Path) -> None:
+    with EtcdProcess(etcd_binary, "--quota-backend-bytes", "1000000") as full:
+        with contextlib.suppress(Exception), contextlib.closing(Client(full.endpoint)) as client:
+            for number in range(100):
+                client.put(b"/%d" % number, b"x" * 100_000)
+        found = await problems(options(full.endpoint))
+    assert any("NOSPACE" in each for each in found)
+
+
+# --- trust ----------------------------------------------------------------------------------
+
+
+async def test_11_a_certificate_that_is_not_trusted(etcd_binary: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    secured = authority.secured("127.0.0.1", "localhost")
+    with EtcdProcess(etcd_binary, secured=secured) as etcd:
+        trusted = Security(cacert=str(authority.cacert))
+        assert await problems(options(secure(etcd.endpoint), security=trusted)) == []
+        assert len(await problems(options(secure(etcd.endpoint)))) == 1
+
+
+@pytest.fixture
+def with_users(etcd: EtcdProcess) -> EtcdProcess:
+    add_user(etcd, "reader", "r", ("read", b"/app/"), ("readwrite", record_key(b"/app/")))
+    add_user(etcd, "other", "o", ("readwrite", b"/other/"))
+    add_user(etcd, "narrow", "n", ("readwrite", b"/app/"))
+    switch_users_on(etcd)
+    return etcd
+
+
+async def as_user(etcd: EtcdProcess, user: str, password: str) -> list[str]:
+    security = Security(user=user, password=password)
+    return await problems(options(etcd.endpoint, prefix=b"/app/", security=security))
+
+
+async def test_12_to_15_users_and_roles(with_users: EtcdProcess) -> None:
+    (wrong_password,) = await as_user(with_users, "reader", "x")
+    assert "password" in wrong_password
+    (unread,) = await as_user(with_users, "other", "o")
+    assert "/app/ cannot be read" in unread
+    (unwritten,) = await as_user(with_users, "reader", "r")
+    assert "/app/ cannot be written" in unwritten
+    (unattributed,) = await as_user(with_users, "narrow", "n")
+    assert "all is its owner's alone" in unattributed
+
+
+# --- keys -----------------------------------------------------------------------------------
+
+
+async def test_16_records_of_no_key_and_their_end(etcd: EtcdProcess) -> None:
+    with contextlib.closing(Client(etcd.endpoint)) as client:
+        client.put(b"/kept", b"")
+        client.put(record_key(b"/kept"), b'{"mode":"0600"}')
+        client.put(record_key(b"/gone"), b'{"mode":"0600"}')
+        (found,) = await problems(options(etcd.endpoint))
+        assert found == "1 records belong to no key; --fix deletes them"
+        assert await problems(options(etcd.endpoint), fix=True) == []
+        assert client.get(record_key(b"/gone")) is None
+        assert client.get(record_key(b"/kept")) is not None
+        assert await problems(options(etcd.endpoint)) == []
+
+
+async def test_odd_keys_are_worth_a_note(etcd: EtcdProcess) -> None:
+    with contextlib.closing(Client(etcd.endpoint)) as client:
+        for key in (b"/a", b"/a/b", b"/c//d", b"/plain"):
+            client.put(key, b"")
+        found = await examine(options(etcd.endpoint), fix=False)
+        assert (
+            Finding(
+                Level.NOTE, "keys", "1 keys are a file and a directory (`%value`), such as b'/a'"
+            )
+            in found
+        )
+        notes = [f.message for f in found if "escaped" in f.message]
+        assert notes == ["1 keys have an escaped name (`%=...`), such as b'/c//d'"]
+        assert client.get(b"/.etcdfs-doctor") is None, "it only asked whether it may"
