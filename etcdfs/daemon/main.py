@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Final, NoReturn, TypeVar, final
@@ -374,7 +375,8 @@ async def _open_components(
             return store
 
     store = await waiting.until_done(connect)
-    return Components(options, store), store, client_url
+    connected = replace(options, endpoints=endpoints)  # also to an embedded etcd
+    return Components(connected, store), store, client_url
 
 
 async def _check_readable(store: Store, keyspace: Keyspace) -> None:

@@ -52,6 +52,8 @@ async def check_cluster(options: MountOptions, *, fix: bool) -> AsyncIterator[Fi
 
     With `fix`, records of attributes that belong to no key are deleted.
     """
+    if not options.endpoints:
+        yield Finding(Level.NOTE, "etcd", "none to ask: --embedded starts one with the mount")
     clusters: dict[int, Endpoint] = {}
     usable: list[Endpoint] = []
     for endpoint in options.endpoints:

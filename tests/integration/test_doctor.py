@@ -73,6 +73,22 @@ def test_a_healthy_mount_has_no_problem_and_says_its_options(etcd: EtcdProcess) 
         assert done.returncode == (70 if wrong else 0)
 
 
+def test_a_mount_with_an_etcd_of_its_own_is_asked_too(tmp_path: Path) -> None:
+    mountpoint = tmp_path / "mnt"
+    mountpoint.mkdir()
+    embedded = ("--embedded", "--data-dir", str(tmp_path / "data"))
+    assert run_etcdfs("mount", str(mountpoint), *embedded).returncode == 0
+    try:
+        said = run_etcdfs("doctor", str(mountpoint)).stdout
+    finally:
+        assert run_etcdfs("umount", str(mountpoint)).returncode == 0
+    assert re.search("ok +etcd +unix://.* answers, with a leader", said)
+
+
+async def test_an_etcd_that_is_not_there_yet_is_no_problem() -> None:
+    assert await problems(options(embedded=True)) == []
+
+
 # --- the machine ----------------------------------------------------------------------------
 
 
