@@ -429,7 +429,9 @@ class StateMachine:
         if any(map(gt, revisions, revisions[1:])):
             index = next(i for i, r in enumerate(revisions[1:]) if r < revisions[i])
             return f"ordered: an event of revision {revisions[index + 1]} after {revisions[index]}"
-        if len(set(zip(revisions, map(_KEY, events), strict=True))) < len(events):
+        is_one = revisions[0] == revisions[-1]
+        keys = map(_KEY, events)
+        if len(set(keys if is_one else zip(revisions, keys, strict=True))) < len(events):
             return "unique: two events of one key at one revision"
         late = takewhile(lambda event: event.mod_revision <= self._known, events)
         return next((wrong for wrong in map(self._find_late, late) if wrong is not None), None)
