@@ -384,6 +384,14 @@ class MountOptions:
         "Compare the copy with etcd so often, and mend it; 0: never.",
         more="Plus up to half.",
     )
+    inotify: str = option(
+        "auto",
+        Kind.CHOICE,
+        Panel.CACHE,
+        "Raise inotify events for other clients' changes: where somebody watches, always, never.",
+        choices=("auto", "on", "off"),
+        more="`on` is for watchers that this process cannot see, outside its container, say.",
+    )
     uid: int = option(
         0,
         Kind.ID,

@@ -100,7 +100,10 @@ def mount(
     prepare(handover.options.mountpoint)
     if foreground:
         run_in_foreground(handover)
-    match start_in_background(handover, early):
+    word = start_in_background(handover, early)
+    if isinstance(word, Ready) and word.note:
+        typer.echo(f"etcdfs: {word.note}", err=True)
+    match word:
         case Ready(client_url=str(url), etcd=etcd):
             typer.echo(f"etcdfs: {etcd}", err=True)
             typer.echo(url)

@@ -32,6 +32,7 @@ import trio
 from etcdfs.consistency.staleness import Liveness
 from etcdfs.consistency.times_record import TimesRecord
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
+from etcdfs.daemon.kernel_threads import InotifyEvents, close_threads, leave_kernel
 from etcdfs.daemon.metrics_server import serving_metrics
 from etcdfs.daemon.service_manager import ServiceManager, find_service_manager
 from etcdfs.daemon.signals import Serving, Signals
@@ -74,7 +75,6 @@ from etcdfs.process.mountpoint import (
     find_mounted,
     forbid_links,
     is_there,
-    tear_down,
 )
 from etcdfs.process.processes import take_name
 from etcdfs.process.startup_protocol import (
@@ -194,13 +194,15 @@ class Components:
             if options.no_control_dir
             else ControlDirectory(self.status.files(), owner=owner, is_private=options.allow_other),
         )
+        self.inotify = InotifyEvents(options, self.tree, self.mirror, self.filesystem)
 
     def _sections(self) -> dict[str, Section]:
         """Return who is asked for each section of the status document."""
         sections: dict[str, Section] = {
-            "requests": lambda: dict(self.operations.requests),  # these two are yet to come
+            "requests": lambda: dict(self.operations.requests),  # these are yet to come
             "admission": lambda: self.operations.admission.statistics(),  # noqa: PLW0108
             "fast_path": lambda: [feature.name for feature in self.operations.fast_path.features],
+            "inotify": lambda: self.inotify.statistics(),  # noqa: PLW0108
             "open_files": lambda: len(self.files),
             "store": self.store.statistics,
             "tree": self.tree.statistics,
@@ -307,8 +309,9 @@ async def serve(
                 if _forbids_links(options):
                     forbid_links(options.mountpoint)
                 components.kernel.start(tasks)
+                note = components.inotify.start(tasks, mounted, components.operations)
                 go_on = partial(tasks.start_soon, manager.run, components.status.line)
-                tasks.start_soon(_announce, components, reporter, client_url, go_on)
+                tasks.start_soon(_announce, components, reporter, client_url, note, go_on)
                 signals.serving = Serving(
                     statistics=components.status.document,
                     reread=store.renew,
@@ -316,7 +319,7 @@ async def serve(
                 )
                 await mount.run()
                 await components.flush()
-                await _leave_kernel(components.kernel, mount, mounted)
+                await leave_kernel(components.kernel, components.inotify, mount, mounted)
                 mount.unmounts = mounted is not None and is_there(mounted)
             log.info("unmounted %s", options.mountpoint, extra={"event": "unmounted"})
             components.check_published()
@@ -325,26 +328,9 @@ async def serve(
 
 async def _end_serving(components: Components, mount: FuseMount) -> None:
     await components.flush()
-    await components.kernel.aclose()  # while requests are answered: they hold locks
+    # While requests are answered: they hold locks.
+    await close_threads(components.kernel, components.inotify)
     mount.stop()
-
-
-async def _leave_kernel(kernel: KernelCache, mount: FuseMount, mounted: Mounted | None) -> None:
-    """End what talks to the kernel, before the session is gone that it talks through.
-
-    A thread may be waiting for a lock which a request holds that nobody answers any more, or
-    which a user holds for as long as he likes (`etcdfs.fuse.notify`).
-    """
-    if await kernel.aclose() or mounted is None:
-        return
-    tear_down(mounted)  # all requests end, and let go of their locks
-    if not await kernel.aclose():
-        mount.abandon()
-        log.error(
-            "a thread waits in the kernel for a directory's lock that some process holds; what is "
-            "left of this one (%d) ends when that process does",
-            os.getpid(),
-        )
 
 
 def _found_by_name(mountpoint: str) -> Mounted | None:
@@ -434,13 +420,18 @@ async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None
 
 
 async def _announce(
-    components: Components, reporter: Reporter, client_url: str | None, then: Callable[[], None]
+    components: Components,
+    reporter: Reporter,
+    client_url: str | None,
+    note: str,
+    then: Callable[[], None],
 ) -> None:
     """Say that the mount is usable, once a call through the kernel has shown it.
 
     Args:
         components: Those of the mount.
         reporter: Who is told.
+        note: What a person should know besides.
         client_url: Where the embedded etcd listens; None without one.
         then: Called after that.
     """
@@ -448,8 +439,7 @@ async def _announce(
     with trio.fail_after(components.options.timeout_s):
         await trio.to_thread.run_sync(os.stat, mountpoint, abandon_on_cancel=True)
     log.info("mounted %s", mountpoint, extra={"event": "mounted"})
-    mirror = components.mirror
-    etcd = ""
+    mirror, etcd = components.mirror, ""
     if client_url is not None:
         etcd = describe((await components.store.status()).version)
         log.info("%s", etcd)
@@ -459,6 +449,7 @@ async def _announce(
             keys=0 if mirror is None else mirror.statistics().listed_keys,
             client_url=client_url,
             etcd=etcd,
+            note=note,
         )
     )
     then()

@@ -181,6 +181,17 @@ TABLE: Final[tuple[Metric, ...]] = (
     ),
     _gauge("open_files", "open_files", "Open file handles."),
     _unshown("fast_path", "What the fast path has the kernel do; nothing without it."),
+    # --- inotify
+    _counter("inotify.replayed", "inotify_replays_total", "Changes that raised inotify events."),
+    _counter(
+        "inotify.coalesced", "inotify_coalesced_total", "Changes that became one with others."
+    ),
+    _counter("inotify.unwatched", "inotify_unwatched_total", "Changes that nobody watched."),
+    _counter("inotify.outdated", "inotify_outdated_total", "Replays given up for newer changes."),
+    _counter("inotify.dropped", "inotify_dropped_total", "Changes that could raise no events."),
+    _counter("inotify.looks", "inotify_looks_total", "Times that was looked who watches."),
+    _gauge("inotify.waiting", "inotify_names_waiting", "Names whose changes are yet to be told."),
+    _gauge("inotify.stuck", "inotify_stuck", "Replays that wait for a lock which is not let go."),
     # --- etcd
     _info("store.endpoints", "endpoints", "The members, in order of preference."),
     _state("store.endpoint", "endpoint_in_use", "The member in use.", "endpoint"),

@@ -60,6 +60,8 @@ CLOSE_S: Final = 1.0
 """How long threads may take to end when the mount is taken down."""
 
 _THREAD_NAME: Final = "kernel-cache"
+REPLAY_THREAD: Final = "inotify"
+"""The name of a thread that makes calls on the mount itself (`etcdfs.fuse.inotify`)."""
 
 # include/uapi/linux/fuse.h: fuse_out_header, fuse_notify_inval_entry_out and their codes
 _OUT_HEADER: Final = struct.Struct("=IiQ")
@@ -388,7 +390,7 @@ def _pages_of(inode: int) -> int:
 
 def is_in_kernel() -> bool:
     """Say whether a thread of ours waits in the kernel, when all of them should have ended."""
-    return any(thread.name == _THREAD_NAME for thread in threading.enumerate())
+    return any(thread.name in {_THREAD_NAME, REPLAY_THREAD} for thread in threading.enumerate())
 
 
 def _nobody(_directory: Inode | None, _since: float | None) -> None:

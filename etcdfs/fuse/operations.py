@@ -20,7 +20,7 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar, final
+from typing import Any, Concatenate, Final, ParamSpec, Protocol, Self, TypeVar, cast, final
 
 import pyfuse3
 import trio
@@ -65,6 +65,19 @@ pyfuse3 keeps XATTR_CREATE and XATTR_REPLACE to itself: it calls getxattr first,
 if that found none, or one. Both calls are for the same request, so that its context tells them
 apart from calls of their own. What was found has to be so still when it is changed in etcd."""
 
+
+class Replays(Protocol):
+    """Requests that are no user's, and are answered apart from all others (`etcdfs.fuse.replay`)."""
+
+    def answers(self, name: str, arguments: tuple[Any, ...]) -> bool:
+        """Say whether a request is one of them."""
+        ...
+
+    def answer(self, name: str, arguments: tuple[Any, ...]) -> object:
+        """Answer it, or raise `FUSEError`."""
+        ...
+
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -77,10 +90,14 @@ def handler(
 
     @functools.wraps(function)
     async def wrapped(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        self.requests[name] += 1
+        is_replay = self.replays is not None and self.replays.answers(name, args)
+        if not is_replay:
+            self.requests[name] += 1
         request = Request(self.admission, lambda: self.user_of(name, args))
         before = current.set(request)
         try:
+            if self.replays is not None and is_replay:
+                return cast("R", self.replays.answer(name, args))
             if self._control is not None and (answering := self._control.answering(name, args)):
                 answer: R = await answering(*args)
                 return answer
@@ -132,6 +149,7 @@ class Operations(pyfuse3.Operations):
         # --- constants
         self._keep_cache = store is not None
         self._store = store
+        self.replays: Replays | None = None
         # --- mutable state
         self.requests: Counter[str] = Counter()
         self.openers = Openers()
@@ -158,7 +176,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         attributes = await self._filesystem.lookup(parent_inode, name)
         if attributes is not None:
-            return _pack(attributes)
+            return pack(attributes)
         # An answer with inode 0 is a missing name the kernel may remember (libfuse,
         # fuse_lowlevel.h, fuse_entry_param.ino).
         missing = EntryAttributes()
@@ -181,13 +199,13 @@ class Operations(pyfuse3.Operations):
         rdev: int,
         ctx: RequestContext,
     ) -> EntryAttributes:
-        return _pack(await self._filesystem.mknod(parent_inode, name, mode, _caller(ctx)))
+        return pack(await self._filesystem.mknod(parent_inode, name, mode, _caller(ctx)))
 
     @handler
     async def mkdir(
         self, parent_inode: InodeT, name: FileNameT, mode: ModeT, ctx: RequestContext
     ) -> EntryAttributes:
-        return _pack(await self._filesystem.mkdir(parent_inode, name, mode, _caller(ctx)))
+        return pack(await self._filesystem.mkdir(parent_inode, name, mode, _caller(ctx)))
 
     @handler
     async def unlink(self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext) -> None:
@@ -214,7 +232,7 @@ class Operations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: FileNameT, target: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         made = await self._filesystem.symlink(parent_inode, name, target, _caller(ctx))
-        return _pack(made)
+        return pack(made)
 
     @handler
     async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
@@ -234,7 +252,7 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        return _pack(await self._filesystem.getattr(inode))
+        return pack(await self._filesystem.getattr(inode))
 
     @handler
     async def setattr(
@@ -254,7 +272,7 @@ class Operations(pyfuse3.Operations):
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             is_now=_is_now(self.fast_path.flags, fields),
         )
-        return _pack(await self._filesystem.setattr(inode, change, ctx.uid, by_path=fh is None))
+        return pack(await self._filesystem.setattr(inode, change, ctx.uid, by_path=fh is None))
 
     @handler
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
@@ -332,7 +350,7 @@ class Operations(pyfuse3.Operations):
         )
         self._users[_FILE, handle] = ctx.uid
         self.openers.note(handle, flags, ctx.pid, attributes.inode)
-        return self._info(handle), _pack(attributes)
+        return self._info(handle), pack(attributes)
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
@@ -392,15 +410,13 @@ class Operations(pyfuse3.Operations):
             if position >= start_id:
                 # The kernel takes no lookup for these two (fs/fuse/readdir.c,
                 # fuse_direntplus_link).
-                packed = _pack(filesystem.attributes(node))
+                packed = pack(filesystem.attributes(node))
                 if not pyfuse3.readdir_reply(token, FileNameT(name), packed, position + 1):
                     return
         for listed in listing:
             attributes = filesystem.attributes(listed.node)
             position = listed.position + _DOTS
-            if not pyfuse3.readdir_reply(
-                token, FileNameT(listed.name), _pack(attributes), position
-            ):
+            if not pyfuse3.readdir_reply(token, FileNameT(listed.name), pack(attributes), position):
                 return
             filesystem.remember_listed(listed, attributes)
 
@@ -536,7 +552,8 @@ def _caller(ctx: RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid)
 
 
-def _pack(attributes: Attributes) -> EntryAttributes:
+def pack(attributes: Attributes) -> EntryAttributes:
+    """Return attributes as pyfuse3 takes them."""
     packed = EntryAttributes()
     packed.st_ino = InodeT(attributes.inode)
     packed.st_mode = ModeT(attributes.mode)

@@ -16,6 +16,8 @@ Concurrency: plain reads of /proc, on the trio thread.
 import errno
 import os
 import resource
+import time
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -111,3 +113,60 @@ def describe_shortage() -> str:
         f"no memory is left; this process has {used} MiB of address space, "
         f"and may have {limit // _MIB} (ulimit -v)"
     )
+
+
+# --- who watches through inotify ------------------------------------------------------------
+
+_INOTIFY: Final = "anon_inode:inotify"
+_FIRST_NAMESPACE: Final = "pid:[4026531836]"  # PROC_PID_INIT_INO, include/linux/proc_ns.h
+
+
+def sees_all_watches(*, allow_other: bool) -> bool:
+    """Say whether all who can watch a mount of ours can be seen.
+
+    A container does not see the processes outside it, and a user not those of others.
+    """
+    is_first = Path("/proc/self/ns/pid").readlink() == Path(_FIRST_NAMESPACE)
+    return is_first and (os.geteuid() == 0 or not allow_other)
+
+
+@final
+class Watches:
+    """The watches on one file system."""
+
+    def __init__(self, device: int) -> None:
+        """Look at the file system of this number (st_dev)."""
+        # As Linux has it inside (include/linux/kdev_t.h).
+        self._device = b"%x" % (os.major(device) << 20 | os.minor(device))
+
+    def find(self) -> tuple[frozenset[int], float]:
+        """Return the inode numbers that somebody watches, and the processor time this took (s)."""
+        begun = time.thread_time()
+        found = frozenset(n for info in _instances() for n in _watched(info, self._device))
+        return found, time.thread_time() - begun
+
+
+def _instances() -> Iterator[str]:
+    """Yield the fdinfo of all inotify instances."""
+    with os.scandir("/proc") as processes:
+        for process in processes:
+            if process.name.isdigit():
+                with suppress(OSError):  # it has ended, or is another user's
+                    yield from _instances_of(process.path)
+
+
+def _instances_of(process: str) -> Iterator[str]:
+    with os.scandir(f"{process}/fd") as descriptors:
+        for descriptor in descriptors:
+            with suppress(OSError):
+                if os.readlink(descriptor.path) == _INOTIFY:  # noqa: PTH115 -- there are many
+                    yield f"{process}/fdinfo/{descriptor.name}"
+
+
+def _watched(info: str, device: bytes) -> Iterator[int]:
+    with suppress(OSError), open(info, "rb") as lines:  # noqa: PTH123 -- there are many
+        for line in lines:
+            if line.startswith(b"inotify "):
+                fields = dict(part.split(b":", 1) for part in line.split()[1:])
+                if fields[b"sdev"] == device:
+                    yield int(fields[b"ino"], 16)

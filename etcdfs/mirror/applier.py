@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count, groupby, islice
+from itertools import chain, count, groupby, islice
 from operator import attrgetter
 from typing import Final, final
 
@@ -43,10 +43,15 @@ from etcdfs.keyspace.store import Event, KeyValue, Revision
 from etcdfs.mirror.invalidator import Invalidator, KernelCache
 from etcdfs.tree.changes import Part, Plan
 from etcdfs.tree.inodes import Cached, Dentry, File
-from etcdfs.tree.update import Update
+from etcdfs.tree.update import NameChange, Update, changes_of_others, changes_of_part
 from etcdfs.tree.value_cache import ValueCache
 
 log = logging.getLogger(__name__)
+
+Observer = Callable[[Iterable[NameChange]], Callable[[], None] | None]
+"""Is told what other clients change right before that becomes visible.
+
+It may return what is to be called when the kernel, too, has let go of what was before."""
 
 SWITCH_ROUNDS: Final = 8
 """Rounds of invalidation before a batch is applied. The second round finds what a change of
@@ -154,6 +159,7 @@ class Applier:
     """Shows what the watch brings. Owned by the mirror.
 
     Attributes:
+        observe: Who is told of changes; None: nobody.
         revision: The revision that readers see.
         batches: Batches applied.
         events: Events that came with them.
@@ -174,6 +180,7 @@ class Applier:
         self._value_cache = value_cache
         self.invalidator = Invalidator(kernel, self._give_way)
         self._failed = failed
+        self.observe: Observer | None = None
         # --- mutable state
         self.revision = 0
         self.batches = self.events = self.collapsed = self.early = 0
@@ -335,12 +342,20 @@ class Applier:
 
     def _apply_batch(self, batch: _Batch, plan: Plan, *, late: set[Cached]) -> None:
         before = self._versions(plan)
+        seen = self._observed(plan)
         self._update.apply(plan)
         self._let_go_past(before)
         self._update.tree.being_changed.clear()
-        self.invalidator.submit(late | self._update.tree.held.excess())
+        self.invalidator.submit(late | self._update.tree.held.excess(), seen)
         self._count(batch)
         self._finish(batch)
+
+    def _observed(self, plan: Plan, parts: Iterable[Part] = ()) -> Callable[[], None] | None:
+        """Tell whoever observes what other clients' changes are about to become visible."""
+        if self.observe is None:
+            return None
+        others = changes_of_others(plan, self._update.locked)
+        return self.observe(chain(*map(changes_of_part, parts), others))
 
     def _count(self, batch: _Batch) -> None:
         self.batches += 1
@@ -423,7 +438,11 @@ class Applier:
                 self._update.note_not_invalidated(some)
         tree.disturbed = None
         past = self._versions(plan)
+        seen = self._observed(plan, parts)
         self._update.publish_parts(parts, plan)
+        # What is asked for last is done when all before it is.
+        last = {tree.listing_of(tree.root)} if seen is not None and self._is_early else set()
+        self.invalidator.submit(last, seen)
         waste = (tree.being_changed, self._asked)
         tree.being_changed, self._asked = set(), set()
         self._count(batch)

@@ -28,7 +28,7 @@ from etcdfs.errors import (
 )
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Store
-from etcdfs.mirror.applier import Applier
+from etcdfs.mirror.applier import Applier, Observer
 from etcdfs.mirror.attribute_mirror import AttributeMirror
 from etcdfs.mirror.invalidator import KernelCache, StuckDirectories
 from etcdfs.mirror.messages import (
@@ -172,6 +172,10 @@ class Mirror:
     def revision(self) -> int:
         """The revision that readers see."""
         return self._applier.revision
+
+    def tell(self, observe: Observer) -> None:
+        """Have `observe` told of all that other clients change."""
+        self._applier.observe = observe
 
     # --- the view ---------------------------------------------------------------------------
 

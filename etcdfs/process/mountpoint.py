@@ -125,6 +125,48 @@ def is_there(mounted: Mounted) -> bool:
     return found is not None and found.device == mounted.device
 
 
+def is_mounted_over(device: int, path: bytes) -> bool:
+    """Say whether something is mounted at or below a path of a file system (`app/conf`, say).
+
+    In any container that we may look into.
+    """
+    wanted = b"/" + path
+    number = f"{os.major(device)}:{os.minor(device)}".encode()
+    return any(
+        (covered + b"/").startswith(wanted + b"/")
+        for table in mount_tables()
+        for covered in _covered(table, number)
+    )
+
+
+def _covered(table: bytes, device: bytes) -> Iterator[bytes]:
+    """Yield the paths of a device's file system on which something is mounted."""
+    rows = [line.split(b" ", 5) for line in table.splitlines()]
+    own = {row[0]: (_path(row[3]), _path(row[4])) for row in rows if row[2] == device}
+    for _, parent, _, _, point, _ in rows:
+        if parent in own:
+            root, at = own[parent]
+            yield root.rstrip(b"/") + _path(point)[len(at.rstrip(b"/")) :]
+
+
+def _path(field: bytes) -> bytes:
+    return os.fsencode(_unescape(field))
+
+
+def open_root(path: str, device: int) -> int:
+    """Open the root of a mount, for paths below it (O_PATH).
+
+    Raises:
+        FileNotFoundError: Something else stands there.
+        OSError: It cannot be reached.
+    """
+    root = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    if os.fstat(root).st_dev != device:
+        os.close(root)
+        raise FileNotFoundError(errno.ENOENT, "another file system stands there", path)
+    return root
+
+
 def resolve(path: str) -> str:
     """Return the absolute path of a mountpoint, without touching what is mounted there.
 

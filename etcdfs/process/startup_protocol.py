@@ -83,12 +83,14 @@ class Ready:
         keys: The number of keys in it; 0 without a cache.
         client_url: Where the embedded etcd listens; None without one.
         etcd: Which etcd that is, for a person; empty without one.
+        note: What else a person should know; empty if there is nothing.
     """
 
     revision: int
     keys: int
     client_url: str | None = None
     etcd: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +257,8 @@ def waiting_line(report: Waiting) -> str:
 
 
 def _print(report: Report) -> None:
+    if isinstance(report, Ready) and report.note:
+        sys.stderr.write(f"etcdfs: {printable(report.note)}\n")
     match report:
         case Ready(client_url=str(url), etcd=etcd):
             sys.stderr.write(f"etcdfs: {etcd}\n")

@@ -120,12 +120,12 @@ class Tree:
         self._numbered: dict[Inode, Node] | None = None
         # Those of them that no name leads to, and that may get one again.
         self.held = Held()
-        # Missing names as told to the kernel, until when; those that end first come first, as
-        # all are told for the same time.
+        # Missing names as told to the kernel, until when; all for as long, so the first end first.
         self._negatives: OrderedDict[Dentry, int] = OrderedDict()
         self.being_changed: set[Cached] = set()
         # While a batch is planned in parts, nodes and names that change; None: of directories.
         self.disturbed: set[Node | Dentry | None] | None = None
+        self.withheld: set[Dentry] = set()  # gone, but not to be cached: who watches comes first
         # Whether something went wrong with the tree, so that it must be made anew (`take_over`).
         self.doubtful = False
         # Directories of which the kernel may have older names for as long as somebody holds their
@@ -316,7 +316,7 @@ class Tree:
     def tell_negative(self, directory: Directory, name: bytes, lifetime_ns: int) -> bool:
         """Note that the kernel is told a name is missing; False: it must not cache that."""
         entry = Dentry(directory.inode, name)
-        if not self.may_cache(entry):
+        if not self.may_cache(entry) or entry in self.withheld:
             return False
         now = self._monotonic()
         negatives = self._negatives

@@ -18,6 +18,7 @@ Concurrency: synchronous; used on the trio thread only.
 
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import final
 
 from etcdfs.keyspace.keys import VALUE_NAME
@@ -437,3 +438,65 @@ def _has_times_of(directory: Directory, old: Node | None, new: Node | None) -> b
     if isinstance(new, File) and new.key_state is not None:
         made = new.key_state.create_revision
     return made < directory.stored_record.key_state.mod_revision
+
+
+# --- what other clients change ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class NameChange:
+    """What becomes of a name.
+
+    Attributes:
+        directory: Where it is.
+        name: The name.
+        before: What stood there.
+        after: What stands there then; the same node as before if that got other content.
+    """
+
+    directory: Directory
+    name: bytes
+    before: Node | None
+    after: Node | None
+
+
+def changes_of_others(plan: Plan, locked: Container[Dentry]) -> Iterator[NameChange]:
+    """Yield what other clients change by a plan: Linux itself tells of what this mount does.
+
+    Calls of this mount that are under way change the names that are `locked`.
+    """
+    for directory, name, before, after in plan.changes():
+        is_directory = isinstance(before, Directory) or isinstance(after, Directory)
+        is_own = is_directory and Dentry(directory.inode, name) in locked
+        if not (is_own or _is_own(plan, before, after)):
+            yield NameChange(directory=directory, name=name, before=before, after=after)
+    yield from _renewals(plan)
+
+
+def changes_of_part(part: Part) -> Iterator[NameChange]:
+    """Yield what part of a large batch changes: nothing of it comes from this mount."""
+    for directory, name, node in part.made:
+        yield NameChange(directory=directory, name=name, before=None, after=node)
+    for directory, files in part.gone.items():
+        for name, file, _ in files:
+            yield NameChange(directory=directory, name=name, before=file, after=None)
+    yield from _renewals(part.plan)
+
+
+def _renewals(plan: Plan) -> Iterator[NameChange]:
+    for file in plan.renewed:
+        # One that comes back is among the names.
+        if file.directory is not None and file.directory.children.get(file.name) is file:
+            yield NameChange(directory=file.directory, name=file.name, before=file, after=file)
+
+
+def _is_own(plan: Plan, before: Node | None, after: Node | None) -> bool:
+    if after is not None:
+        return after in plan.moved or _is_own_put(plan, after)
+    if before in plan.moved or before in plan.removed:
+        return True
+    return before not in plan.deleted and _is_own_put(plan, before)  # it stands elsewhere then
+
+
+def _is_own_put(plan: Plan, node: Node | None) -> bool:
+    return isinstance(node, File) and node in plan.key_state and node not in plan.renewed

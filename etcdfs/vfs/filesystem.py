@@ -163,7 +163,7 @@ class Filesystem:
         await self._view.revalidate_name(directory, name)
         node = directory.children.get(name)
         if node is not None:
-            return self._hand_out(node)
+            return self.hand_out(node)
         lifetime_ns = int(self._kernel_timeout_s * 1e9)
         if lifetime_ns and self._tree.tell_negative(directory, name, lifetime_ns):
             return None
@@ -362,7 +362,7 @@ class Filesystem:
             if flags & os.O_EXCL:
                 raise taken(name)
             handle = await self._files.open(node, flags, uid=uid)
-            return handle, self._hand_out(node)
+            return handle, self.hand_out(node)
         record = self._record(directory, mode, caller)
         if flags & os.O_EXCL and name != MARKER_NAME:  # an empty one is not shown: close makes it
             file = await self._claim(directory, name, key, record)
@@ -370,7 +370,7 @@ class Filesystem:
             file = self._tree.new_file(None)
             file.stored_record = StoredRecord(record, NOT_IN_ETCD) if record else None
             self._view.update.add_local(directory, name, file)
-        return self._files.open_new(file, flags, uid), self._hand_out(file)
+        return self._files.open_new(file, flags, uid), self.hand_out(file)
 
     async def mknod(
         self, parent: int, name: bytes, mode: int, caller: Caller | None = None
@@ -416,7 +416,7 @@ class Filesystem:
         directory, key = await self._namei.place(parent, name)
         record = self._record(directory, mode, caller, kind)
         file = await self._claim(directory, name, key, record, value)
-        return self._hand_out(file)
+        return self.hand_out(file)
 
     async def mkdir(
         self, parent: int, name: bytes, mode: int | None = None, caller: Caller | None = None
@@ -431,7 +431,7 @@ class Filesystem:
         if name in directory.children:
             raise taken(name)
         if is_part(name):
-            return self._hand_out(self._namei.make_part(directory, name))
+            return self.hand_out(self._namei.make_part(directory, name))
         marker = self._tree.keyspace.directory_prefix(self._tree.names(directory, name))
         record = self._record(directory, None if mode is None else mode | stat.S_IFDIR, caller)
         async with self._namei.changing((directory, name)) as locked:
@@ -443,7 +443,7 @@ class Filesystem:
         if found is None:
             msg = f"{marker!r} was deleted again by another client"
             raise NotFoundError(msg)
-        return self._hand_out(found[0])
+        return self.hand_out(found[0])
 
     async def _claim(
         self, directory: Directory, name: bytes, key: bytes, record: Record, value: bytes = b""
@@ -660,7 +660,7 @@ class Filesystem:
             msg = "the mount is read-only"
             raise ReadOnlyError(msg)
 
-    def _hand_out(self, node: Node) -> Attributes:
+    def hand_out(self, node: Node) -> Attributes:
         """Count a lookup and return the attributes that go with it."""
         attributes = self.attributes(node)
         self._tree.remember(node)

@@ -405,3 +405,11 @@ def test_foreground_becomes_the_daemon(stand_in: StandIn) -> None:
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert output == f"{process.pid} /m b'/p/'\n"
+
+
+def test_what_a_person_should_know_is_said_in_the_foreground(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reporter = open_reporter(None, lambda _state: None)
+    reporter.report(Ready(revision=1, keys=1, note="--inotify does nothing\x1b here"))
+    assert capsys.readouterr().err == "etcdfs: --inotify does nothing\\x1b here\n"
