@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, Final
@@ -141,7 +142,8 @@ def ask(mountpoint: str | None) -> list[Answer]:
         if found is None or not found.ours:
             raise NotMountedError(f"no etcdfs is mounted on {mountpoint}")
         mounts = [found]
-    return [_ask(mounted) for mounted in mounts]
+    with ThreadPoolExecutor(max_workers=len(mounts)) as threads:  # many may keep quiet
+        return list(threads.map(_ask, mounts))
 
 
 def read_config(mountpoint: str) -> dict[str, Any] | None:

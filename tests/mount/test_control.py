@@ -168,7 +168,7 @@ def test_b252_metrics_and_health_by_http(pool: Pool, own_etcd: EtcdProcess, mode
         status, metrics = fetched(port, "metrics")
         assert status == 200
         assert f'mountpoint="{mounted.path}"' in metrics
-        assert fetched(port, "healthz")[0] == 200
+        eventually(lambda: fetched(port, "healthz")[0] == 200)  # a busy machine is late, too
         own_etcd.pause()
         if mode == "--cache":
             eventually(lambda: fetched(port, "healthz")[0] == 503)
