@@ -122,7 +122,9 @@ def _merged(runs: Iterable[Run]) -> list[Run]:
             kept.append(run)
             continue
         known = run._replace(last=min(run.last, kept[-1].first - 1))
-        if known.first <= known.last and known.time_of(known.last) < kept[-1].time_ns:
+        # Each revision in between is to have a time of its own.
+        latest_ns = kept[-1].time_ns - (kept[-1].first - known.last)
+        if known.first <= known.last and known.time_of(known.last) <= latest_ns:
             kept.append(known)
     return kept[::-1]
 

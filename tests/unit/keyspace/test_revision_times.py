@@ -64,6 +64,7 @@ def test_whoever_reads_the_record_has_the_same_times(found: list[tuple[int, int]
 
 @given(lessons, lessons, st.integers(-(10**9), 10**9))
 @example([(2, 0)], [(1, 0), (2, 0)], 0)
+@example([(1, 245)], [(141, -1868)], 2242)
 def test_merging_is_in_order_and_loses_no_revision(
     found: list[tuple[int, int]], others: list[tuple[int, int]], skew_ns: int
 ) -> None:
