@@ -519,6 +519,19 @@ async def test_a_ttl(autojump_clock: MockClock, store: FakeStore, cache: bool) -
         assert await errno_of(stat_of(mount, b"f")) == 2
 
 
+async def test_a_file_that_a_rename_replaces_lets_its_lease_go(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(b"/f", b"value")
+    store.put_now(b"/g", b"replaced")
+    async with open_mount(store, cache=cache) as mount:
+        inode = (await stat_of(mount, b"g")).inode
+        await mount.filesystem.xattrs.setxattr(inode, b"user.etcd.ttl", b"60")
+        assert store.leases
+        await mount.kernel.rename((b"f",), (b"g",))
+        assert not store.leases
+
+
 @pytest.mark.expect_log("attributes cannot be written: %s")
 async def test_a_lease_needs_no_right_to_attributes(
     autojump_clock: MockClock, store: FakeStore, cache: bool, monkeypatch: pytest.MonkeyPatch

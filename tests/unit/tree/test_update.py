@@ -10,7 +10,7 @@ from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
 from etcdfs.tree.bulk_load import load
 from etcdfs.tree.changes import Intent, Relocation
-from etcdfs.tree.inodes import CachedAttributes, Dentry, Directory, Expiry, File, Node
+from etcdfs.tree.inodes import CachedAttributes, Dentry, Directory, Expiry, File, Node, key_state_of
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
 from tests.support.fake_store import FakeStore
@@ -406,3 +406,26 @@ def test_a_file_that_becomes_a_link_is_another_inode() -> None:
     assert file_at(tree, b"f") is not link
     assert file_at(tree, b"g") is other
     tree.check_invariants()
+
+
+def test_a_value_of_a_marker_goes_with_the_marker() -> None:
+    store, tree, update = made(b"/d/", b"/d/x")
+    for value, names in ((b"v", {b"x", b"%marker"}), (None, {b"x"})):
+        revision = store.revision
+        commit(store, [(b"/d/", value)])
+        apply(update, since(store, revision))
+        directory = at(tree, b"d")
+        assert isinstance(directory, Directory)
+        assert directory.children.keys() == names
+
+
+def test_what_is_put_in_a_files_place_tells_whether_its_key_is_gone() -> None:
+    for created, gone in ((1, False), (9, True)):
+        store, tree, update = made(b"/f")
+        old, source = file_at(tree, b"f"), store.current(b"/f")
+        assert source is not None
+        tree.remember(old)
+        over = KeyValue(b"/f", b"w", Revision(created * source.create_revision), Revision(20), 2)
+        new = tree.new_version(old, key_state_of(over))
+        update.replace(tree.root, b"f", new, over=over)
+        assert (at(tree, b"f"), old.gone) == (new, gone)
