@@ -1,7 +1,7 @@
 """What a mount can be told: the table of options, and the frozen values that come of it.
 
 Knows: each option's name, default, unit and meaning. Does not know: how text becomes a value (that
-is `option_text`), and where that text comes from.
+is `option_parsing`), and where that text comes from.
 
 **A new option is one row here**, a field with its `option(...)`, and whoever reads the field. The
 flag, its place in `--help`, the name for `-o`, the environment variable and the reference

@@ -1,7 +1,7 @@
 """The flags of `etcdfs mount`, made from the table of options, in the panels of --help.
 
 Knows: how typer is told of an option. Does not know: which options there are (`options`), what
-their text means (`option_values`), and what is done with it (`cli`).
+their text means (`option_values`), and what is done with it (`main`).
 
 Concurrency: none; declarations only.
 """

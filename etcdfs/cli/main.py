@@ -1,7 +1,7 @@
 """The command line: what a person types, and the one line they read when it goes wrong.
 
 Knows: commands, flags and environment variables, and who wins when they differ. Does not know: what
-an option's text means (`option_text`), and the daemon, which it starts as another process so that
+an option's text means (`option_parsing`), and the daemon, which it starts as another process so that
 `etcdfs --help` loads neither grpc nor pyfuse3.
 
 Concurrency: none.

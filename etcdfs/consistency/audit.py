@@ -1,7 +1,7 @@
 """Comparing the mirror with etcd, at one revision, while both go on.
 
 Knows: how to find out that the mirror is wrong when no message would tell. Does not know: how the
-mirror is mended (the state machine lists again), or shown; what it holds (`audited`).
+mirror is mended (the state machine lists again), or shown; what it holds (`audit_index`).
 
 Some faults are silent: etcd 3.4 before 3.4.31 and 3.5 before 3.5.13 can lose watch events (etcd
 issue 17529), and a history that was restored from a snapshot and overtaken may look like the one

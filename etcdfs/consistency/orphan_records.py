@@ -4,7 +4,7 @@ Knows: which record keys say nothing any more, and how they are deleted without 
 does. Does not know: when that is done (the auditor's).
 
 A client that knows of no record keys leaves one behind when it deletes a file, and so does a lease
-that expires. It is void (`sidekeys`), but it takes space, in etcd and in every mirror. Each is
+that expires. It is void (`attribute_records`), but it takes space, in etcd and in every mirror. Each is
 deleted on condition that the record key is the version that is known, and that its key is not
 there, or younger. Whoever makes the key anew with attributes writes the record key in the same
 transaction: it is another version then, and stays.

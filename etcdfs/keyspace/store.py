@@ -320,7 +320,7 @@ class Store(Protocol):
         Raises:
             CompactedError: `revision` is no longer in history.
             FutureRevisionError: `revision` is not yet in history.
-            StoreProtocolError: The answer is none to this question (`checks`).
+            StoreProtocolError: The answer is none to this question (`transaction_results`).
         """
         ...
 
