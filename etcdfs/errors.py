@@ -2,10 +2,11 @@
 
 Knows: the whole table of errors. Does not know: who raises them.
 
-Three families, named by whose fault it is:
+Families, named by whose fault it is:
 
 * `CallerError`: the program that made the system call asked for something that cannot be.
 * `StoreError`: etcd refused, or could not be asked.
+* `SnapshotError`: the disk that a snapshot is kept on.
 * `CommandError`: the person at the command line; carries an exit code instead of an errno.
 
 An exception outside these families is our own fault (EIO and a traceback at the border).
@@ -300,6 +301,21 @@ class StoreProtocolError(StoreError):
     """etcd answered something that its API does not allow."""
 
 
+# --- the snapshot's fault -------------------------------------------------------------------
+
+
+class SnapshotError(EtcdfsError):
+    """The disk of `--state-dir` does not do its part. No system call ever sees it."""
+
+
+class SnapshotDamagedError(SnapshotError):
+    """The snapshot of the mirror is not what was written, or not of this etcdfs."""
+
+
+class SnapshotWriteError(SnapshotError):
+    """The snapshot of the mirror could not be written; what there was of it is still there."""
+
+
 # --- the person at the command line ---------------------------------------------------------
 
 
@@ -443,3 +459,9 @@ class InstallError(CommandError):
     """What the system looks for in its own directories cannot be put there."""
 
     exit_code = 61
+
+
+class StateDirectoryError(CommandError):
+    """The directory of `--state-dir` cannot be used."""
+
+    exit_code = 63

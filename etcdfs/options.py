@@ -392,6 +392,20 @@ class MountOptions:
         choices=("auto", "on", "off"),
         more="`on` is for watchers that this process cannot see, outside its container, say.",
     )
+    state_dir: str | None = option(
+        None,
+        Kind.DIRECTORY,
+        Panel.CACHE,
+        "Keep a snapshot of the copy in this directory, to start from.",
+        more="Yours, one for each mount; made with mode 0700 if it is not there. Needs `--cache`.",
+    )
+    offline_start: bool = option(
+        False,
+        Kind.FLAG,
+        Panel.CACHE,
+        "Mount the snapshot if etcd does not answer, and go live when it does.",
+        more="Needs `--state-dir`.",
+    )
     uid: int = option(
         0,
         Kind.ID,

@@ -49,7 +49,7 @@ from etcdfs.process.logs import Formatter, has_journal, open_log
 from etcdfs.process.mountpoint import prepare, resolve, unmount
 from etcdfs.process.printable import printable
 from etcdfs.process.spawn import Spawned
-from etcdfs.process.startup_protocol import Failed, Handover, Ready
+from etcdfs.process.startup_protocol import Failed, Handover, Ready, offline_line
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +109,8 @@ def mount(
             typer.echo(url)
         case Failed(message=message, exit_code=exit_code):
             raise typer.Exit(_say(message, exit_code))
-        case Ready():
-            return
+        case Ready() as ready:
+            typer.echo(offline_line(ready), err=True, nl=False)
 
 
 @app.command()

@@ -140,6 +140,16 @@ def read_options(mountpoint: str, texts: Texts, fuse_options: tuple[str, ...] = 
         values["endpoints"] = parse_endpoints(texts["endpoints"], tls=asks_for_tls(texts))
     values["security"] = read_security(texts)
     options = MountOptions(mountpoint=mountpoint, fuse_options=fuse_options, **values)
+    _check_together(options)
+    return options
+
+
+def _check_together(options: MountOptions) -> None:
+    """Refuse options of which one makes no sense with, or without, another.
+
+    Raises:
+        UsageError: There are such.
+    """
     if options.embedded and options.endpoints:
         raise UsageError("--embedded starts an etcd of its own; --endpoints cannot go with it")
     if not options.embedded and not options.endpoints:
@@ -148,4 +158,7 @@ def read_options(mountpoint: str, texts: Texts, fuse_options: tuple[str, ...] = 
         raise UsageError("--embedded starts an etcd of its own, without certificates or users")
     if options.data_dir is not None and not options.embedded:
         raise UsageError("--data-dir is where --embedded keeps its data; it needs --embedded")
-    return options
+    if options.state_dir is not None and (options.embedded or not options.cache):
+        raise UsageError("--state-dir is for what --cache holds of an etcd that may be away")
+    if options.offline_start and options.state_dir is None:
+        raise UsageError("--offline-start mounts what is in --state-dir; it needs that")

@@ -80,6 +80,11 @@ class Staleness:
             self._asked = False
             self._wake()
 
+    def last_heard(self, age_s: float) -> None:
+        """Note when etcd was last heard, before there was this mount: what is shown is of then."""
+        self._heard = trio.current_time() - age_s
+        self._wake()
+
     def asked(self) -> None:
         """Note that etcd was silent, and has been asked whether it is there."""
         self._asked = True
@@ -150,6 +155,11 @@ class Staleness:
         refusal = self._refusal()
         if refusal is not None:
             raise refusal
+
+    async def until_connected(self) -> None:
+        """Return when a confirmed watch stands."""
+        while not self.connected:
+            await self._stir.wait()
 
     async def until_refused(self) -> None:
         """Return when nothing may be shown any more."""

@@ -15,20 +15,20 @@ Concurrency: one trio loop; the kernel door has a thread of its own.
 
 import argparse
 import faulthandler
-import gc
 import logging
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Final, NoReturn, TypeVar, final
+from typing import Final, NoReturn, final
 
 import trio
 
+from etcdfs.consistency.snapshot import NO_SNAPSHOT
 from etcdfs.consistency.staleness import Liveness
 from etcdfs.consistency.times_record import TimesRecord
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
@@ -36,17 +36,18 @@ from etcdfs.daemon.kernel_threads import InotifyEvents, close_threads, leave_ker
 from etcdfs.daemon.metrics_server import serving_metrics
 from etcdfs.daemon.service_manager import ServiceManager, find_service_manager
 from etcdfs.daemon.signals import Serving, Signals
+from etcdfs.daemon.snapshots import (
+    Filling,
+    Patience,
+    Snapshots,
+    open_snapshots,
+    store_errors,
+)
 from etcdfs.daemon.status import Section, Status
 from etcdfs.errors import (
     CommandError,
-    EtcdRefusedError,
     EtcdUnreachableError,
-    LoginError,
     StoreError,
-    StoreLoginError,
-    StorePermissionError,
-    StoreTlsError,
-    TlsError,
     UnpublishedError,
 )
 from etcdfs.etcd.client import EtcdStore, open_store
@@ -79,10 +80,8 @@ from etcdfs.process.mountpoint import (
 from etcdfs.process.processes import take_name
 from etcdfs.process.startup_protocol import (
     Failed,
-    Progress,
     Ready,
     Reporter,
-    Waiting,
     open_reporter,
     read_options,
 )
@@ -95,14 +94,9 @@ from etcdfs.vfs.filesystem import Filesystem
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 _STDERR: Final = 2
 _NOSYMFOLLOW: Final = "nosymfollow"
 DEFAULT_PREFIX: Final = b"/"
-
-RETRY_S: Final = 1.0
-"""Pause between two attempts to reach an etcd that is waited for."""
 
 SOURCE_MAX: Final = 1000
 """Characters of what mount(8) shows as the source; Linux takes a page at most."""
@@ -118,10 +112,14 @@ FLUSH_TIMEOUTS: Final = 2
 class Components:
     """Everything between etcd and the kernel, for one mount."""
 
-    def __init__(self, options: MountOptions, store: Store) -> None:
+    def __init__(
+        self, options: MountOptions, store: Store, snapshots: Snapshots | None = None
+    ) -> None:
         """Put the parts together; nothing runs yet."""
         self.options = options
         self.store = store
+        self.snapshots = snapshots
+        self.unreachable: EtcdUnreachableError | None = None  # since the start
         self.tree = Tree(
             Keyspace(options.prefix),
             time.time_ns,
@@ -147,6 +145,7 @@ class Components:
                 audit_interval_s=options.audit_interval_s,
                 linearizable=options.linearizable,
                 tidies=not (options.read_only or options.no_attrs),
+                snapshot=NO_SNAPSHOT if snapshots is None else snapshots,
             )
         else:
             self.view = Uncached(store, self.value_cache, self.tree)
@@ -218,12 +217,17 @@ class Components:
             sections["mirror"] = mirror.statistics
             sections["staleness"] = mirror.staleness.statistics
             sections["audit"] = mirror.auditor.statistics
-            sections["state_machine"] = lambda: (
-                {} if mirror.state_machine is None else mirror.state_machine.statistics()
-            )
+            sections["state_machine"] = lambda: mirror.state_machine.statistics()  # noqa: PLW0108
             if mirror.stored_records is not None:
                 sections["attribute_audit"] = mirror.stored_records.auditor.statistics
+        if self.snapshots is not None:
+            sections["snapshot"] = self.snapshots.statistics
         return sections
+
+    async def load_times(self) -> None:
+        """Learn when revisions were made, if that is kept."""
+        if not self.options.no_attrs:
+            await self.times.load()
 
     async def look_elsewhere(self) -> None:
         """See whether there are keys that the default prefix leaves out, and say so once."""
@@ -283,20 +287,14 @@ async def serve(
         signals = Signals(manager, nursery.cancel_scope.cancel)
         await nursery.start(signals.run)
         async with AsyncExitStack() as stack:
-            waiting = _Waiting(options.wait_for_etcd_s, reporter)
-            components, store, client_url = await _open_components(stack, options, waiting)
+            patience = Patience(options.wait_for_etcd_s, reporter)
+            components, store, client_url = await _open_components(stack, options, patience)
             logging.getLogger().addHandler(components.status.problems)
             tasks = await stack.enter_async_context(trio.open_nursery())
             stack.callback(tasks.cancel_scope.cancel)
             if not options.no_attrs:
-                await components.times.load()
                 stack.push_async_callback(components.times.save)
-            if components.mirror is not None:
-                await waiting.until_done(partial(_sync, tasks, components.mirror, reporter))
-                tasks.start_soon(watch_over, components.mirror)
-                await components.times.save()
-                tasks.start_soon(components.times.run)
-            await components.look_elsewhere()
+            await _start(stack, tasks, components, patience, reporter)
             if options.metrics_listen is not None:
                 pages = components.status.pages()
                 await stack.enter_async_context(serving_metrics(options.metrics_listen, pages))
@@ -333,6 +331,52 @@ async def _end_serving(components: Components, mount: FuseMount) -> None:
     mount.stop()
 
 
+async def _start(
+    stack: AsyncExitStack,
+    tasks: trio.Nursery,
+    components: Components,
+    patience: Patience,
+    reporter: Reporter,
+) -> None:
+    """Return once there is something to be shown."""
+    mirror, snapshots = components.mirror, components.snapshots
+    if mirror is None:
+        await components.load_times()
+        await components.look_elsewhere()
+        return
+    if snapshots is not None:
+        tasks.start_soon(snapshots.run, mirror)
+        stack.push_async_callback(snapshots.aclose, mirror)
+    filling = Filling(tasks, components.store, mirror, snapshots, reporter)
+    try:
+        if components.unreachable is not None:
+            raise components.unreachable
+        await components.load_times()
+        await patience.until_done(filling.from_etcd)
+    except EtcdUnreachableError as exc:
+        if not components.options.offline_start:
+            raise
+        components.unreachable = exc
+        await filling.from_snapshot(exc)
+    tasks.start_soon(watch_over, mirror)
+    if components.unreachable is not None:
+        tasks.start_soon(_go_live, components, filling)
+        return
+    await components.times.save()
+    await components.look_elsewhere()
+    tasks.start_soon(components.times.run)
+
+
+async def _go_live(components: Components, filling: Filling) -> None:
+    """Do what a start without etcd has left out, once it answers."""
+    await filling.until_live()
+    components.unreachable = None
+    await components.load_times()
+    await components.times.save()
+    await components.look_elsewhere()
+    await components.times.run()
+
+
 def _found_by_name(mountpoint: str) -> Mounted | None:
     """Return what was just mounted; whoever looks for who serves it finds this process now."""
     mounted = find_mounted(mountpoint)
@@ -343,8 +387,9 @@ def _found_by_name(mountpoint: str) -> Mounted | None:
 
 
 async def _open_components(
-    stack: AsyncExitStack, options: MountOptions, waiting: "_Waiting"
+    stack: AsyncExitStack, options: MountOptions, patience: Patience
 ) -> tuple[Components, EtcdStore, str | None]:
+    snapshots = open_snapshots(options, time.time_ns)
     endpoints: tuple[Endpoint, ...] = options.endpoints
     client_url = None
     if options.embedded:
@@ -352,17 +397,31 @@ async def _open_components(
         embedded = await stack.enter_async_context(open_embedded(directory))
         endpoints, client_url = (embedded,), str(embedded)
 
-    async def connect() -> EtcdStore:
-        with _store_errors():
-            opening = open_store(endpoints, timeout_s=options.timeout_s, security=options.security)
+    async def connect(*, reachable: bool = True) -> EtcdStore:
+        with store_errors():
+            opening = open_store(
+                endpoints,
+                timeout_s=options.timeout_s,
+                security=options.security,
+                reachable=reachable,
+            )
             store = await stack.enter_async_context(opening)
             if not options.cache:  # a listing comes next, else
                 await _check_readable(store, Keyspace(options.prefix))
             return store
 
-    store = await waiting.until_done(connect)
+    unreachable: EtcdUnreachableError | None = None
+    try:
+        store = await patience.until_done(connect)
+    except EtcdUnreachableError as exc:
+        if not options.offline_start:
+            raise
+        unreachable = exc
+        store = await connect(reachable=False)
     connected = replace(options, endpoints=endpoints)  # also to an embedded etcd
-    return Components(connected, store), store, client_url
+    components = Components(connected, store, snapshots)
+    components.unreachable = unreachable
+    return components, store, client_url
 
 
 async def _check_readable(store: Store, keyspace: Keyspace) -> None:
@@ -372,51 +431,6 @@ async def _check_readable(store: Store, keyspace: Keyspace) -> None:
         StoreError: It may not be read, or etcd does not answer.
     """
     await store.range(keyspace.start, keyspace.end, limit=1, keys_only=True)
-
-
-@final
-class _Waiting:
-    """Tries again what etcd does not answer, for `--wait-for-etcd` from now on."""
-
-    def __init__(self, patience_s: float, reporter: Reporter) -> None:
-        self._deadline = trio.current_time() + patience_s
-        self._reporter = reporter
-
-    async def until_done(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return what the attempt returns; what etcd refuses is not tried again.
-
-        Raises:
-            EtcdUnreachableError: It did not answer in time.
-            EtcdRefusedError: It refused.
-        """
-        while True:
-            try:
-                return await attempt()
-            except EtcdUnreachableError as exc:
-                left_s = self._deadline - trio.current_time()
-                if left_s <= 0:
-                    raise
-                log.info("waiting for etcd, for another %.0f s: %s", left_s, exc)
-                self._reporter.report(Waiting(reason=str(exc), left_s=left_s))
-                await trio.sleep(min(RETRY_S, left_s))
-
-
-async def _sync(tasks: trio.Nursery, mirror: Mirror, reporter: Reporter) -> None:
-    def progress(keys: int, size: int) -> None:
-        reporter.report(Progress(keys=keys, bytes=size))
-
-    # The collector would walk a hundred thousand new objects again and again while they are
-    # made, and finds nothing: the tree has no garbage in it yet.
-    gc.disable()
-    try:
-        with _store_errors():
-            if not mirror.revision:  # else only what comes after it failed, and is tried again
-                await tasks.start(mirror.run, progress)
-            if mirror.stored_records is not None:
-                await tasks.start(mirror.stored_records.run)
-    finally:
-        gc.enable()
-        gc.freeze()
 
 
 async def _announce(
@@ -450,6 +464,7 @@ async def _announce(
             client_url=client_url,
             etcd=etcd,
             note=note,
+            offline="" if components.unreachable is None else str(components.unreachable),
         )
     )
     then()
@@ -485,21 +500,6 @@ def _source(options: MountOptions) -> str:
     fitting = [text for text in (source if plain else members, members) if len(text) < SOURCE_MAX]
     shown = fitting[0] if fitting else str(options.endpoints[0])
     return shown.replace(",", r"\,")  # libfuse's own way to tell it from the next option
-
-
-@contextmanager
-def _store_errors() -> Iterator[None]:
-    """Turn what etcd says at the start into what a person is told."""
-    try:
-        yield
-    except StoreLoginError as exc:
-        raise LoginError(str(exc)) from exc
-    except StoreTlsError as exc:
-        raise TlsError(str(exc)) from exc
-    except StorePermissionError as exc:
-        raise EtcdRefusedError(str(exc)) from exc
-    except StoreError as exc:
-        raise EtcdUnreachableError(str(exc)) from exc
 
 
 def main() -> int:

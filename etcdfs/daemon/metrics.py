@@ -287,6 +287,34 @@ TABLE: Final[tuple[Metric, ...]] = (
     ),
     *_audit("audit", "keys"),
     *_audit("attribute_audit", "attributes"),
+    # --- the snapshot
+    _flag(
+        "snapshot.offline",
+        "snapshot_offline",
+        "Whether a snapshot is shown because etcd has not answered since the mount began.",
+    ),
+    _gauge("snapshot.keys", "snapshot_keys", "Keys in the snapshot on disk."),
+    _gauge("snapshot.revision", "snapshot_revision", "The revision of the snapshot on disk."),
+    _gauge("snapshot.size", "snapshot_size_bytes", "What it takes on disk.", "bytes"),
+    _gauge(
+        "snapshot.age_s",
+        "snapshot_age_seconds",
+        "Since the snapshot on disk was known to be what etcd had; 0 if there is none.",
+        "seconds",
+    ),
+    _gauge("snapshot.waiting", "snapshot_waiting", "Changes and keys that are not written yet."),
+    _counter("snapshot.writes", "snapshot_writes_total", "Times that it was written."),
+    _counter("snapshot.failures", "snapshot_failures_total", "Times that it could not be."),
+    _presence(
+        "snapshot.error",
+        "snapshot_failing",
+        "Whether it could not be written the last time; the text says why.",
+    ),
+    _presence(
+        "snapshot.refused",
+        "snapshot_refused",
+        "Whether the one that was found at the start was of no use; the text says why.",
+    ),
     # --- caches
     _gauge("tree.inodes_known", "inodes", "Inodes that the kernel holds."),
     _gauge(

@@ -384,7 +384,11 @@ def _pauses() -> Iterator[float]:
 
 @asynccontextmanager
 async def open_store(
-    endpoints: Sequence[Endpoint], *, timeout_s: float, security: Security = OPEN
+    endpoints: Sequence[Endpoint],
+    *,
+    timeout_s: float,
+    security: Security = OPEN,
+    reachable: bool = True,
 ) -> AsyncIterator[EtcdStore]:
     """Connect to etcd; the first endpoint that answers a linearizable read is used first.
 
@@ -392,6 +396,7 @@ async def open_store(
         endpoints: The members, in order of preference.
         timeout_s: Bound of the whole attempt, and of every request afterwards.
         security: Certificates, and the user.
+        reachable: Whether one must answer now; else one is asked when there is something to ask.
 
     Raises:
         StoreTlsError: A certificate is missing, of no use, or not trusted.
@@ -406,7 +411,8 @@ async def open_store(
     try:
         store = EtcdStore(members, timeout_s)
         try:
-            await store.probe_quorum(at_once=True)
+            if reachable:
+                await store.probe_quorum(at_once=True)
         except StoreTimeoutError as exc:
             raise StoreUnavailableError(str(exc)) from exc
         yield store

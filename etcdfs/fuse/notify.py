@@ -25,6 +25,7 @@ too. What threads and the trio thread share is guarded by a lock that nobody hol
 but for the queue and the set of what is in it.
 """
 
+import errno
 import logging
 import os
 import queue
@@ -333,8 +334,10 @@ class KernelCache:
             return
         try:
             self._invalidate(worker, cached)
-        except Exception:  # the thread must live; the kernel's timeout bounds what is lost
-            if not self._is_closed:
+        except Exception as exc:  # the thread must live; the kernel's timeout bounds what is lost
+            # ENOSYS is libfuse's word for before the kernel's first request: it has nothing then.
+            is_early = isinstance(exc, OSError) and exc.errno == errno.ENOSYS
+            if not is_early and not self._is_closed:
                 log.exception("could not invalidate %s", cached)
 
     def _invalidate(self, worker: _Worker, cached: Cached) -> None:

@@ -28,12 +28,13 @@ import trio
 
 from etcdfs.consistency.audit import Auditor
 from etcdfs.consistency.audit_index import HeldRecords
+from etcdfs.consistency.snapshot import Position, Recorder
 from etcdfs.consistency.staleness import UNLIMITED, Staleness
 from etcdfs.errors import (
     StoreError,
     StorePermissionError,
 )
-from etcdfs.keyspace.attribute_records import record_key
+from etcdfs.keyspace.attribute_records import owner_of, record_key
 from etcdfs.keyspace.store import Event, Get, KeyValue, Store, Tombstone, Transaction
 from etcdfs.mirror.messages import (
     Apply,
@@ -79,11 +80,13 @@ class AttributeMirror:
         watch_timeout_s: float,
         answer_timeout_s: float,
         audit_interval_s: float,
+        recorder: Recorder,
     ) -> None:
         # --- dependencies
         self._store = store
         self._tree = tree
         self._apply_batch = apply
+        self._recorder = recorder
         held = HeldRecords(tree)
         self._keyspace = held.keyspace
         self._staleness = Staleness(max_stale_s=UNLIMITED)
@@ -105,6 +108,7 @@ class AttributeMirror:
             patience_s=answer_timeout_s,
         )
         # --- mutable state
+        self.loaded_at: Position | None = None  # the tree has the records of a snapshot
         self.revision = 0
         self._state_machine = StateMachine(self._keyspace.start, self._keyspace.end)
         self._histories = 0  # how often another one was found
@@ -113,8 +117,23 @@ class AttributeMirror:
         self._is_asking = True  # for the attributes of what is new
         self._advanced = trio.Event()
 
-    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    def load(self, entries: Sequence[KeyValue]) -> None:
+        """Take part of a snapshot, before `run`."""
+        self._tree.stored_records.update(
+            (owner_of(entry.key), stored_record_of(entry)) for entry in entries
+        )
+
+    async def run(
+        self,
+        *,
+        offline: bool = False,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
         """List, watch, and follow until cancelled. Started once the first listing is in, or refused.
+
+        Args:
+            offline: Begin with what was loaded, or without any, whether etcd answers or not.
+            task_status: trio's.
 
         Raises:
             StoreError: The first listing failed. Later failures are retried for ever.
@@ -124,12 +143,20 @@ class AttributeMirror:
         self._is_asking = True
         self._histories = 0
         async with aclosing(self._watching):
-            steps = state_machine.start()
+            at = self.loaded_at
+            steps = state_machine.start() if at is None else state_machine.resume(at)
+            if at is not None:
+                self.revision = at.revision
+            if offline:
+                self._is_started = True
+                task_status.started()
+                task_status = trio.TASK_STATUS_IGNORED
             while True:
                 try:
                     message: Message | None = None
                     for step in steps:
                         message = await self._carry_out(step)
+                    self._is_restored |= state_machine.state is State.WATCHING
                     if self._is_restored or not self._is_asking:
                         self._is_started = True
                         task_status.started()
@@ -152,9 +179,10 @@ class AttributeMirror:
 
     async def audit(self) -> None:
         """Compare the record keys with etcd now and then."""
-        await self.auditor.run(self._doubt, self._deny)
+        await self.auditor.run(self.doubt, self._deny)
 
-    def _doubt(self, reason: str) -> None:
+    def doubt(self, reason: str) -> None:
+        """Have all record keys listed again."""
         log.warning("record keys: %s; listing them again", reason)
         self._watching.tell(Doubted(reason))
 
@@ -201,6 +229,7 @@ class AttributeMirror:
             self.refuse(exc)
             return ()
         self.auditor.saw(stored_records)  # perhaps before the watch brings them
+        self._recorder.read_ahead(stored_records)
         return stored_records
 
     async def _read_records(self, keys: list[bytes]) -> list[KeyValue]:
@@ -221,14 +250,17 @@ class AttributeMirror:
                 if first:
                     self._staged.clear()
                 self._staged.update((entry.key, entry) for entry in entries)
+                await self._recorder.listed(entries, first=first)
             case Restore(revision):
                 await self._apply(self._difference(revision), revision, force=True)
+                self._recorder.restored(self._state_machine.position)
                 self._is_restored = True
                 if self._is_asking:
                     self._tree.rights.allow_reading()
             case Apply(events, revision):
                 self.auditor.saw(events)
                 await self._apply(events, revision, force=False)
+                self._recorder.applied(events, self._state_machine.position)
             case OpenWatch(from_revision):
                 start, end = self._keyspace.start, self._keyspace.end
                 return await self._watching.open(self._store.watch(start, end, from_revision))

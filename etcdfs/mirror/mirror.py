@@ -19,13 +19,9 @@ from etcdfs.consistency.audit import Auditor
 from etcdfs.consistency.audit_index import HeldKeys, Staging, TooDifferentError
 from etcdfs.consistency.orphan_records import Sweeper
 from etcdfs.consistency.read_barrier import ReadBarrier
+from etcdfs.consistency.snapshot import NO_SNAPSHOT, Position, Snapshot
 from etcdfs.consistency.staleness import UNLIMITED, Staleness
-from etcdfs.errors import (
-    StoreError,
-    StorePermissionError,
-    StoreProtocolError,
-    WatchLostError,
-)
+from etcdfs.errors import StoreError, StorePermissionError, StoreProtocolError, WatchLostError
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Store
 from etcdfs.mirror.applier import Applier, Observer
@@ -114,13 +110,17 @@ class Mirror:
         audit_interval_s: float = 0.0,
         linearizable: bool = False,
         tidies: bool = True,
+        snapshot: Snapshot = NO_SNAPSHOT,
     ) -> None:
         """Make a mirror; nothing is listed yet. One that `tidies` deletes void record keys."""
         # --- dependencies
         self._store = store
         self._value_cache = value_cache
+        self._snapshot = snapshot
         self.update = Update(tree)
-        self._applier = Applier(self.update, value_cache, kernel, self._on_failure)
+        self._applier = Applier(
+            self.update, value_cache, kernel, lambda: self.doubt("a batch could not be applied")
+        )
         self._invalidator = self._applier.invalidator
         self.staleness = Staleness(max_stale_s=max_stale_s)
         kernel.listen(StuckDirectories(tree, self.staleness, self._invalidator).note)
@@ -155,13 +155,15 @@ class Mirror:
                 watch_timeout_s=watch_timeout_s,
                 answer_timeout_s=timeout_s,
                 audit_interval_s=audit_interval_s,
+                recorder=snapshot.attributes,
             )
         )
         # --- constants
         self._settle_timeout_s = settle_timeout_s
         # --- mutable state
-        self.state_machine: StateMachine | None = None
+        self.state_machine = StateMachine(tree.keyspace.start, tree.keyspace.end)
         self._is_restored = False
+        self.loaded_at: Position | None = None  # the tree has the keys of a snapshot
         self._staging: Staging | None = None
         self._fresh: Tree | None = None  # what is listed, if the tree has to be made anew
         self._staged_keys = self._staged_bytes = 0
@@ -206,7 +208,9 @@ class Mirror:
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
         self.staleness.check()
-        return await value_of(self._store, self._value_cache, self.update.tree, file)
+        # A request that is sure to fail would only take its time.
+        recall = None if self.staleness.connected else self._snapshot.recall
+        return await value_of(self._store, self._value_cache, self.update.tree, file, recall)
 
     async def wait_until_visible(
         self, revision: int, events: Sequence[Event], locked: Sequence[Dentry] = ()
@@ -282,16 +286,25 @@ class Mirror:
 
     # --- following --------------------------------------------------------------------------
 
+    def load(self, entries: tuple[KeyValue, ...], *, first: bool) -> None:
+        """Take part of a snapshot, before `run`."""
+        if first:
+            self.loaded_at = None
+            self._begin_listing()
+        self._stage_some(entries)
+
     async def run(
         self,
         progress: Callable[[int, int], None],
         *,
+        offline: bool = False,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
         """List, watch, and follow until cancelled. Started once the first listing is in.
 
         Args:
             progress: Told how many keys and bytes of values the first listing has so far.
+            offline: Show the snapshot that was loaded, whether etcd confirms it or not.
             task_status: trio's.
 
         Raises:
@@ -300,10 +313,17 @@ class Mirror:
         keyspace = self.update.tree.keyspace
         state_machine = self.state_machine = StateMachine(keyspace.start, keyspace.end)
         async with aclosing(self._watching):
-            steps = state_machine.start()
+            at = self.loaded_at
+            steps = state_machine.start() if at is None else state_machine.resume(at)
+            if offline:
+                await self._restore(state_machine.revision)
+                task_status.started()
+                task_status = trio.TASK_STATUS_IGNORED
             while True:
                 try:
                     message = await self._carry_out_all(steps, progress)
+                    if state_machine.state is State.WATCHING and not self._is_restored:
+                        await self._restore(state_machine.revision)
                     if self._is_restored:
                         task_status.started()
                         task_status = trio.TASK_STATUS_IGNORED
@@ -370,12 +390,22 @@ class Mirror:
             case CloseWatch():
                 await self._watching.aclose()
             case BackOff():
-                if not self._is_restored and step.relist and step.attempt >= FIRST_LISTINGS:
-                    raise StoreProtocolError(step.reason)
-                await back_off(step)
+                await self._back_off(step)
             case _ as never:
                 assert_never(never)
         return None
+
+    async def _back_off(self, step: BackOff) -> None:
+        if step.relist and not self._is_restored:
+            if self.loaded_at is not None:  # a snapshot that nobody has seen yet
+                log.warning("the snapshot is refused: %s; listing everything", step.reason)
+                self.loaded_at = None
+                if self.stored_records is not None:
+                    self.stored_records.loaded_at = None
+                return
+            if step.attempt >= FIRST_LISTINGS:
+                raise StoreProtocolError(step.reason)
+        await back_off(step)
 
     async def _open(self, from_revision: int) -> Message:
         keyspace = self.update.tree.keyspace
@@ -428,9 +458,6 @@ class Mirror:
             return Doubted(f"the attributes of new keys could not be read: {exc}")
         return None
 
-    def _on_failure(self) -> None:
-        self.doubt("a batch could not be applied")
-
     # --- listing ----------------------------------------------------------------------------
 
     async def _stage(self, stage: Stage, progress: Callable[[int, int], None]) -> None:
@@ -439,32 +466,38 @@ class Mirror:
         Nobody sees the tree then, and a keyspace need not fit into memory twice.
         """
         if stage.first:
-            self._staged_keys = self._staged_bytes = 0
-            self._fresh = self._staging = None
-            if not self._is_restored:
-                self.update.tree.clear()
-                self._is_full = False
-            elif self.update.tree.doubtful:
-                self._fresh = self._make_tree()
-            else:
-                most = max(self._value_cache.capacity, STAGED_BYTES)
-                self._staging = Staging(self.update.tree, self._value_cache, most_bytes=most)
+            self._begin_listing()
         for start in range(0, len(stage.entries), STAGE_SIZE):
             self._stage_some(stage.entries[start : start + STAGE_SIZE])
             await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
         if not self._is_restored:
             progress(self._staged_keys, self._staged_bytes)
+        await self._snapshot.keys.listed(stage.entries, first=stage.first)
+
+    def _begin_listing(self) -> None:
+        self._staged_keys = self._staged_bytes = 0
+        self._fresh = self._staging = None
+        if not self._is_restored:
+            self.update.tree.clear()
+            self._is_full = False
+        elif self.update.tree.doubtful:
+            self._fresh = self._make_tree()
+        else:
+            most = max(self._value_cache.capacity, STAGED_BYTES)
+            self._staging = Staging(self.update.tree, self._value_cache, most_bytes=most)
 
     def _stage_some(self, entries: tuple[KeyValue, ...]) -> None:
         self._staged_keys += len(entries)
         self._staged_bytes += sum(map(len, map(_VALUE, entries)))
         if self._fresh is not None:
             load(self._fresh, entries)
-            return
-        if self._staging is not None:
+        elif self._staging is not None:
             self._staging.add(entries)
-            return
-        load(self.update.tree, entries)
+        else:
+            load(self.update.tree, entries)
+            self._keep_some(entries)
+
+    def _keep_some(self, entries: tuple[KeyValue, ...]) -> None:
         # At once: what is kept of a page until it is loaded lies between what stays, and the
         # memory would not go back.
         for entry in entries:
@@ -475,20 +508,15 @@ class Mirror:
             )
 
     async def _restore(self, revision: Revision) -> None:
+        self._snapshot.keys.restored(self.state_machine.position)
         if not self._is_restored:
             self._is_restored = True
             date(self.update.tree)
             bind_all(self.update.tree)
             self._applier.revision = revision
-            log.info(
-                "synced %d keys at revision %d",
-                self._staged_keys,
-                revision,
-                extra={
-                    "event": "synced",
-                    "fields": {"revision": revision, "keys": self._staged_keys},
-                },
-            )
+            keys = self._staged_keys
+            extra = {"event": "synced", "fields": {"revision": revision, "keys": keys}}
+            log.info("synced %d keys at revision %d", keys, revision, extra=extra)
             return
         await self._applier.idle()
         if self._fresh is not None:
@@ -556,6 +584,7 @@ class Mirror:
     async def _take(self, events: Sequence[Event]) -> None:
         """Have a batch made visible, with the attributes of what is new in it."""
         await self._applier.take(events, await self._stored_records_of(events))
+        self._snapshot.keys.applied(events, self.state_machine.position)
 
     async def _stored_records_of(self, events: Sequence[Event]) -> Sequence[Event]:
         return (

@@ -47,6 +47,7 @@ from itertools import takewhile
 from operator import attrgetter, gt
 from typing import Final, assert_never, final
 
+from etcdfs.consistency.snapshot import Position
 from etcdfs.keyspace.paging import Paging
 from etcdfs.keyspace.store import (
     Event,
@@ -223,10 +224,22 @@ class StateMachine:
         """Events dropped, as applied before."""
         return self._counts["dropped_duplicates"]
 
+    @property
+    def position(self) -> Position:
+        """What is applied, and what shows that a history has it."""
+        return Position(self._known, self._last_changes)
+
     def start(self) -> tuple[Step, ...]:
         """Return the first steps."""
         assert self._read is not None
         return (self._read,)
+
+    def resume(self, position: Position) -> tuple[Step, ...]:
+        """Return the first steps where a copy is there already: as after a break."""
+        self._applied = self._known = position.revision
+        self._last_changes = position.witnesses
+        self._resuming = True
+        return (self._open(),)
 
     def receive(self, message: Message) -> tuple[Step, ...]:
         """Take a message and return what is to be done.

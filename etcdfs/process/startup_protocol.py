@@ -24,7 +24,7 @@ import os
 import sys
 import termios
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Final, Protocol, final
 
@@ -84,6 +84,7 @@ class Ready:
         client_url: Where the embedded etcd listens; None without one.
         etcd: Which etcd that is, for a person; empty without one.
         note: What else a person should know; empty if there is nothing.
+        offline: Why etcd does not answer, so that a snapshot is shown; empty if it does.
     """
 
     revision: int
@@ -91,6 +92,7 @@ class Ready:
     client_url: str | None = None
     etcd: str = ""
     note: str = ""
+    offline: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +225,7 @@ class PipeReporter:
         if isinstance(report, Failed):
             report = Failed(message=report.message[:_MESSAGE_MAX], exit_code=report.exit_code)
         else:
+            report = replace(report, offline=report.offline[:_MESSAGE_MAX])
             _let_go_of_errors()
         self._send(report)
         self._is_done = True
@@ -256,10 +259,22 @@ def waiting_line(report: Waiting) -> str:
     return f"etcdfs: waiting for etcd ({report.left_s:.0f} s left): {printable(report.reason)}\n"
 
 
+def offline_line(report: Ready) -> str:
+    """Return what a person reads when a snapshot is shown; empty if none is."""
+    if not report.offline:
+        return ""
+    return (
+        f"etcdfs: etcd does not answer; a snapshot of revision {report.revision} is mounted"
+        f" ({report.keys} keys), and nothing can be written: {printable(report.offline)}\n"
+    )
+
+
 def _print(report: Report) -> None:
     if isinstance(report, Ready) and report.note:
         sys.stderr.write(f"etcdfs: {printable(report.note)}\n")
     match report:
+        case Ready(offline=offline) if offline:
+            sys.stderr.write(offline_line(report))
         case Ready(client_url=str(url), etcd=etcd):
             sys.stderr.write(f"etcdfs: {etcd}\n")
             sys.stdout.write(f"{url}\n")
@@ -280,8 +295,9 @@ def open_reporter(status_fd: int | None, tell_manager: Callable[[str], None]) ->
 def _service_state(report: Report) -> str:
     """Return what systemd is told (sd_notify(3)); it waits on while keys are coming in."""
     match report:
-        case Ready():
-            return "READY=1\nSTATUS=Mounted"
+        case Ready(offline=offline, revision=revision):
+            what = f"a snapshot of revision {revision}, without etcd" if offline else ""
+            return f"READY=1\nSTATUS=Mounted{what and f': {what}'}"
         case Progress(keys=keys):
             return f"STATUS=Loading: {keys} keys\nEXTEND_TIMEOUT_USEC={_LOADING_PAUSE_US}"
         case Waiting(reason=reason):

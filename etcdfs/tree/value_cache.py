@@ -9,7 +9,7 @@ Concurrency: owned by the trio thread; only what reads from etcd waits.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -146,8 +146,21 @@ def _name_of(key: bytes, mod_revision: Revision) -> bytes:
     return mod_revision.to_bytes(8) + key
 
 
-async def value_of(store: Store, value_cache: ValueCache, tree: Tree, file: File) -> bytes:
+Recall = Callable[[bytes, Revision], Awaitable[bytes | None]]
+"""Returns the value that a key was given at a revision, if it is at hand."""
+
+
+async def value_of(
+    store: Store, value_cache: ValueCache, tree: Tree, file: File, recall: Recall | None = None
+) -> bytes:
     """Return the value of the version that `file` is, from memory or at its own revision.
+
+    Args:
+        store: etcd.
+        value_cache: The values in memory.
+        tree: The file's tree.
+        file: The file.
+        recall: Asked before etcd is; None: nobody is.
 
     Raises:
         StaleError: The version is not the newest, and no longer in etcd's history, or etcd cannot
@@ -164,6 +177,8 @@ async def value_of(store: Store, value_cache: ValueCache, tree: Tree, file: File
         msg = f"inode {file.inode} was deleted and its value not kept"
         raise StaleError(msg)
     kept = value_cache.get(key, key_state.mod_revision)
+    if kept is None and recall is not None:
+        kept = await recall(key, key_state.mod_revision)
     if kept is not None:
         return kept
     try:

@@ -411,7 +411,7 @@ def test_b74_an_etcd_that_does_not_come_ends_the_wait(own_etcd: EtcdProcess, mnt
 
 
 _LOSE_A_PAGE = """
-from etcdfs.daemon import main as daemon
+from etcdfs.daemon import snapshots
 from etcdfs.errors import StoreUnavailableError
 from etcdfs.etcd.client import EtcdStore
 from etcdfs.daemon.main import main
@@ -425,7 +425,7 @@ async def lossy(self, *args, **kwargs):
         raise StoreUnavailableError("planted")
     return await whole(self, *args, **kwargs)
 EtcdStore.range = lossy
-daemon.RETRY_S = 0.01
+snapshots.RETRY_S = 0.01
 """
 
 

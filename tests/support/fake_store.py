@@ -188,7 +188,7 @@ class FakeStore:
         await self._pass("status")
         self._maybe_fail("status")
         size = sum(len(kv.key) + len(kv.value) for kv in self._live.values())
-        return StoreStatus(version="3.5.99", database_size=size, revision=self.revision)
+        return StoreStatus(version="3.5.99", database_size=size, revision=self.revision, cluster=1)
 
     def statistics(self) -> StoreStatistics:
         """Count the requests so far."""

@@ -347,7 +347,8 @@ def test_option_list_has_every_option() -> None:
     for name in VALUED:
         assert parse_option_list(f"{name}=x").texts == {name: "x"}
     flags = parse_option_list(
-        "ro,allow_other,no_attrs,no_control_dir,cache,embedded,insecure_skip_tls_verify"
+        "ro,allow_other,no_attrs,no_control_dir,cache,embedded,insecure_skip_tls_verify,"
+        "offline_start"
     ).texts
     assert flags.keys() == OPTIONS.keys() - VALUED - {"password"}
 
@@ -443,6 +444,11 @@ def test_every_option_changes_its_field() -> None:
     )
 
 
+def test_a_cache_takes_a_state_dir() -> None:
+    options = read_options("/m", {**_SOME, "cache": "on", "state-dir": "/d", "offline-start": "on"})
+    assert (options.state_dir, options.offline_start) == ("/d", True)
+
+
 def test_embedded_takes_a_data_dir() -> None:
     options = read_options("/m", {"embedded": "on", "data-dir": "/d"})
     assert (options.embedded, options.data_dir, options.endpoints) == (True, "/d", ())
@@ -455,6 +461,9 @@ def test_embedded_takes_a_data_dir() -> None:
         ({"embedded": "on", "cacert": "/ca"}, "without certificates or users"),
         ({}, "no endpoints"),
         ({"endpoints": "a:1", "data-dir": "/d"}, "needs --embedded"),
+        ({"endpoints": "a:1", "state-dir": "/d"}, "what --cache holds"),
+        ({"embedded": "on", "cache": "on", "state-dir": "/d"}, "may be away"),
+        ({"endpoints": "a:1", "cache": "on", "offline-start": "on"}, "it needs that"),
         ({**_SOME, "timeout": "0"}, "--timeout: it must be more than 0"),
         ({**_SOME, "max-file-size": "0"}, "--max-file-size: it must be more than 0"),
         ({**_SOME, "uid": "root"}, "--uid: 'root' is not a numeric id"),

@@ -146,7 +146,14 @@ _SAMPLES = {
     Kind.ID: "77",
     Kind.LISTEN: "host:9099",
 }
-_NEEDED = {"cert": "key", "key": "cert", "data-dir": "embedded", "user": "password-file"}
+_NEEDED = {
+    "cert": ["--key", "/sample/needed"],
+    "key": ["--cert", "/sample/needed"],
+    "data-dir": ["--embedded"],
+    "user": ["--password-file", "/sample/needed"],
+    "state-dir": ["--cache"],
+    "offline-start": ["--cache", "--state-dir", "/sample/needed"],
+}
 """What an option is refused without."""
 _TESTED_APART = {"insecure-transport", "password", "password-file"}
 
@@ -160,9 +167,7 @@ def test_every_row_of_the_table_is_a_flag_a_listed_option_and_a_variable(
     assert row.field is not None
     field = row.field
     text = row.choices[-1] if row.choices else _SAMPLES.get(row.kind, "")
-    needed = [f"--{_NEEDED[name]}"] if name in _NEEDED else []
-    if needed and OPTIONS[_NEEDED[name]].kind is not Kind.FLAG:
-        needed.append("/sample/needed")
+    needed = _NEEDED.get(name, [])
 
     def value() -> object:
         handover = shell.handovers[-1]

@@ -3,19 +3,23 @@
 import inspect
 import json
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from importlib import import_module
+from pathlib import Path
 from pkgutil import walk_packages
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import etcdfs
+from etcdfs.consistency.snapshot_file import SnapshotFile
 from etcdfs.daemon.main import Components
 from etcdfs.daemon.metrics import EACH, PREFIX, TABLE, Kind, leaves
+from etcdfs.daemon.snapshots import Snapshots
 from etcdfs.daemon.status import Status
 from etcdfs.mirror.state_machine import StateMachine
 from etcdfs.options import Endpoint, MountOptions, Security
@@ -27,9 +31,22 @@ _SHOWN = [row for row in TABLE if row.kind is not Kind.UNSHOWN]
 _NO_COUNTERS = {SpaceStatistics}  # statvfs(3)'s
 
 
-def components(**options: Any) -> Components:
-    """Return everything of a mount, which is not mounted."""
-    made = Components(MountOptions(mountpoint="/mnt", **options), FakeStore())
+class NoFile:
+    """A snapshot that is not there yet."""
+
+    manifest = None
+    path = Path("/state")
+
+    def size(self) -> int:
+        return 0
+
+
+def components(**said: Any) -> Components:
+    """Return everything of a mount, which is not mounted; with a snapshot, if it can have one."""
+    options = MountOptions(mountpoint="/mnt", **said)
+    file = cast("SnapshotFile", NoFile())
+    snapshots = Snapshots(file, options, time.time_ns) if options.cache else None
+    made = Components(options, FakeStore(), snapshots)
     made.operations.requests["lookup"] = 3
     if made.mirror is not None:
         made.mirror.state_machine = StateMachine(made.tree.keyspace.start, made.tree.keyspace.end)
