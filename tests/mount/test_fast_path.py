@@ -129,6 +129,17 @@ def test_b211_a_listing_goes_by_no_time_that_was_set_back(
         assert sorted(os.listdir(directory)) == ["one", "two"]
 
 
+def test_b211_nor_by_one_that_another_mount_set_back(cached: Lab, other: Lab) -> None:
+    wanted: list[str] = []
+    for name in ("one", "two"):
+        wanted.append(name)
+        other.shown(cached.put(f"d/{name}", b""))
+        os.utime(other.path / "d", ns=(10**18, 10**18))
+        cached.shown(cached.client.revision())
+        for _ in range(2):
+            assert sorted(os.listdir(cached.path / "d")) == wanted
+
+
 def test_b211_a_listing_that_was_not_read_to_its_end_is_completed(cached: Lab) -> None:
     put_all(cached, [(name, b"") for name in names_of(MANY)])
     with os.scandir(cached.path) as entries:

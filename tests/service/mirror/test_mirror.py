@@ -15,6 +15,7 @@ from etcdfs.keyspace.store import Delete, KeyValue, Put, Revision, Transaction
 from etcdfs.mirror.mirror import Mirror
 from etcdfs.tree.bulk_load import load
 from etcdfs.tree.inodes import CachedAttributes, Dentry
+from etcdfs.tree.tree import ROOT_INODE
 from tests.service.mirrors import AGAIN, BOUND_S, content, quiet
 from tests.support.fake_kernel import FakeMount, Path, open_mount
 from tests.support.fake_store import FakeStore
@@ -808,3 +809,20 @@ async def test_the_first_listing_says_how_far_it_is(
     async with open_mount(store):
         assert told == sorted(told)
         assert told[-1] == (100, 500)
+
+
+async def test_the_target_of_a_link_that_was_asked_for_meanwhile_is_not_kept(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """A READLINK that comes when the kernel has let go, and before the change is shown."""
+    store.put_now(b"/beside", b"")
+    async with open_mount(store) as mount:
+        await mount.filesystem.symlink(ROOT_INODE, b"link", b"old")
+        await mount.kernel.stat((b"beside",))
+        assert await mount.kernel.readlink((b"link",)) == b"old"
+        async with mount.kernel.inodes[ROOT_INODE].lock.held(exclusive=False):
+            await store.commit(Transaction(then=(Put(b"/link", b"new"), Delete(b"/beside"))))
+            await trio.testing.wait_all_tasks_blocked()
+            assert await mount.kernel.readlink((b"link",)) == b"old"
+        await quiet(mount)
+        assert await mount.kernel.readlink((b"link",)) == b"new"
