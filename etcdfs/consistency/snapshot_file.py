@@ -15,8 +15,8 @@ A listing goes into a table of its own, page by page, while the last whole one s
 into the table of their stream. Either counts when the manifest says so, which is written in the
 same transaction.
 
-Concurrency: none of its own: blocking calls, for threads. One thread at a time may write (`stage`,
-`commit`), and one read (`pages`, `value`); `discard` and `close` want nobody else.
+Concurrency: the file is for threads, of which one at a time may write (`stage`, `commit`), and one
+read (`pages`, `value`); `discard` and `close` want nobody else. A `StreamRecorder` is for trio's.
 """
 
 import fcntl
@@ -49,8 +49,8 @@ from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
 
 NAME: Final = "snapshot.db"
 
-PAGE_ROWS: Final = 2500
-"""Entries read at a time; some ten milliseconds."""
+PAGE_ROWS: Final = 10_000
+"""Entries read at a time; some 40 ms, in which nobody waits: nothing is mounted yet."""
 
 _BUSY_S: Final = 5.0
 """How long SQLite waits for a lock; only a person with sqlite3(1) takes one."""

@@ -453,7 +453,7 @@ class Filling:
             EtcdUnreachableError: It does not answer.
             EtcdRefusedError: It refuses.
         """
-        with store_errors():
+        with _without_collector(), store_errors():
             try:
                 if not self._mirror.revision and self._snapshots is not None:
                     cluster = (await self._store.status()).cluster
@@ -470,12 +470,13 @@ class Filling:
         Raises:
             EtcdUnreachableError: There is none.
         """
-        if not self._mirror.revision and self._snapshots is not None:
-            fault = await self._snapshots.load(self._mirror, cluster=0)
-            if fault:
-                raise EtcdUnreachableError(f"{unreachable}; the snapshot is of no use: {fault}")
-        log.warning("etcd does not answer, and a snapshot is shown: %s", unreachable)
-        await self._start(offline=True)
+        with _without_collector():
+            if not self._mirror.revision and self._snapshots is not None:
+                fault = await self._snapshots.load(self._mirror, cluster=0)
+                if fault:
+                    raise EtcdUnreachableError(f"{unreachable}; the snapshot is of no use: {fault}")
+            log.warning("etcd does not answer, and a snapshot is shown: %s", unreachable)
+            await self._start(offline=True)
 
     async def until_live(self) -> None:
         """Return once the mirror that shows a snapshot is in step with etcd."""
@@ -492,14 +493,22 @@ class Filling:
         def progress(keys: int, size: int) -> None:
             self._reporter.report(Progress(keys=keys, bytes=size))
 
-        # The collector would walk a hundred thousand new objects again and again while they are
-        # made, and finds nothing: the tree has no garbage in it yet.
-        gc.disable()
-        try:
-            if not self._mirror.revision:  # else only what comes after it failed
-                await self._tasks.start(partial(self._mirror.run, progress, offline=offline))
-            if self._mirror.stored_records is not None:
-                await self._tasks.start(partial(self._mirror.stored_records.run, offline=offline))
-        finally:
-            gc.enable()
-            gc.freeze()
+        if not self._mirror.revision:  # else only what comes after it failed
+            await self._tasks.start(partial(self._mirror.run, progress, offline=offline))
+        if self._mirror.stored_records is not None:
+            await self._tasks.start(partial(self._mirror.stored_records.run, offline=offline))
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keep Python's collector out while a tree is made.
+
+    It would walk a hundred thousand new objects again and again, and find nothing: the tree has no
+    garbage in it yet.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
