@@ -34,8 +34,7 @@ from etcdfs.consistency.times_record import TimesRecord
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
 from etcdfs.daemon.kernel_threads import InotifyEvents, close_threads, leave_kernel
 from etcdfs.daemon.metrics_server import serving_metrics
-from etcdfs.daemon.service_manager import ServiceManager, find_service_manager
-from etcdfs.daemon.signals import Serving, Signals
+from etcdfs.daemon.signals import ServiceManager, Serving, Signals, find_service_manager
 from etcdfs.daemon.snapshots import (
     Filling,
     Patience,

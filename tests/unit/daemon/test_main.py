@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import etcdfs.daemon.main
-from etcdfs.daemon.service_manager import ServiceManager
+from etcdfs.daemon.signals import ServiceManager
 from etcdfs.errors import EtcdUnreachableError
 from etcdfs.options import LogSettings, MountOptions
 from etcdfs.process.startup_protocol import Handover, Reporter, send_handover

@@ -9,7 +9,7 @@ import pytest
 import trio
 import trio.testing
 
-from etcdfs.daemon.service_manager import STATUS_S, ServiceManager, find_service_manager
+from etcdfs.daemon.signals import STATUS_S, ServiceManager, find_service_manager
 
 
 @pytest.fixture
