@@ -158,8 +158,9 @@ async def test_verification_left_out_with_a_certificate_of_ours(
         await store.commit(PUT)
 
 
-async def test_a_name_in_the_old_place_is_found(authority: Authority, session_binary: Path) -> None:
+async def test_a_name_in_the_old_place_is_found(tmp_path: Path, session_binary: Path) -> None:
     """Certificates of old have no list of names; some even have none at all."""
+    authority = Authority(tmp_path)
     for number, name in enumerate(("etcd", None)):
         secured = authority.secured()
         assert secured.context is not None
