@@ -475,7 +475,11 @@ class Filling:
                 fault = await self._snapshots.load(self._mirror, cluster=0)
                 if fault:
                     raise EtcdUnreachableError(f"{unreachable}; the snapshot is of no use: {fault}")
-            log.warning("etcd does not answer, and a snapshot is shown: %s", unreachable)
+            log.warning(
+                "etcd does not answer, and a snapshot is shown: %s",
+                unreachable,
+                extra={"event": "offline", "fields": {"reason": str(unreachable)}},
+            )
             await self._start(offline=True)
 
     async def until_live(self) -> None:
@@ -487,7 +491,11 @@ class Filling:
                 cluster = (await self._store.status()).cluster
         if self._snapshots is not None:
             await self._snapshots.recognize(self._mirror, cluster)
-        log.info("etcd answers: the mount is live, at revision %d", self._mirror.revision)
+        log.info(
+            "etcd answers: the mount is live, at revision %d",
+            self._mirror.revision,
+            extra={"event": "live", "fields": {"revision": self._mirror.revision}},
+        )
 
     async def _start(self, *, offline: bool) -> None:
         def progress(keys: int, size: int) -> None:
