@@ -30,7 +30,7 @@ def revision(mounted: Mounted) -> int:
 def test_b250_the_control_directory_is_there_and_in_no_listing(lab: Lab) -> None:
     root = lab.mounted.path
     assert ".etcdfs" not in os.listdir(root)
-    assert sh(root, "find . -name .etcdfs") == ""
+    assert sh(root, "find . -maxdepth 1 -name .etcdfs") == ""
     assert sorted(os.listdir(root / ".etcdfs")) == NAMES
     assert sh(root, "cat .etcdfs/* | wc -c") != "0\n"
     assert sh(root / ".etcdfs", "ls -la . .. && getfattr -d . status") != ""

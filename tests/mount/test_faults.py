@@ -147,9 +147,21 @@ def test_b77_sigterm_publishes_unmounts_and_exits_0(cached: Lab, mode: str) -> N
             os.close(fd)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_b77_sigint_and_sighup_likewise(lab: Lab, number: signal.Signals) -> None:
-    with daemon(lab.etcd, cache=True) as running:
+_ON_A_TERMINAL = """
+import fcntl, os, pty, termios
+os.setsid()
+terminal = pty.openpty()
+fcntl.ioctl(terminal[1], termios.TIOCSCTTY, 0)
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "program"), [(signal.SIGINT, ""), (signal.SIGHUP, _ON_A_TERMINAL)]
+)
+def test_b77_sigint_and_the_end_of_a_terminal_likewise(
+    lab: Lab, number: signal.Signals, program: str
+) -> None:
+    with daemon(lab.etcd, cache=True, program=f"{program}\n{_MAIN}") as running:
         fd = os.open(running.path / lab.path.name / "file", os.O_CREAT | os.O_WRONLY)
         os.write(fd, b"not yet closed")
         running.process.send_signal(number)
@@ -248,7 +260,7 @@ def planted_now(*_arguments, **_options):
 
 for name in ("mkdir", "unlink", "rename", "statfs", "create", "rmdir"):
     setattr(Filesystem, name, planted)
-Filesystem.readdir = planted
+Filesystem.readdir = Filesystem.readdir_by_inode = planted
 Handles.read = planted_now
 Handles.write = planted
 """

@@ -626,7 +626,7 @@ _NEVER_CLOSE = (
 def test_b67_an_open_for_writing_tells_of_an_outage(
     pool: Pool, own_etcd: EtcdProcess, mode: str, how: str
 ) -> None:
-    timeout_s = 0.3
+    timeout_s = 1.0
     with pool.private(own_etcd, mode, "--timeout", str(timeout_s)) as mounted:
         mounted.put("/old", "old")
         # With the default mode: what comes late, or not, is one key.
