@@ -21,38 +21,19 @@ Concurrency: trio thread; one task follows.
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import aclosing
-from typing import Final, assert_never, final
+from typing import Final, final
 
 import trio
 
 from etcdfs.consistency.audit import Auditor
 from etcdfs.consistency.audit_index import HeldRecords
-from etcdfs.consistency.snapshot import Position, Recorder
+from etcdfs.consistency.snapshot import Recorder
 from etcdfs.consistency.staleness import UNLIMITED, Staleness
-from etcdfs.errors import (
-    StoreError,
-    StorePermissionError,
-)
+from etcdfs.errors import StorePermissionError
 from etcdfs.keyspace.attribute_records import owner_of, record_key
-from etcdfs.keyspace.store import Event, Get, KeyValue, Store, Tombstone, Transaction
-from etcdfs.mirror.messages import (
-    Apply,
-    BackOff,
-    CloseWatch,
-    Doubted,
-    Message,
-    OpenWatch,
-    PageArrived,
-    Read,
-    ReadFailed,
-    Restore,
-    RevisionCompacted,
-    Stage,
-    Step,
-)
-from etcdfs.mirror.state_machine import State, StateMachine
-from etcdfs.mirror.watch_session import WatchSession, pause, read_page
+from etcdfs.keyspace.store import Event, Get, KeyValue, Revision, Store, Tombstone, Transaction
+from etcdfs.mirror.driver import Driver
+from etcdfs.mirror.messages import Doubted, Message, PageArrived, Read, RevisionCompacted, Stage
 from etcdfs.tree.node_attributes import stored_record_of
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.value_cache import ValueCache
@@ -67,8 +48,10 @@ ApplyBatch = Callable[[Sequence[Event], bool], Awaitable[None]]
 
 
 @final
-class AttributeMirror:
+class AttributeMirror(Driver):
     """Follows the record keys of one prefix."""
+
+    about = "record keys: "
 
     def __init__(
         self,
@@ -82,38 +65,33 @@ class AttributeMirror:
         audit_interval_s: float,
         recorder: Recorder,
     ) -> None:
-        # --- dependencies
-        self._store = store
-        self._tree = tree
-        self._apply_batch = apply
-        self._recorder = recorder
         held = HeldRecords(tree)
-        self._keyspace = held.keyspace
-        self._staleness = Staleness(max_stale_s=UNLIMITED)
-        self._watching = WatchSession(
+        super().__init__(
             store,
-            self._keyspace,
-            self._staleness,
+            held.keyspace,
+            Staleness(max_stale_s=UNLIMITED),
+            recorder,
             watch_timeout_s=watch_timeout_s,
             answer_timeout_s=answer_timeout_s,
         )
+        # --- dependencies
+        self._tree = tree
+        self._apply_batch = apply
         self.auditor = Auditor(
             store,
             value_cache,
             tree,
-            self._staleness,
+            self.staleness,
             self,
             held,
             interval_s=audit_interval_s,
             patience_s=answer_timeout_s,
         )
         # --- mutable state
-        self.loaded_at: Position | None = None  # the tree has the records of a snapshot
         self.revision = 0
-        self._state_machine = StateMachine(self._keyspace.start, self._keyspace.end)
         self._histories = 0  # how often another one was found
         self._staged: dict[bytes, KeyValue] = {}
-        self._is_restored = self._is_started = False
+        self._is_restored = False
         self._is_asking = True  # for the attributes of what is new
         self._advanced = trio.Event()
 
@@ -138,39 +116,10 @@ class AttributeMirror:
         Raises:
             StoreError: The first listing failed. Later failures are retried for ever.
         """
-        state_machine = self._state_machine = StateMachine(self._keyspace.start, self._keyspace.end)
-        self._is_restored = self._is_started = False
+        self._is_restored = False
         self._is_asking = True
         self._histories = 0
-        async with aclosing(self._watching):
-            at = self.loaded_at
-            steps = state_machine.start() if at is None else state_machine.resume(at)
-            if at is not None:
-                self.revision = at.revision
-            if offline:
-                self._is_started = True
-                task_status.started()
-                task_status = trio.TASK_STATUS_IGNORED
-            while True:
-                try:
-                    message: Message | None = None
-                    for step in steps:
-                        message = await self._carry_out(step)
-                    self._is_restored |= state_machine.state is State.WATCHING
-                    if self._is_restored or not self._is_asking:
-                        self._is_started = True
-                        task_status.started()
-                        task_status = trio.TASK_STATUS_IGNORED
-                    steps = state_machine.receive(message or await self._watching.receive())
-                except Exception as exc:
-                    if not self._is_started:
-                        raise
-                    # The border of this task, as the handlers have theirs: the mount goes on.
-                    log.exception("following the record keys went wrong; this is a bug of etcdfs")
-                    steps = state_machine.restart(f"what came could not be taken in: {exc!r}")
-                connected = state_machine.state is State.WATCHING
-                self._staleness.turn(connected=connected)
-                self.auditor.note(connected=connected, dropped=state_machine.dropped)
+        await self.follow(offline=offline, task_status=task_status)
 
     async def reached(self, revision: int) -> None:
         """Return once readers see what record keys were at a revision; the caller bounds it."""
@@ -179,14 +128,9 @@ class AttributeMirror:
 
     async def audit(self) -> None:
         """Compare the record keys with etcd now and then."""
-        await self.auditor.run(self.doubt, self._deny)
+        await self.auditor.run(self.doubt, self._deny_audit)
 
-    def doubt(self, reason: str) -> None:
-        """Have all record keys listed again."""
-        log.warning("record keys: %s; listing them again", reason)
-        self._watching.tell(Doubted(reason))
-
-    def _deny(self, error: StorePermissionError) -> None:
+    def _deny_audit(self, error: StorePermissionError) -> None:
         if error.is_of_role:
             self.refuse(error)
         else:
@@ -201,7 +145,7 @@ class AttributeMirror:
         self._tree.rights.refuse_reading(refusal)
         if self._is_asking:
             self._is_asking = False
-            self._watching.tell(Doubted("etcd does not let us read them"))
+            self._session.tell(Doubted("etcd does not let us read them"))
             self._wake()
 
     async def stored_records_of(self, events: Sequence[Event]) -> Sequence[Event]:
@@ -242,59 +186,43 @@ class AttributeMirror:
 
     # --- following --------------------------------------------------------------------------
 
-    async def _carry_out(self, step: Step) -> Message | None:
-        match step:
-            case Read():
-                return await self._read(step)
-            case Stage(entries, first):
-                if first:
-                    self._staged.clear()
-                self._staged.update((entry.key, entry) for entry in entries)
-                await self._recorder.listed(entries, first=first)
-            case Restore(revision):
-                await self._apply(self._difference(revision), revision, force=True)
-                self._recorder.restored(self._state_machine.position)
-                self._is_restored = True
-                if self._is_asking:
-                    self._tree.rights.allow_reading()
-            case Apply(events, revision):
-                self.auditor.saw(events)
-                await self._apply(events, revision, force=False)
-                self._recorder.applied(events, self._state_machine.position)
-            case OpenWatch(from_revision):
-                start, end = self._keyspace.start, self._keyspace.end
-                return await self._watching.open(self._store.watch(start, end, from_revision))
-            case CloseWatch():
-                await self._watching.aclose()
-            case BackOff():
-                level = logging.INFO if step.attempt.bit_count() <= 1 else logging.DEBUG
-                log.log(level, "record keys: %s (attempt %d)", step.reason, step.attempt + 1)
-                await pause(step.attempt)
-            case _ as never:
-                assert_never(never)
-        return None
+    def _is_started(self) -> bool:
+        return self._is_restored or not self._is_asking
+
+    def _deny(self, error: StorePermissionError) -> None:
+        if error.is_of_role:
+            self._tree.rights.refuse_reading(error)
+            self._is_asking = False
+            self._wake()
 
     async def _read(self, read: Read) -> Message:
         is_asking = self._is_asking
-        try:
-            if not is_asking:
-                await self._store.range(read.start, read.end, limit=1, keys_only=True)
-                self._is_asking = True  # first this, then a listing that begins after it
-            answer = await read_page(self._store, read)
-        except StoreError as exc:
-            return self._failed(exc)
+        if not is_asking:
+            await self._store.range(read.start, read.end, limit=1, keys_only=True)
+            self._is_asking = True  # first this, then a listing that begins after it
+        answer = await super()._read(read)
         if isinstance(answer, PageArrived) and read.revision and not is_asking:
             return RevisionCompacted(read.revision)  # what was missed since is not in it
         return answer
 
-    def _failed(self, error: StoreError) -> Message:
-        if isinstance(error, StorePermissionError) and error.is_of_role:
-            self._tree.rights.refuse_reading(error)
-            self._is_asking = False
-            self._wake()
-        elif not self._is_started:
-            raise error
-        return ReadFailed(str(error))
+    async def _stage(self, stage: Stage) -> None:
+        if stage.first:
+            self._staged.clear()
+        self._staged.update((entry.key, entry) for entry in stage.entries)
+
+    async def _restore(self, revision: Revision) -> str | None:
+        await self._show(self._difference(revision), revision, force=True)
+        self._is_restored = True
+        if self._is_asking:
+            self._tree.rights.allow_reading()
+        return None
+
+    def _adopt(self, revision: Revision) -> None:
+        self._is_restored = True
+        self.revision = revision
+
+    async def _apply(self, events: Sequence[Event], revision: Revision) -> None:
+        await self._show(events, revision, force=False)
 
     def _difference(self, revision: int) -> list[Event]:
         """Return the events that make what the tree has of record keys what was listed.
@@ -302,7 +230,7 @@ class AttributeMirror:
         What is newer than the listing came with its key (`stored_records_of`), and the watch will bring
         it; in another history it means nothing.
         """
-        found = self._state_machine.statistics()
+        found = self.state_machine.statistics()
         histories, self._histories = self._histories, found.refuted + found.regressions
         staged, self._staged = self._staged, {}
         events: list[Event] = []
@@ -316,7 +244,7 @@ class AttributeMirror:
                 events.append(Tombstone(record_key(key), stored_record.key_state.mod_revision))
         return [*events, *staged.values()]
 
-    async def _apply(self, events: Sequence[Event], revision: int, *, force: bool) -> None:
+    async def _show(self, events: Sequence[Event], revision: int, *, force: bool) -> None:
         await self._apply_batch(events, force)
         self.revision = revision
         self._wake()

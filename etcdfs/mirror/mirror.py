@@ -7,11 +7,11 @@ Concurrency: trio thread; one task lists, watches and hands batches on, in order
 """
 
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from contextlib import AbstractContextManager, aclosing
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Final, assert_never, final
+from typing import Final, final
 
 import trio
 
@@ -19,30 +19,16 @@ from etcdfs.consistency.audit import Auditor
 from etcdfs.consistency.audit_index import HeldKeys, Staging, TooDifferentError
 from etcdfs.consistency.orphan_records import Sweeper
 from etcdfs.consistency.read_barrier import ReadBarrier
-from etcdfs.consistency.snapshot import NO_SNAPSHOT, Position, Snapshot
+from etcdfs.consistency.snapshot import NO_SNAPSHOT, Snapshot
 from etcdfs.consistency.staleness import UNLIMITED, Staleness
-from etcdfs.errors import StoreError, StorePermissionError, StoreProtocolError, WatchLostError
+from etcdfs.errors import StorePermissionError
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Store
 from etcdfs.mirror.applier import Applier, Observer
 from etcdfs.mirror.attribute_mirror import AttributeMirror
+from etcdfs.mirror.driver import Driver
 from etcdfs.mirror.invalidator import KernelCache, StuckDirectories
-from etcdfs.mirror.messages import (
-    Apply,
-    BackOff,
-    CloseWatch,
-    Doubted,
-    Message,
-    OpenWatch,
-    Read,
-    ReadFailed,
-    Restore,
-    Stage,
-    Step,
-    WatchLost,
-)
-from etcdfs.mirror.state_machine import State, StateMachine
-from etcdfs.mirror.watch_session import WatchSession, back_off, read_page
+from etcdfs.mirror.messages import Stage
 from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.tree.bulk_load import date, load, rebuild
 from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node
@@ -52,9 +38,6 @@ from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache, value_of
 
 log = logging.getLogger(__name__)
-
-FIRST_LISTINGS: Final = 5
-"""How often the first listing is begun anew, as its revision was compacted away, say."""
 
 STAGED_BYTES: Final = 64 << 20
 """Bytes of values that may differ when all is listed again, if `--cache-size` is no more."""
@@ -93,7 +76,7 @@ class MirrorStatistics:
 
 
 @final
-class Mirror:
+class Mirror(Driver):
     """Keeps a complete tree in step with etcd."""
 
     def __init__(
@@ -113,8 +96,15 @@ class Mirror:
         snapshot: Snapshot = NO_SNAPSHOT,
     ) -> None:
         """Make a mirror; nothing is listed yet. One that `tidies` deletes void record keys."""
+        super().__init__(
+            store,
+            tree.keyspace,
+            Staleness(max_stale_s=max_stale_s),
+            snapshot.keys,
+            watch_timeout_s=watch_timeout_s,
+            answer_timeout_s=timeout_s,
+        )
         # --- dependencies
-        self._store = store
         self._value_cache = value_cache
         self._snapshot = snapshot
         self.update = Update(tree)
@@ -122,7 +112,6 @@ class Mirror:
             self.update, value_cache, kernel, lambda: self.doubt("a batch could not be applied")
         )
         self._invalidator = self._applier.invalidator
-        self.staleness = Staleness(max_stale_s=max_stale_s)
         kernel.listen(StuckDirectories(tree, self.staleness, self._invalidator).note)
         self.auditor = Auditor(
             store,
@@ -136,13 +125,6 @@ class Mirror:
             sweeper=Sweeper(store, tree) if tidies else None,
         )
         self.barrier = ReadBarrier(store, tree, self, timeout_s=timeout_s) if linearizable else None
-        self._watching = WatchSession(
-            store,
-            tree.keyspace,
-            self.staleness,
-            watch_timeout_s=watch_timeout_s,
-            answer_timeout_s=timeout_s,
-        )
         # Where record keys come by the mirror's own watch, they need none of theirs.
         self.stored_records = (
             None
@@ -161,9 +143,8 @@ class Mirror:
         # --- constants
         self._settle_timeout_s = settle_timeout_s
         # --- mutable state
-        self.state_machine = StateMachine(tree.keyspace.start, tree.keyspace.end)
         self._is_restored = False
-        self.loaded_at: Position | None = None  # the tree has the keys of a snapshot
+        self._progress: Callable[[int, int], None]  # see `run`
         self._staging: Staging | None = None
         self._fresh: Tree | None = None  # what is listed, if the tree has to be made anew
         self._staged_keys = self._staged_bytes = 0
@@ -300,7 +281,7 @@ class Mirror:
         offline: bool = False,
         task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
     ) -> None:
-        """List, watch, and follow until cancelled. Started once the first listing is in.
+        """List, watch, and follow until cancelled; see `follow`.
 
         Args:
             progress: Told how many keys and bytes of values the first listing has so far.
@@ -310,157 +291,27 @@ class Mirror:
         Raises:
             StoreError: The first listing failed. Later failures are retried for ever.
         """
-        keyspace = self.update.tree.keyspace
-        state_machine = self.state_machine = StateMachine(keyspace.start, keyspace.end)
-        async with aclosing(self._watching):
-            at = self.loaded_at
-            steps = state_machine.start() if at is None else state_machine.resume(at)
-            if offline:
-                await self._restore(state_machine.revision)
-                task_status.started()
-                task_status = trio.TASK_STATUS_IGNORED
-            while True:
-                try:
-                    message = await self._carry_out_all(steps, progress)
-                    if state_machine.state is State.WATCHING and not self._is_restored:
-                        await self._restore(state_machine.revision)
-                    if self._is_restored:
-                        task_status.started()
-                        task_status = trio.TASK_STATUS_IGNORED
-                    steps = state_machine.receive(message or await self._watching.receive())
-                except TooDifferentError as exc:
-                    # A tree of its own takes no values, and does not change meanwhile.
-                    self.update.tree.doubtful = True
-                    steps = state_machine.restart(str(exc))
-                except Exception as exc:
-                    if not self._is_restored:
-                        raise
-                    # The border of this task, as the handlers have theirs: the mount goes on.
-                    log.exception("following etcd went wrong; this is a bug of etcdfs")
-                    steps = state_machine.restart(f"what came could not be taken in: {exc!r}")
-                self._note(state_machine)
+        self._progress = progress
+        await self.follow(offline=offline, task_status=task_status)
 
-    def _note(self, state_machine: StateMachine) -> None:
-        """Tell the others whether the watch is confirmed, and can be believed."""
-        connected = state_machine.state is State.WATCHING and not self.update.tree.doubtful
-        lasted_s = self.staleness.turn(connected=connected)
-        if lasted_s is not None:
-            log.info(
-                "regained etcd after %.1f s, at revision %d",
-                lasted_s,
-                self.revision,
-                extra={
-                    "event": "regained",
-                    "fields": {"revision": self.revision, "seconds": lasted_s},
-                },
-            )
-        self.auditor.note(connected=connected, dropped=state_machine.dropped)
+    # --- what is followed -------------------------------------------------------------------
 
-    def doubt(self, reason: str) -> None:
-        """Have everything listed again: what is here is not what etcd has."""
-        self._watching.tell(Doubted(reason))
+    def _is_started(self) -> bool:
+        return self._is_restored
 
-    async def _carry_out_all(
-        self, steps: tuple[Step, ...], progress: Callable[[int, int], None]
-    ) -> Message | None:
-        match steps:
-            case (Stage() as stage, Read() as read):
-                return await self._stage_and_read_on(stage, read, progress)
-            case _:
-                message: Message | None = None
-                for step in steps:
-                    message = await self._carry_out(step, progress)
-                return message
+    def _is_doubtful(self) -> bool:
+        return self.update.tree.doubtful
 
-    async def _carry_out(self, step: Step, progress: Callable[[int, int], None]) -> Message | None:
-        match step:
-            case Read():
-                return await self._read(step)
-            case Stage():
-                await self._stage(step, progress)
-            case Restore(revision):
-                if self.update.tree.doubtful and self._fresh is None:
-                    return Doubted("the listing was made before the tree was found to be wrong")
-                return await self._try_to_apply(self._restore(revision))
-            case Apply(events):
-                self.auditor.saw(events)
-                return await self._try_to_apply(self._take(events))
-            case OpenWatch(from_revision):
-                return await self._open(from_revision)
-            case CloseWatch():
-                await self._watching.aclose()
-            case BackOff():
-                await self._back_off(step)
-            case _ as never:
-                assert_never(never)
-        return None
+    def _deny(self, error: StorePermissionError) -> None:
+        if self._is_restored:
+            self.staleness.deny(error)
 
-    async def _back_off(self, step: BackOff) -> None:
-        if step.relist and not self._is_restored:
-            if self.loaded_at is not None:  # a snapshot that nobody has seen yet
-                log.warning("the snapshot is refused: %s; listing everything", step.reason)
-                self.loaded_at = None
-                if self.stored_records is not None:
-                    self.stored_records.loaded_at = None
-                return
-            if step.attempt >= FIRST_LISTINGS:
-                raise StoreProtocolError(step.reason)
-        await back_off(step)
+    def _refuse_loaded(self) -> None:
+        super()._refuse_loaded()
+        if self.stored_records is not None:
+            self.stored_records.loaded_at = None
 
-    async def _open(self, from_revision: int) -> Message:
-        keyspace = self.update.tree.keyspace
-        watch = self._store.watch(keyspace.start, keyspace.end, from_revision)
-        message = await self._watching.open(watch)
-        if isinstance(message, WatchLost) and not self._is_restored:
-            raise self._watching.error or WatchLostError(message.reason)
-        return message
-
-    async def _read(self, read: Read) -> Message:
-        try:
-            return await read_page(self._store, read)
-        except StoreError as exc:
-            if not self._is_restored:
-                raise
-            if isinstance(exc, StorePermissionError):
-                self.staleness.deny(exc)
-            return ReadFailed(str(exc))
-
-    async def _stage_and_read_on(
-        self, stage: Stage, read: Read, progress: Callable[[int, int], None]
-    ) -> Message:
-        """Work on one page while etcd prepares the next."""
-        answers: list[Message | StoreError] = []
-
-        async def read_on() -> None:
-            try:
-                answers.append(await self._read(read))
-            except StoreError as exc:  # kept out of the nursery, which would wrap it
-                answers.append(exc)
-
-        too_different: TooDifferentError | None = None
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(read_on)
-            try:
-                await self._stage(stage, progress)
-            except TooDifferentError as exc:  # likewise
-                too_different = exc
-        if too_different is not None:
-            raise too_different
-        (answer,) = answers
-        if isinstance(answer, StoreError):
-            raise answer
-        return answer
-
-    async def _try_to_apply(self, applying: Coroutine[Any, Any, None]) -> Message | None:
-        try:
-            await applying
-        except StoreError as exc:
-            return Doubted(f"the attributes of new keys could not be read: {exc}")
-        return None
-
-    # --- listing ----------------------------------------------------------------------------
-
-    async def _stage(self, stage: Stage, progress: Callable[[int, int], None]) -> None:
+    async def _stage(self, stage: Stage) -> None:
         """Put a page aside; the very first listing goes straight into the tree.
 
         Nobody sees the tree then, and a keyspace need not fit into memory twice.
@@ -468,11 +319,15 @@ class Mirror:
         if stage.first:
             self._begin_listing()
         for start in range(0, len(stage.entries), STAGE_SIZE):
-            self._stage_some(stage.entries[start : start + STAGE_SIZE])
+            try:
+                self._stage_some(stage.entries[start : start + STAGE_SIZE])
+            except TooDifferentError:
+                # A tree of its own takes no values, and does not change meanwhile.
+                self.update.tree.doubtful = True
+                raise
             await trio.lowlevel.checkpoint()  # other tasks, the next page's request among them
         if not self._is_restored:
-            progress(self._staged_keys, self._staged_bytes)
-        await self._snapshot.keys.listed(stage.entries, first=stage.first)
+            self._progress(self._staged_keys, self._staged_bytes)
 
     def _begin_listing(self) -> None:
         self._staged_keys = self._staged_bytes = 0
@@ -507,21 +362,16 @@ class Mirror:
                 entry.key, entry.mod_revision, entry.value
             )
 
-    async def _restore(self, revision: Revision) -> None:
-        self._snapshot.keys.restored(self.state_machine.position)
+    async def _restore(self, revision: Revision) -> str | None:
         if not self._is_restored:
-            self._is_restored = True
-            date(self.update.tree)
-            bind_all(self.update.tree)
-            self._applier.revision = revision
-            keys = self._staged_keys
-            extra = {"event": "synced", "fields": {"revision": revision, "keys": keys}}
-            log.info("synced %d keys at revision %d", keys, revision, extra=extra)
-            return
+            self._adopt(revision)
+            return None
+        if self.update.tree.doubtful and self._fresh is None:
+            return "the listing was made before the tree was found to be wrong"
         await self._applier.idle()
         if self._fresh is not None:
             await self._make_anew(self._fresh, revision)
-            return
+            return None
         assert self._staging is not None
         events = await self._staging.differences(revision)
         self._staging = None
@@ -538,6 +388,19 @@ class Mirror:
         self.update.relisted()
         self.update.tree.revisions.forget_after(revision)
         await self._applier.replace((*events, *await self._stored_records_of(events)), revision)
+        return None
+
+    def _adopt(self, revision: Revision) -> None:
+        self._is_restored = True
+        date(self.update.tree)
+        bind_all(self.update.tree)
+        self._applier.revision = revision
+        log.info(
+            "synced %d keys at revision %d",
+            self._staged_keys,
+            revision,
+            extra={"event": "synced", "fields": {"revision": revision, "keys": self._staged_keys}},
+        )
 
     def _make_tree(self) -> Tree:
         """Return an empty tree that may take the place of the one there is."""
@@ -579,12 +442,10 @@ class Mirror:
         self.auditor.hurry()
         log.info("the tree was made anew at revision %d", revision)
 
-    # --- applying ---------------------------------------------------------------------------
-
-    async def _take(self, events: Sequence[Event]) -> None:
+    async def _apply(self, events: Sequence[Event], revision: Revision) -> None:
         """Have a batch made visible, with the attributes of what is new in it."""
+        del revision  # the applier knows
         await self._applier.take(events, await self._stored_records_of(events))
-        self._snapshot.keys.applied(events, self.state_machine.position)
 
     async def _stored_records_of(self, events: Sequence[Event]) -> Sequence[Event]:
         return (

@@ -216,22 +216,22 @@ async def read_page(store: Store, read: Read) -> Message:
         return PageTooLarge()
 
 
-async def back_off(step: BackOff) -> None:
-    """Say why there is another try, and wait before it."""
+async def back_off(step: BackOff, about: str) -> None:
+    """Say why there is another try, and wait before it, longer the more there were.
+
+    If it is `about` part of the copy only, an operator need not act.
+    """
+    fields = {"reason": step.reason, "attempt": step.attempt + 1}
     # Not each one is a warning: an outage may last for days.
+    news = logging.INFO if about else logging.WARNING
     log.log(
-        logging.WARNING if step.attempt.bit_count() <= 1 else logging.DEBUG,
+        news if step.attempt.bit_count() <= 1 else logging.DEBUG,
         "%s; %s (attempt %d)",
-        step.reason,
+        about + step.reason,
         "listing everything again" if step.relist else "trying again",
         step.attempt + 1,
-        extra={"event": "lost", "fields": {"reason": step.reason, "attempt": step.attempt + 1}},
+        extra=None if about else {"event": "lost", "fields": fields},
     )
-    await pause(step.attempt)
-
-
-async def pause(attempt: int) -> None:
-    """Wait before the next try, longer the more there were."""
-    longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(attempt, BACKOFF_DOUBLINGS))
+    longest = min(BACKOFF_CAP_S, BACKOFF_FIRST_S * 2 ** min(step.attempt, BACKOFF_DOUBLINGS))
     # Jittered, so that the mounts of a cluster do not come back all at once.
     await trio.sleep(random.uniform(longest / 2, longest))  # noqa: S311 - no secret

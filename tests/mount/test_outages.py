@@ -321,11 +321,11 @@ import trio
 from etcdfs.mirror.mirror import Mirror
 from etcdfs.daemon.main import main
 from etcdfs.mirror.attribute_mirror import AttributeMirror
-for owner, name in ((Mirror, "_take"), (AttributeMirror, "_apply")):
-    async def late(*arguments, on_time=getattr(owner, name), **named):
+for owner in (Mirror, AttributeMirror):
+    async def late(*arguments, on_time=owner._apply):
         await trio.sleep(0.1)
-        await on_time(*arguments, **named)
-    setattr(owner, name, late)
+        await on_time(*arguments)
+    owner._apply = late
 """
 
 

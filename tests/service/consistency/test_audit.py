@@ -157,7 +157,7 @@ def found_in_records(mount: FakeMount) -> tuple[int, int, int]:
     return statistics.audits, statistics.differing, statistics.differences
 
 
-@pytest.mark.expect_log(AGAIN, "record keys: %s; listing them again")
+@pytest.mark.expect_log(AGAIN, "%s%s; listing them again")
 @pytest.mark.parametrize("prefix", [b"/", b"/app/"])
 async def test_lost_changes_of_attributes_are_found_and_mended(
     autojump_clock: MockClock, store: FakeStore, prefix: bytes, caplog: pytest.LogCaptureFixture

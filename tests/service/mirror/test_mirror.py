@@ -630,7 +630,7 @@ async def test_keyspace_of_several_pages(autojump_clock: MockClock, store: FakeS
 # --- a tree that cannot be believed ---------------------------------------------------------
 
 BROKEN = "a batch could not be applied; this is a bug of etcdfs"
-WRONG = "following etcd went wrong; this is a bug of etcdfs"
+WRONG = "%sfollowing etcd went wrong; this is a bug of etcdfs"
 
 
 @pytest.mark.expect_log(AGAIN, BROKEN)
