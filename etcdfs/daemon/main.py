@@ -61,8 +61,7 @@ from etcdfs.fuse.procfs import describe_shortage, is_shortage
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.outcomes import ResolvingStore
 from etcdfs.keyspace.store import END_OF_KEYS, Store, range_end
-from etcdfs.mirror.guard import watch_over
-from etcdfs.mirror.mirror import Mirror
+from etcdfs.mirror.mirror import Mirror, watch_over
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.process.logs import keep_out_of, setup_logging
 from etcdfs.process.memory import keep_heap_small

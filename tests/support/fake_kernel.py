@@ -28,8 +28,7 @@ from etcdfs.files.write_buffer import WriteBufferQuota
 from etcdfs.files.writeback import Writeback
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Clock
-from etcdfs.mirror.guard import watch_over
-from etcdfs.mirror.mirror import Mirror
+from etcdfs.mirror.mirror import Mirror, watch_over
 from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Directory, Expiry, File, Inode
 from etcdfs.tree.tree import ROOT_INODE, Tree
 from etcdfs.tree.value_cache import ValueCache
