@@ -41,7 +41,7 @@ The life of a remote change
 ---------------------------
 
 `etcdctl put /app/x 2`: the watch (`etcd.watch`) brings whole revisions to `mirror.watch_session`,
-the state machine says *apply*, and `mirror.mirror` hands them to the applier. `Update.plan` works
+the state machine says *apply*, and `mirror.driver` hands them on, to the applier. `Update.plan` works
 out what each name becomes. `mirror.invalidator` and `fuse.notify` have the kernel forget what that
 makes untrue, from threads of their own, as it may block; lookups still answer the old state, with
 no time to live. Then the plan is made anew and applied, all at once, with no `await` in between.
