@@ -27,7 +27,7 @@ def revision(mounted: Mounted) -> int:
     return int((mounted.path / ".etcdfs/revision").read_bytes())
 
 
-def test_b250_the_control_directory_is_there_and_in_no_listing(lab: Lab) -> None:
+def test_b108_the_control_directory_is_there_and_in_no_listing(lab: Lab) -> None:
     root = lab.mounted.path
     assert ".etcdfs" not in os.listdir(root)
     assert sh(root, "find . -maxdepth 1 -name .etcdfs") == ""
@@ -43,7 +43,7 @@ def test_b250_the_control_directory_is_there_and_in_no_listing(lab: Lab) -> None
     assert {f.name for f in text_string_to_metric_families(metrics)} > {"etcdfs_mount_info"}
 
 
-def test_b250_each_open_makes_it_anew(lab: Lab) -> None:
+def test_b108_each_open_makes_it_anew(lab: Lab) -> None:
     lab.put("file", b"1")
     before = lab.mounted.statistics()["requests"]["getattr"]
     with (lab.mounted.path / ".etcdfs/revision").open("rb", buffering=0) as file:
@@ -58,7 +58,7 @@ def test_b250_each_open_makes_it_anew(lab: Lab) -> None:
     assert lab.mounted.statistics()["requests"]["getattr"] > before
 
 
-def test_b250_nothing_can_be_made_or_changed_in_it(lab: Lab) -> None:
+def test_b108_nothing_can_be_made_or_changed_in_it(lab: Lab) -> None:
     control = lab.mounted.path / ".etcdfs"
     file = lab.path / "file"
     file.write_bytes(b"x")
@@ -87,7 +87,7 @@ def test_b250_nothing_can_be_made_or_changed_in_it(lab: Lab) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("option", [[], ["--no-control-dir"]])
-def test_b250_a_key_of_that_name_wins_nothing(
+def test_b108_a_key_of_that_name_wins_nothing(
     pool: Pool, own_etcd: EtcdProcess, mode: str, option: list[str]
 ) -> None:
     own_etcd.etcdctl("put", "/app/.etcdfs/status", "a key")
@@ -103,7 +103,7 @@ def test_b250_a_key_of_that_name_wins_nothing(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b250_it_answers_while_etcd_does_not(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
+def test_b108_it_answers_while_etcd_does_not(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
     options = ("--max-stale", "0.1", "--timeout", "0.5", "--watch-timeout", "0.3")
     with pool.private(own_etcd, mode, *options) as mounted:
         mounted.expect_log("")
@@ -134,7 +134,7 @@ def shared(pool: Pool, own_etcd: EtcdProcess) -> Iterator[Path]:
 
 
 @needs_root
-def test_b251_only_who_mounted_and_root_are_told(shared: Path) -> None:
+def test_b109_only_who_mounted_and_root_are_told(shared: Path) -> None:
     said = run_as_nobody(
         """
 root = sys.argv[1]
@@ -158,7 +158,7 @@ print(os.getxattr(root, "user.etcdfs.wait.1").decode())
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b252_metrics_and_health_by_http(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
+def test_b110_metrics_and_health_by_http(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
     port = free_port()
     options = ("--max-stale", "0.1", "--timeout", "0.5", "--watch-timeout", "0.3")
     listen = ("--metrics-listen", str(port))

@@ -36,7 +36,7 @@ def names_of(count: int) -> list[str]:
 
 
 @needs_fast_path
-def test_b210_a_listing_that_is_kept_costs_nothing(cached: Lab) -> None:
+def test_b42_a_listing_that_is_kept_costs_nothing(cached: Lab) -> None:
     for number, count in enumerate((0, 3, MANY)):
         directory = cached.path / str(number)
         put_all(cached, [(f"{number}/{name}", b"") for name in ("", *names_of(count))])
@@ -52,7 +52,7 @@ def test_b210_a_listing_that_is_kept_costs_nothing(cached: Lab) -> None:
 
 
 @needs_fast_path
-def test_b210_the_target_of_a_link_that_is_kept_costs_nothing(cached: Lab) -> None:
+def test_b42_the_target_of_a_link_that_is_kept_costs_nothing(cached: Lab) -> None:
     link = cached.path / "link"
     link.symlink_to("target")
     assert link.readlink() == Path("target")
@@ -85,7 +85,7 @@ def test_a_write_does_not_wake_python_for_security_capability(lab: Lab) -> None:
 # --- what is shown --------------------------------------------------------------------------
 
 
-def test_b211_whatever_changes_a_listing_is_seen_by_the_next_one(cached: Lab) -> None:
+def test_b43_whatever_changes_a_listing_is_seen_by_the_next_one(cached: Lab) -> None:
     directory = cached.path / "d"
     directory.mkdir()
     shown: set[str] = set()
@@ -116,7 +116,7 @@ def test_b211_whatever_changes_a_listing_is_seen_by_the_next_one(cached: Lab) ->
 
 
 @pytest.mark.parametrize("options", [("--cache",), ("--cache", "--no-attrs")])
-def test_b211_a_listing_goes_by_no_time_that_was_set_back(
+def test_b43_a_listing_goes_by_no_time_that_was_set_back(
     pool: Pool, shared_etcd: EtcdProcess, etcd_binary: Path, options: tuple[str, ...]
 ) -> None:
     with pool.lab(shared_etcd, pool.mounted(etcd_binary, *options)) as lab:
@@ -129,7 +129,7 @@ def test_b211_a_listing_goes_by_no_time_that_was_set_back(
         assert sorted(os.listdir(directory)) == ["one", "two"]
 
 
-def test_b211_nor_by_one_that_another_mount_set_back(cached: Lab, other: Lab) -> None:
+def test_b43_nor_by_one_that_another_mount_set_back(cached: Lab, other: Lab) -> None:
     wanted: list[str] = []
     for name in ("one", "two"):
         wanted.append(name)
@@ -140,7 +140,7 @@ def test_b211_nor_by_one_that_another_mount_set_back(cached: Lab, other: Lab) ->
             assert sorted(os.listdir(cached.path / "d")) == wanted
 
 
-def test_b211_a_listing_that_was_not_read_to_its_end_is_completed(cached: Lab) -> None:
+def test_b43_a_listing_that_was_not_read_to_its_end_is_completed(cached: Lab) -> None:
     put_all(cached, [(name, b"") for name in names_of(MANY)])
     with os.scandir(cached.path) as entries:
         first = next(entries).name
@@ -152,7 +152,7 @@ def test_b211_a_listing_that_was_not_read_to_its_end_is_completed(cached: Lab) -
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="caches are dropped by root")
-def test_b211_what_memory_had_no_room_for_is_asked_for_again(cached: Lab) -> None:
+def test_b43_what_memory_had_no_room_for_is_asked_for_again(cached: Lab) -> None:
     put_all(cached, [(name, b"") for name in names_of(MANY)])
     for number in range(3):
         assert sorted(os.listdir(cached.path)) == names_of(MANY)
@@ -165,7 +165,7 @@ def test_b211_what_memory_had_no_room_for_is_asked_for_again(cached: Lab) -> Non
         cached.delete(f"new-{number}")
 
 
-def test_b211_a_new_target_of_a_link_is_seen_at_once(cached: Lab) -> None:
+def test_b43_a_new_target_of_a_link_is_seen_at_once(cached: Lab) -> None:
     link = cached.path / "link"
     link.symlink_to("target")
     for number in range(20):
@@ -180,7 +180,7 @@ def test_b211_a_new_target_of_a_link_is_seen_at_once(cached: Lab) -> None:
 
 
 @needs_fast_path
-def test_b212_a_time_is_the_files_own_if_it_was_not_said(lab: Lab) -> None:
+def test_b62_a_time_is_the_files_own_if_it_was_not_said(lab: Lab) -> None:
     """However long ago the write was, and even if it is the very moment that was said."""
     records = b"/.etcdfs/attrs/" + lab.prefix
     with opened(lab.path / "now", os.O_CREAT | os.O_WRONLY) as fd:
@@ -196,7 +196,7 @@ def test_b212_a_time_is_the_files_own_if_it_was_not_said(lab: Lab) -> None:
 
 
 @needs_fast_path
-def test_b212_conditions_on_an_attribute_are_one_request(lab: Lab) -> None:
+def test_b62_conditions_on_an_attribute_are_one_request(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
 
@@ -228,7 +228,7 @@ def test_b212_conditions_on_an_attribute_are_one_request(lab: Lab) -> None:
         (("--cache", "--kernel-timeout", "0"), ["EXACT", "NOFLUSH"]),
     ],
 )
-def test_b213_the_fast_path_is_on_where_answers_may_be_kept(
+def test_b94_the_fast_path_is_on_where_answers_may_be_kept(
     pool: Pool, shared_etcd: EtcdProcess, options: tuple[str, ...], wanted: list[str]
 ) -> None:
     with pool.private(shared_etcd, *options) as mounted:
@@ -245,7 +245,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
 
 
-def test_b213_without_its_library_a_mount_does_without_and_says_so(
+def test_b94_without_its_library_a_mount_does_without_and_says_so(
     pool: Pool, shared_etcd: EtcdProcess, bare: dict[str, str]
 ) -> None:
     with pool.private(shared_etcd, "--cache", environment=bare) as mounted:
@@ -257,7 +257,7 @@ def test_b213_without_its_library_a_mount_does_without_and_says_so(
         assert mounted.log.count("no fast path: No module named") == 1
 
 
-def test_b213_a_mount_that_must_have_it_is_refused_without(
+def test_b94_a_mount_that_must_have_it_is_refused_without(
     shared_etcd: EtcdProcess, bare: dict[str, str], tmp_path: Path
 ) -> None:
     mountpoint = tmp_path / "mnt"

@@ -46,7 +46,7 @@ def all_until_now(lab: Lab, watcher: Watcher) -> list[str]:
 # --- which events ---------------------------------------------------------------------------
 
 
-def test_b230_other_clients_changes_raise_the_events_of_a_local_file_system(cached: Lab) -> None:
+def test_b125_other_clients_changes_raise_the_events_of_a_local_file_system(cached: Lab) -> None:
     with memory_directory() as directory, Watcher(directory) as local:
         (directory / "f").write_bytes(b"1")
         expected_new = local.now()
@@ -72,7 +72,7 @@ def test_b230_other_clients_changes_raise_the_events_of_a_local_file_system(cach
         assert seen == expected_rest
 
 
-def test_b230_a_watch_on_the_file_itself_hears_of_each_version(cached: Lab) -> None:
+def test_b125_a_watch_on_the_file_itself_hears_of_each_version(cached: Lab) -> None:
     cached.put("f", b"0")
     with watching(cached.mounted, cached.path / "f") as watcher:
         for value in (b"1", b"22", b"333"):
@@ -81,7 +81,7 @@ def test_b230_a_watch_on_the_file_itself_hears_of_each_version(cached: Lab) -> N
             assert (cached.path / "f").read_bytes() == value
 
 
-def test_b230_links_fifos_and_sockets_come_and_go(cached: Lab, other: Lab) -> None:
+def test_b125_links_fifos_and_sockets_come_and_go(cached: Lab, other: Lab) -> None:
     cached.put("end", b"")
     with watching(cached.mounted, cached.path) as watcher:
         os.symlink("nowhere", other.path / "link")
@@ -93,7 +93,7 @@ def test_b230_links_fifos_and_sockets_come_and_go(cached: Lab, other: Lab) -> No
             assert watcher.until(f"DELETE {name}") == [f"DELETE {name}"]
 
 
-def test_b231_a_directory_that_is_emptied_and_comes_back(cached: Lab) -> None:
+def test_b126_a_directory_that_is_emptied_and_comes_back(cached: Lab) -> None:
     cached.put("d/f", b"1")
     cached.put("end", b"")
     with (
@@ -110,7 +110,7 @@ def test_b231_a_directory_that_is_emptied_and_comes_back(cached: Lab) -> None:
             inside.add(cached.path / "d")
 
 
-def test_b231_a_watch_on_a_version_that_is_open_ends_as_after_a_rename_over_it(
+def test_b126_a_watch_on_a_version_that_is_open_ends_as_after_a_rename_over_it(
     cached: Lab,
 ) -> None:
     cached.put("f", b"1")
@@ -129,7 +129,7 @@ def test_b231_a_watch_on_a_version_that_is_open_ends_as_after_a_rename_over_it(
         assert opened.read() == b"1"
 
 
-def test_b231_a_watch_on_a_file_that_is_deleted_ends(cached: Lab) -> None:
+def test_b126_a_watch_on_a_file_that_is_deleted_ends(cached: Lab) -> None:
     cached.put("f", b"1")
     with watching(cached.mounted, cached.path / "f") as watcher:
         cached.client.delete(cached.key("f"))
@@ -139,7 +139,7 @@ def test_b231_a_watch_on_a_file_that_is_deleted_ends(cached: Lab) -> None:
 # --- never wrong ----------------------------------------------------------------------------
 
 
-def test_b232_whoever_hears_of_a_version_reads_it(cached: Lab) -> None:
+def test_b127_whoever_hears_of_a_version_reads_it(cached: Lab) -> None:
     """Each change is heard of, whoever reads, opens or looks for the name meanwhile."""
     cached.put("f", b"0")
     ended = threading.Event()
@@ -172,7 +172,7 @@ def test_b232_whoever_hears_of_a_version_reads_it(cached: Lab) -> None:
         disturber.join()
 
 
-def test_b232_a_burst_is_heard_of_at_its_end(cached: Lab) -> None:
+def test_b127_a_burst_is_heard_of_at_its_end(cached: Lab) -> None:
     cached.put("f", b"first")
     before = inotify(cached.mounted)
     with watching(cached.mounted, cached.path) as watcher:
@@ -188,7 +188,7 @@ def test_b232_a_burst_is_heard_of_at_its_end(cached: Lab) -> None:
     assert after["waiting"] == 0
 
 
-def test_b232_nothing_else_comes_of_an_event(cached: Lab) -> None:
+def test_b127_nothing_else_comes_of_an_event(cached: Lab) -> None:
     def look() -> list[tuple[int, ...]]:
         paths = (cached.path, cached.path / "f")
         stats = [os.stat(path) for path in paths]
@@ -209,7 +209,7 @@ def test_b232_nothing_else_comes_of_an_event(cached: Lab) -> None:
         assert os.getxattr(cached.path / "f", "user.etcd.version") == b"3"
 
 
-def test_b232_what_this_mount_does_is_heard_of_once(cached: Lab) -> None:
+def test_b127_what_this_mount_does_is_heard_of_once(cached: Lab) -> None:
     def work(directory: Path) -> None:
         (directory / "f").write_bytes(b"1")
         with (directory / "f").open("ab") as file:
@@ -235,7 +235,7 @@ def test_b232_what_this_mount_does_is_heard_of_once(cached: Lab) -> None:
 
 
 @needs_root
-def test_b232_nothing_is_unmounted_for_an_event(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b127_nothing_is_unmounted_for_an_event(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache") as mounted:
         mounted.expect_log("something is mounted there")
         mounted.put("/d/e/f", b"1")
@@ -254,7 +254,7 @@ def test_b232_nothing_is_unmounted_for_an_event(own_etcd: EtcdProcess, pool: Poo
 # --- nobody waits ---------------------------------------------------------------------------
 
 
-def test_b233_a_directory_that_is_held_delays_no_others_events(
+def test_b128_a_directory_that_is_held_delays_no_others_events(
     own_etcd: EtcdProcess, pool: Pool
 ) -> None:
     shared = ("--allow-other",) if os.geteuid() == 0 else ()
@@ -279,7 +279,7 @@ def test_b233_a_directory_that_is_held_delays_no_others_events(
 
 
 @needs_root
-def test_b233_a_mount_ends_although_a_replay_waits(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b128_a_mount_ends_although_a_replay_waits(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache", "--allow-other") as mounted:
         mounted.path.parent.chmod(0o711)
         mounted.expect_log(
@@ -295,7 +295,7 @@ def test_b233_a_mount_ends_although_a_replay_waits(own_etcd: EtcdProcess, pool: 
         until(lambda: not os.path.exists(f"/proc/{daemon}"))
 
 
-def test_b233_a_frozen_etcd_stops_no_replay(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b128_a_frozen_etcd_stops_no_replay(own_etcd: EtcdProcess, pool: Pool) -> None:
     """A call of this mount holds a directory's lock while it waits for etcd."""
     with pool.private(own_etcd, "--cache", "--timeout", "2") as mounted:
         mounted.expect_log("has not let go of a lock", "the kernel may go on", "etcd")
@@ -318,7 +318,7 @@ def _fails_to_make(path: Path) -> None:
 # --- auto, on, off --------------------------------------------------------------------------
 
 
-def test_b234_only_what_somebody_watches_is_replayed(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b129_only_what_somebody_watches_is_replayed(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache") as mounted:
         mounted.put("/d/f", b"0")
         (mounted.path / "d/f").read_bytes()
@@ -333,7 +333,7 @@ def test_b234_only_what_somebody_watches_is_replayed(own_etcd: EtcdProcess, pool
         assert inotify(mounted)["replayed"] == 1
 
 
-def test_b234_on_replays_whatever_the_kernel_holds(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b129_on_replays_whatever_the_kernel_holds(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache", "--inotify", "on") as mounted:
         mounted.put("/d/f", b"0")
         (mounted.path / "d/f").read_bytes()
@@ -346,7 +346,7 @@ def test_b234_on_replays_whatever_the_kernel_holds(own_etcd: EtcdProcess, pool: 
         assert inotify(mounted)["looks"] == 0
 
 
-def test_b234_off_raises_none(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b129_off_raises_none(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache", "--inotify", "off") as mounted:
         mounted.put("/d/f", b"0")
         with Watcher(mounted.path / "d") as watcher:
@@ -355,7 +355,7 @@ def test_b234_off_raises_none(own_etcd: EtcdProcess, pool: Pool) -> None:
             assert "CLOSE_WRITE f" not in watcher.until("CLOSE_WRITE mine")
 
 
-def test_b234_what_cannot_be_had_is_said(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b129_what_cannot_be_had_is_said(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--no-cache") as mounted:
         assert mounted.log.count("--inotify does nothing here: without --cache") == 1
 
@@ -364,7 +364,7 @@ def test_b234_what_cannot_be_had_is_said(own_etcd: EtcdProcess, pool: Pool) -> N
 
 
 @needs_root
-def test_b235_a_read_only_mount_hears_all_of_it_and_stays_read_only(
+def test_b130_a_read_only_mount_hears_all_of_it_and_stays_read_only(
     own_etcd: EtcdProcess, pool: Pool
 ) -> None:
     with pool.private(own_etcd, "--cache", "--read-only") as mounted:
@@ -390,7 +390,7 @@ def test_b235_a_read_only_mount_hears_all_of_it_and_stays_read_only(
 
 
 @needs_root
-def test_b235_events_need_no_path_to_the_mount(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b130_events_need_no_path_to_the_mount(own_etcd: EtcdProcess, pool: Pool) -> None:
     """Something else is mounted over it; and what is not in the way of umount(8) either."""
     with pool.private(own_etcd, "--cache") as mounted:
         mounted.put("/d/f", b"0")
@@ -438,7 +438,7 @@ etcdfs.daemon.kernel_threads.MountClone = refuse
 """What Linux says to whoever has no CAP_SYS_ADMIN. (Where tests run, others may not mount.)"""
 
 
-def test_b235_a_mount_without_rights_raises_events_unless_it_is_read_only(
+def test_b130_a_mount_without_rights_raises_events_unless_it_is_read_only(
     own_etcd: EtcdProcess,
 ) -> None:
     with closing(Client(own_etcd.endpoint)) as client:

@@ -70,7 +70,7 @@ class Manager:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b262_a_service_from_start_to_end(
+def test_b89_a_service_from_start_to_end(
     shared_etcd: EtcdProcess, tmp_path: Path, mode: str
 ) -> None:
     manager = Manager(tmp_path)
@@ -94,7 +94,7 @@ def test_b262_a_service_from_start_to_end(
     assert not os.path.ismount(manager.mountpoint)
 
 
-def test_b262_the_status_tells_how_far_behind_it_is(own_etcd: EtcdProcess, tmp_path: Path) -> None:
+def test_b89_the_status_tells_how_far_behind_it_is(own_etcd: EtcdProcess, tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     with manager.started("--endpoints", own_etcd.client_url, "--cache"):
         manager.hear("READY=1\n")
@@ -105,7 +105,7 @@ def test_b262_the_status_tells_how_far_behind_it_is(own_etcd: EtcdProcess, tmp_p
             pass
 
 
-def test_b260_what_cannot_be_read_again_leaves_all_as_it_was(
+def test_b87_what_cannot_be_read_again_leaves_all_as_it_was(
     own_etcd: EtcdProcess, tmp_path: Path
 ) -> None:
     manager = Manager(tmp_path)
@@ -123,7 +123,7 @@ def test_b260_what_cannot_be_read_again_leaves_all_as_it_was(
 
 @needs_root
 @pytest.mark.programs("setpriv")
-def test_b262_the_unit_leaves_a_mount_the_rights_that_it_needs(
+def test_b89_the_unit_leaves_a_mount_the_rights_that_it_needs(
     shared_etcd: EtcdProcess,
 ) -> None:
     """Of what the unit takes away, the capabilities, and to write what is run then."""
@@ -151,7 +151,7 @@ def test_b262_the_unit_leaves_a_mount_the_rights_that_it_needs(
             assert daemon.wait(TIMEOUT_S) == 0
 
 
-def test_b264_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
+def test_b91_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
     with Mounted(own_etcd, "--cache", "--log-format", "json") as mounted:
         own_etcd.kill()
         own_etcd.start()
@@ -171,7 +171,7 @@ def test_b264_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
     assert told["regained"]["revision"] == revision - 1
 
 
-def test_b264_no_line_of_the_log_has_a_value_or_a_password(own_etcd: EtcdProcess) -> None:
+def test_b91_no_line_of_the_log_has_a_value_or_a_password(own_etcd: EtcdProcess) -> None:
     options = ("--cache", "--log-level", "debug", "--timeout", "1")
     with Mounted(own_etcd, *options, "--user", "me:hush-hush") as mounted:
         mounted.expect_log("")

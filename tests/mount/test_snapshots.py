@@ -90,7 +90,7 @@ def check_changed(path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix", [b"/", b"/app/"])
-def test_b240_a_mount_goes_on_from_its_snapshot(
+def test_b81_a_mount_goes_on_from_its_snapshot(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path, prefix: bytes
 ) -> None:
     options = ("--prefix", prefix.decode())
@@ -112,7 +112,7 @@ def test_b240_a_mount_goes_on_from_its_snapshot(
         assert "listing everything" not in mounted.log
 
 
-def test_b240_what_was_compacted_meanwhile_is_listed(
+def test_b81_what_was_compacted_meanwhile_is_listed(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state) as mounted:
@@ -128,7 +128,7 @@ def test_b240_what_was_compacted_meanwhile_is_listed(
         assert mounted.statistics()["state_machine"]["lists"] == 0, "it was made anew"
 
 
-def test_b242_an_etcd_that_was_wiped_is_another_one(
+def test_b83_an_etcd_that_was_wiped_is_another_one(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state) as mounted:
@@ -144,7 +144,7 @@ def test_b242_an_etcd_that_was_wiped_is_another_one(
         assert (mounted.path / "other").read_bytes() == b"39"
 
 
-def test_b242_what_is_not_ones_own_is_refused_in_one_line_and_made_anew(
+def test_b83_what_is_not_ones_own_is_refused_in_one_line_and_made_anew(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     client.put(b"/app/file", b"a secret of another prefix")
@@ -182,7 +182,7 @@ def test_b242_what_is_not_ones_own_is_refused_in_one_line_and_made_anew(
         assert mounted.statistics()["state_machine"]["lists"] == 0
 
 
-def test_b241_what_changes_is_written_within_seconds(
+def test_b82_what_changes_is_written_within_seconds(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state) as mounted:
@@ -201,7 +201,7 @@ def test_b241_what_changes_is_written_within_seconds(
 
 
 @pytest.mark.parametrize("prefix", [b"/", b"/app/"])
-def test_b243_a_machine_boots_without_etcd_and_goes_live(
+def test_b84_a_machine_boots_without_etcd_and_goes_live(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path, prefix: bytes
 ) -> None:
     options = ("--prefix", prefix.decode())
@@ -244,7 +244,7 @@ def test_b243_a_machine_boots_without_etcd_and_goes_live(
         assert "etcd answers: the mount is live" in mounted.log
 
 
-def test_b243_the_command_says_what_it_has_mounted(
+def test_b84_the_command_says_what_it_has_mounted(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     client.put(b"/file", b"x")
@@ -276,7 +276,7 @@ def test_b243_the_command_says_what_it_has_mounted(
         place.rmdir()
 
 
-def test_b243_an_old_snapshot_is_not_shown_for_longer_than_allowed(
+def test_b84_an_old_snapshot_is_not_shown_for_longer_than_allowed(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     client.put(b"/file", b"x")
@@ -293,7 +293,7 @@ def test_b243_an_old_snapshot_is_not_shown_for_longer_than_allowed(
         eventually(shows(mounted.path / "file", b"x"))
 
 
-def test_b243_another_history_is_found_out_when_etcd_answers(
+def test_b84_another_history_is_found_out_when_etcd_answers(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state) as mounted:
@@ -311,7 +311,7 @@ def test_b243_another_history_is_found_out_when_etcd_answers(
         os.close(fd)
 
 
-def test_b244_what_a_role_may_no_longer_read_is_not_shown_any_more(
+def test_b85_what_a_role_may_no_longer_read_is_not_shown_any_more(
     pool: Pool, etcd_binary: Path, watched: None, state: Path
 ) -> None:
     with EtcdProcess(etcd_binary, "--bcrypt-cost=4") as etcd:
@@ -341,7 +341,7 @@ def test_b244_what_a_role_may_no_longer_read_is_not_shown_any_more(
         assert done.returncode != 0
 
 
-def test_b244_a_role_that_was_taken_away_before_the_start_has_no_snapshot(
+def test_b85_a_role_that_was_taken_away_before_the_start_has_no_snapshot(
     pool: Pool, etcd_binary: Path, watched: None, state: Path
 ) -> None:
     with EtcdProcess(etcd_binary, "--bcrypt-cost=4") as etcd:
@@ -365,7 +365,7 @@ def test_b244_a_role_that_was_taken_away_before_the_start_has_no_snapshot(
 # --- killed ---------------------------------------------------------------------------------
 
 
-def test_b241_killed_at_any_moment_a_machine_mounts_its_last_configuration(
+def test_b82_killed_at_any_moment_a_machine_mounts_its_last_configuration(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     """Every round: written to from outside, killed somewhere, mounted without etcd, gone live."""

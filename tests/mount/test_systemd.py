@@ -68,7 +68,7 @@ def shown(machine: PrivateRoot, *properties: str) -> list[str]:
     return [machine.run(f"systemctl show -P {name} {UNIT}").strip() for name in properties]
 
 
-def test_b262_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
+def test_b89_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
     configure(machine, endpoints=shared_etcd.client_url)
     # It has started when the mount is usable.
     machine.run(f"systemctl start {UNIT}; echo value >/mnt/etcd/test-systemd")
@@ -106,7 +106,7 @@ def test_b262_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProces
     assert shared_etcd.etcdctl("get", "--print-value-only", "/test-systemd") == b"last\n\n"
 
 
-def test_b262_a_service_starts_with_its_last_state_while_etcd_is_away(
+def test_b89_a_service_starts_with_its_last_state_while_etcd_is_away(
     machine: PrivateRoot, own_etcd: EtcdProcess
 ) -> None:
     configure(machine, endpoints=own_etcd.client_url, wait_for_etcd="0", timeout="1")
@@ -119,7 +119,7 @@ def test_b262_a_service_starts_with_its_last_state_while_etcd_is_away(
     machine.run(f"systemctl stop {UNIT}")
 
 
-def test_b264_the_journal_has_events_with_their_figures(
+def test_b91_the_journal_has_events_with_their_figures(
     machine: PrivateRoot, shared_etcd: EtcdProcess
 ) -> None:
     configure(machine, endpoints=shared_etcd.client_url, log_format="journal", prefix="/journal")
@@ -139,7 +139,7 @@ def test_b264_the_journal_has_events_with_their_figures(
     assert {event["PRIORITY"] for event in events} == {"6"}
 
 
-def test_b263_a_line_of_fstab_is_a_mount_of_systemd(
+def test_b90_a_line_of_fstab_is_a_mount_of_systemd(
     machine: PrivateRoot, shared_etcd: EtcdProcess
 ) -> None:
     """At boot it is systemd that reads fstab; the daemon outlives the command that started it."""
