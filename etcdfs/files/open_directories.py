@@ -169,6 +169,11 @@ class ListingsByHash:
                 if cookie >= position:
                     yield cookie + 1, name
 
+    def drop(self, inode: int) -> None:
+        """Let go of the names of an inode that the kernel has forgotten, if they are kept."""
+        dropped = self._kept.pop(Inode(inode), None)
+        self._count -= 0 if dropped is None else dropped.count
+
     def _keep(self, inode: Inode, ordered: _Ordered) -> None:
         before = self._kept.pop(inode, None)
         self._count += ordered.count - (0 if before is None else before.count)

@@ -273,11 +273,10 @@ class Tree:
                 where = Dentry(directory.inode, name) if isinstance(node, File) else None
                 self.disturbed.add(where)
 
-    def forget(self, inode: int, count: int) -> None:
-        """Give back lookups; a node at 0 is unknown to the kernel (FUSE_FORGET)."""
-        node = self._known.get(Inode(inode))
-        if node is None or node is self.root:
-            return
+    def forget(self, inode: int, count: int) -> bool:
+        """Give back lookups; say whether the kernel does not know the inode any more (at 0)."""
+        if (node := self._known.get(Inode(inode))) is None or node is self.root:
+            return False
         node.lookups = max(0, node.lookups - count)
         self.disturb(node)
         if node.lookups == 0:
@@ -289,6 +288,7 @@ class Tree:
             self.held.drop(node)
             if not self.complete:
                 self.prune(node)
+        return not node.lookups
 
     def prune(self, node: Node) -> None:
         """Drop a node nobody refers to from a tree that is not complete."""

@@ -223,7 +223,8 @@ class Filesystem:
     def forget(self, counts: Sequence[tuple[int, int]]) -> None:
         """Take back lookups: pairs of inode and count."""
         for inode, count in counts:
-            self._tree.forget(inode, count)
+            if self._tree.forget(inode, count):
+                self._listings_by_hash.drop(inode)
         self._files.forgotten()
 
     async def opendir(self, inode: int) -> DirectoryHandle:

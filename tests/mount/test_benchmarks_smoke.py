@@ -60,4 +60,4 @@ def _check_figures(benchmarks: list[dict[str, Any]]) -> None:
     assert stat["stats"]["median"] > 0
     assert stat["extra_info"]["fuse_requests"] == {}
     opened = by_name["test_operation[open+read+close---cache]"]["extra_info"]
-    assert opened["fuse_requests"] == {"open": 1, "flush": 1, "release": 1}
+    assert opened["fuse_requests"] == {"open": 1, "release": 1}

@@ -125,8 +125,14 @@ class Census:
         return {**counted, **self._mounted.statistics()}
 
     def settled(self, inodes: int) -> dict[str, Any]:
-        """Return the census once the kernel has let go of all but so many inodes."""
-        until(lambda: self._mounted.statistics()["tree"]["inodes_known"] <= inodes)
+        """Return the census once the kernel has forgotten all but so many inodes."""
+
+        def is_settled() -> bool:
+            found = self._mounted.statistics()
+            waiting = found.get("inotify", {}).get("waiting", 0)
+            return bool(found["tree"]["inodes_known"] <= inodes and not waiting)
+
+        until(is_settled)
         return self.take()
 
     def _read(self) -> str:

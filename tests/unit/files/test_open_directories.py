@@ -119,6 +119,16 @@ async def test_names_that_are_kept_in_order_are_bounded(monkeypatch: pytest.Monk
     assert len(list(listings.names(large, 0))) == len(listings) == 1000
 
 
+async def test_names_of_a_forgotten_directory_are_not_kept() -> None:
+    directory, listings = directory_of([b"a", b"b"]), ListingsByHash()
+    await listings.take(directory, anew=True)
+    listings.drop(directory.inode)
+    listings.drop(directory.inode)
+    assert len(listings) == 0
+    await listings.take(directory, anew=False)
+    assert len(list(listings.names(directory, 0))) == 2
+
+
 async def test_others_get_their_turn_while_many_names_are_put_in_order(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
