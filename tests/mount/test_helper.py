@@ -93,6 +93,6 @@ def test_it_is_removed_again() -> None:
         before = machine.run("find /usr/local /usr/sbin | sort")
         machine.run(INSTALL)
         machine.run("mount -V; mount.etcdfs --help")
-        machine.run("etcdfs install-helper --remove")
+        machine.run(f"{INSTALL} --remove")
         left = set(machine.run("find /usr/local /usr/sbin -type f -o -type l | sort").split())
         assert left <= set(before.split())
