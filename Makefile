@@ -22,7 +22,7 @@ export PATH := $(CURDIR)/.tools/etcd/usr/bin:$(PATH)
 # fusermount3. etcd-client: etcdctl, for the demo and the tests. attr: getfattr, for the tests.
 PACKAGES := gcc libc6-dev pkg-config fuse3 libfuse3-dev etcd-client attr ca-certificates
 # What the tests run, most of it inside a mount. Without them those tests are skipped.
-PROGRAMS := git vim nano patch rsync sqlite3 jq yq make fio stress-ng zsh fish mandoc man-db iproute2 nginx-light curl procps
+PROGRAMS := git vim nano patch rsync sqlite3 jq yq make fio stress-ng zsh fish mandoc man-db iproute2 nginx-light curl procps inotify-tools
 # For `make soak` only. iproute2 and nftables: networks of their own for the members of a cluster.
 # faketime: a clock that steps.
 SOAK_PACKAGES := iproute2 nftables faketime
