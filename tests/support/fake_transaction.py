@@ -199,7 +199,7 @@ def _result(
         assert isinstance(result, tuple)
         return _answer(step, result, revision)
     if isinstance(result, Page):
-        return Page(result.entries, revision, result.more)
+        return replace(result, revision=revision)
     assert result is None or isinstance(result, int)
     return result
 
@@ -209,7 +209,7 @@ def page(found: list[KeyValue], revision: Revision, limit: int, keys_only: bool)
     entries = found[:limit] if more else found
     if keys_only:
         entries = [_without_value(kv) for kv in entries]
-    return Page(tuple(entries), revision, more)
+    return Page(tuple(entries), revision, more, len(found) - limit if more else None)
 
 
 def _without_value(kv: KeyValue) -> KeyValue:
