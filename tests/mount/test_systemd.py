@@ -4,10 +4,12 @@ import json
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from tests.support.churn import until
 from tests.support.etcd_process import EtcdProcess
 from tests.support.nobody import needs_root
 from tests.support.private_root import PrivateRoot
@@ -68,6 +70,11 @@ def shown(machine: PrivateRoot, *properties: str) -> list[str]:
     return [machine.run(f"systemctl show -P {name} {UNIT}").strip() for name in properties]
 
 
+def is_running_anew(machine: PrivateRoot, before: str, *, restarts: int) -> bool:
+    after, times, state = shown(machine, "MainPID", "NRestarts", "ActiveState")
+    return after != before and int(times) >= restarts and state == "active"
+
+
 def test_b89_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
     configure(machine, endpoints=shared_etcd.client_url)
     # It has started when the mount is usable.
@@ -77,21 +84,16 @@ def test_b89_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess
     assert state == "active"
     assert status.startswith(("Mounted", "Revision "))
 
-    # A reload is over when the daemon says so.
+    # Before systemd 253 a reload may be over before the daemon has said that it begins.
     machine.run(f"systemctl reload {UNIT}")
-    assert "SIGHUP: reading certificates" in machine.run("cat /run/etcdfs.log")
+    until(lambda: "SIGHUP: reading certificates" in machine.run("cat /run/etcdfs.log"))
 
     # One that dies is started again, and one that hangs.
     for number, sent in enumerate((signal.SIGKILL, signal.SIGSTOP), 1):
         (before,) = shown(machine, "MainPID")
-        machine.run(
-            f'"$1" -c "$2" {before} {sent:d}; systemctl start {UNIT}',
-            sys.executable,
-            SIGNAL_AND_WAIT,
-        )
-        after, restarts = shown(machine, "MainPID", "NRestarts")
-        assert after != before
-        assert int(restarts) >= number
+        machine.run(f'"$1" -c "$2" {before} {sent:d}', sys.executable, SIGNAL_AND_WAIT)
+        # systemd may not have heard yet that it is dead: to start it would be nothing to do.
+        until(partial(is_running_anew, machine, before, restarts=number))
         assert machine.run("cat /mnt/etcd/test-systemd") == "value\n"
 
     # It stops with all that was written published.
@@ -104,19 +106,6 @@ def test_b89_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess
     assert shown(machine, "Result", "ActiveState") == ["success", "inactive"]
     assert machine.run("ls /mnt/etcd") == ""
     assert shared_etcd.etcdctl("get", "--print-value-only", "/test-systemd") == b"last\n\n"
-
-
-def test_b89_a_service_starts_with_its_last_state_while_etcd_is_away(
-    machine: PrivateRoot, own_etcd: EtcdProcess
-) -> None:
-    configure(machine, endpoints=own_etcd.client_url, wait_for_etcd="0", timeout="1")
-    machine.run(f"systemctl start {UNIT}; echo value >/mnt/etcd/kept; systemctl stop {UNIT}")
-    own_etcd.kill()
-    machine.run(f"systemctl start {UNIT}")
-    assert machine.run("cat /mnt/etcd/kept") == "value\n"
-    assert machine.attempt("echo new >/mnt/etcd/kept").returncode != 0
-    own_etcd.start()
-    machine.run(f"systemctl stop {UNIT}")
 
 
 def test_b91_the_journal_has_events_with_their_figures(
