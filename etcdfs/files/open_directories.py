@@ -175,8 +175,8 @@ class ListingsByHash:
         self._count -= 0 if dropped is None else dropped.count
 
     def _keep(self, inode: Inode, ordered: _Ordered) -> None:
-        before = self._kept.pop(inode, None)
-        self._count += ordered.count - (0 if before is None else before.count)
+        self.drop(inode)
+        self._count += ordered.count
         self._kept[inode] = ordered
         while self._count > KEPT_NAMES and len(self._kept) > 1:
             _, dropped = self._kept.popitem(last=False)

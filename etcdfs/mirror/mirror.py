@@ -170,19 +170,19 @@ class Mirror(Driver):
         self.staleness.check()
 
     async def revalidate_name(self, directory: Directory, name: bytes) -> None:
-        """See `View.entry`: the tree is true already, as far as the watch has come."""
+        """See `View.revalidate_name`: the tree is true already, as far as the watch has come."""
         self.staleness.check()
         if self.barrier is not None:
             await self.barrier.revalidate_name(directory, name)
 
     async def revalidate_directory(self, directory: Directory) -> None:
-        """See `View.listing`: likewise."""
+        """See `View.revalidate_directory`: likewise."""
         self.staleness.check()
         if self.barrier is not None:
             await self.barrier.revalidate_directory(directory)
 
     async def revalidate_node(self, node: Node) -> None:
-        """See `View.refresh`: likewise. The root is there whatever is known, or df(1) failed."""
+        """See `View.revalidate_node`: likewise. The root is there whatever is known, or df(1) failed."""
         if node is self.update.tree.root:
             return
         self.staleness.check()

@@ -6,7 +6,7 @@ it watches. Does not know: what messages mean for the copy (the state machine's)
 
 After a silence etcd is asked for a progress notice. The notice is a sign of life and no more:
 releases before 3.4.25 and 3.5.8 name revisions in it that they have not delivered (etcd issue
-15220), so it goes no further than this room. Releases between those and 3.4.31 and 3.5.13 may
+15220), so it goes no further than this module. Releases between those and 3.4.31 and 3.5.13 may
 leave the question unanswered although all is well (etcd issue 17507); then a linearizable read
 decides: if etcd is no further than the watch, the watch had nothing to say.
 

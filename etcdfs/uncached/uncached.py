@@ -65,7 +65,7 @@ class Uncached:
         """See `View.check`: what is held is what an open file was when it was opened."""
 
     async def revalidate_name(self, directory: Directory, name: bytes) -> None:
-        """See `View.entry`: one request."""
+        """See `View.revalidate_name`: one request."""
         tree = self.update.tree
         if not tree.is_attached(directory):
             await self._look_for(directory)
@@ -155,7 +155,7 @@ class Uncached:
         self._records_refused_until = trio.current_time() + RECHECK_S
 
     async def revalidate_directory(self, directory: Directory) -> None:
-        """See `View.listing`: as many requests as the level has entries, whatever is below."""
+        """See `View.revalidate_directory`: as many requests as the level has entries, whatever is below."""
         await self._list(directory)
 
     async def _list(self, directory: Directory, only: bytes | None = None) -> None:
@@ -193,7 +193,7 @@ class Uncached:
             self._bind(directory, name, answer)
 
     async def revalidate_node(self, node: Node) -> None:
-        """See `View.refresh`."""
+        """See `View.revalidate_node`."""
         if node.directory is not None:
             await self.revalidate_name(node.directory, node.name)
         elif node is self.update.tree.root:
