@@ -13,6 +13,7 @@ Concurrency: trio thread. One publication of a file at a time, under the file's 
 writers take too: a write buffer does not change while it is on its way.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Final, final
 
@@ -158,10 +159,11 @@ class Writeback:
     async def _write_back(self, file: File, buffer: WriteBuffer, key: bytes) -> None:
         # checkpoint: commit and settle; the file may be unlinked or superseded by another client
         # meanwhile, never renamed or written to (the locks).
-        with self._view.update.own(key, Intent(file=file)) as intent:
+        update = self._view.update
+        with update.own(key, Intent(file=file)) as intent, ExitStack() as own_records:
             done = await self._recognise_earlier(file, buffer, key)
             if done is None:
-                done = await self._accompanied(file, buffer, key, intent)
+                done = await self._accompanied(file, buffer, key, intent, own_records)
             if done is None:
                 # The key was deleted or made anew: the file is as good as unlinked.
                 self._dropped += 1
@@ -185,18 +187,25 @@ class Writeback:
             file.ctime_ns = max(file.ctime_ns, file.mtime_ns)
 
     async def _accompanied(
-        self, file: File, buffer: WriteBuffer, key: bytes, intent: Intent
+        self,
+        file: File,
+        buffer: WriteBuffer,
+        key: bytes,
+        intent: Intent,
+        own_records: ExitStack,
     ) -> _Done | None:
         """Publish with the attributes that go along; without, if etcd's roles say so."""
-        tree = self._view.update.tree
-        put_attributes = put_attributes_of(tree, file, buffer, key)
+        update = self._view.update
+        put_attributes = put_attributes_of(update.tree, file, buffer, key)
+        operations = (*put_attributes.changed, *put_attributes.same)
+        own_records.enter_context(update.writing_records(operations))
 
         async def attempt(has_attributes: bool) -> _Done | None:
             along = put_attributes if has_attributes else NO_ATTRIBUTES
             return await self._resolve(file, buffer, key, intent, along)
 
         return await with_attributes(
-            tree.rights, attempt, may_drop=lambda: put_attributes != NO_ATTRIBUTES
+            update.tree.rights, attempt, may_drop=lambda: put_attributes != NO_ATTRIBUTES
         )
 
     async def _resolve(

@@ -105,6 +105,8 @@ class _Waiting:
     was: Node | None
     now: Node | None
     old: dict[bytes, File] = field(default_factory=dict)
+    has_content: bool = False  # that is new
+    has_attributes: bool = False  # that are
 
     def inodes(self) -> Iterator[Inode]:
         """Yield what may be watched to hear of it."""
@@ -212,6 +214,8 @@ class Inotify:
         else:
             self._coalesced += 1
             waiting.now = change.after
+        waiting.has_attributes |= change.is_of_attributes
+        waiting.has_content |= not change.is_of_attributes
         before = change.before
         if isinstance(before, File) and change.after not in {None, before} and before.lookups:
             waiting.old[b"%d" % before.inode] = before
@@ -302,9 +306,9 @@ class Inotify:
     def _is_too_early(self, waiting: _Waiting) -> bool:
         """Say whether a directory is to go in which something is still to be replayed."""
         was = waiting.was
-        return isinstance(was, Directory) and (
-            self._inside[was.inode] > 0 or was.inode in self._parked
-        )
+        if was is waiting.now or not isinstance(was, Directory):
+            return False
+        return self._inside[was.inode] > 0 or was.inode in self._parked
 
     def _forget(self, entry: Dentry) -> _Waiting:
         self._inside[entry.directory] -= 1
@@ -375,6 +379,8 @@ class Inotify:
         waiting.was = None if is_removed else replayed.was
         if replayed.step in {None, Step.ORPHAN, Step.SUPERSEDE}:
             waiting.old |= replayed.old
+        waiting.has_content |= Step.CHANGE in replayed.steps and replayed.step is not Step.DRESS
+        waiting.has_attributes |= Step.DRESS in replayed.steps
 
     def _finish(self, replayed: Replay, over: trio.Event) -> None:
         entry = Dentry(replayed.directory.inode, replayed.name)
@@ -439,10 +445,12 @@ def _steps(waiting: _Waiting) -> tuple[Step, ...]:
         if isinstance(was, Directory) and was.lookups:
             removed.insert(0, Step.ORPHAN)
         return (*removed, *superseded, *([] if now is None else [Step.MAKE]))
+    dressed = (Step.DRESS,) if waiting.has_attributes else ()
     if _kind(was) == _kind(now) == "file":
-        return (*superseded, Step.CHANGE)
-    if was is now:  # of a directory or a FIFO nothing changes that anybody could watch
-        return ()
+        has_content = waiting.has_content or was is not now
+        return (*superseded, *([Step.CHANGE] if has_content else []), *dressed)
+    if was is now:  # a directory or a FIFO has no content that changes
+        return dressed
     return (Step.REMOVE, Step.MAKE)
 
 

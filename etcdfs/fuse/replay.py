@@ -50,6 +50,9 @@ OLD_VERSIONS: Final = b"old-versions".ljust(NAME_MAX + 1, b"-")
 
 Nothing else can have this name: it is longer than a name may be, which Linux leaves to us."""
 
+NO_XATTR: Final = b"system.etcdfs"
+"""Set to raise ATTRIB. Linux leaves it to us who may set one of the system's, and on what."""
+
 _SYS_OPENAT2: Final = 437  # on every architecture; Python has no function for it
 _RESOLVE: Final = 0x01 | 0x04 | 0x08  # RESOLVE_NO_XDEV | _NO_SYMLINKS | _BENEATH
 _OPEN_HOW: Final = struct.Struct("=QQQ")
@@ -65,6 +68,7 @@ class Step(Enum):
     REMOVE = auto()  # DELETE, DELETE_SELF
     MAKE = auto()  # CREATE, and for a file CLOSE_WRITE
     CHANGE = auto()  # MODIFY, CLOSE_WRITE
+    DRESS = auto()  # ATTRIB
     SUPERSEDE = auto()  # DELETE_SELF, for those who watch an old version
 
 
@@ -133,6 +137,7 @@ class Replayer:
             "getattr": self._getattr,
             "setattr": self._setattr,
             "getxattr": self._getxattr,
+            "setxattr": self._setxattr,
             "open": self._open,
             "create": self._create,
             "mknod": self._make,
@@ -268,6 +273,14 @@ class Replayer:
     def _getxattr(self, _replayed: Replay, _inode: int, _name: bytes) -> bytes:
         raise FUSEError(errno.ENODATA)  # of security.capability, which a change would take away
 
+    def _setxattr(self, replayed: Replay, inode: int, name: bytes, _value: bytes) -> None:
+        if replayed.step is not Step.DRESS or name != NO_XATTR:
+            raise FUSEError(errno.EPERM)
+        place = Dentry(replayed.directory.inode, replayed.name)
+        node = self._tree.root if replayed.name == b"." else self._current(place)
+        if node is None or node.inode != inode:
+            raise FUSEError(errno.ESTALE)
+
     def _open(self, replayed: Replay, inode: int, _flags: int) -> FileInfo:
         self._file(replayed, inode)
         return FileInfo(fh=HANDLE, keep_cache=True)
@@ -373,6 +386,14 @@ def _remove(_root: int, directory: int, replayed: Replay) -> None:
         os.unlink(replayed.name, dir_fd=directory)
 
 
+def _dress(_root: int, directory: int, replayed: Replay) -> None:
+    node = _open_beneath(directory, replayed.name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.setxattr(f"/proc/self/fd/{node}", NO_XATTR, b"")
+    finally:
+        os.close(node)
+
+
 def _supersede(root: int, _directory: int, replayed: Replay) -> None:
     hidden = _open_beneath(root, OLD_VERSIONS, _DIRECTORY)
     try:
@@ -388,5 +409,6 @@ _STEPS: Final[Mapping[Step, Callable[[int, int, Replay], None]]] = {
     Step.REMOVE: _remove,
     Step.MAKE: _make,
     Step.CHANGE: _change,
+    Step.DRESS: _dress,
     Step.SUPERSEDE: _supersede,
 }

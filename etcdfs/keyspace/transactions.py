@@ -19,11 +19,17 @@ request (1.5 MiB, `--max-request-bytes`).
 Concurrency: none; pure functions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from etcdfs.keyspace.attribute_records import Record, encode, record_key, shown_ranges
+from etcdfs.keyspace.attribute_records import (
+    Record,
+    encode,
+    is_record_key,
+    record_key,
+    shown_ranges,
+)
 from etcdfs.keyspace.keys import MAX_DEPTH
 from etcdfs.keyspace.store import (
     Abort,
@@ -284,6 +290,15 @@ def write_record(key: bytes, record: Record, known: int) -> tuple[Operation, ...
 def drop_record(key: bytes, known: int) -> tuple[Operation, ...]:
     """Return what deletes the record of a key, if there is one; arguments as above."""
     return (Delete(record_key(key)),) if known else ()
+
+
+def records_written(operations: Iterable[Operation]) -> Iterator[tuple[bytes, bytes | None]]:
+    """Yield each record key that operations may write, and its value; None: it is deleted."""
+    for operation in operations:
+        if isinstance(operation, Transaction):
+            yield from records_written(operation.then)
+        elif isinstance(operation, Put | Delete) and is_record_key(operation.key):
+            yield operation.key, operation.value if isinstance(operation, Put) else None
 
 
 def same_record(key: bytes, known: int, create_revision: int) -> tuple[Compare, ...]:

@@ -92,6 +92,7 @@ class Plan:
         removed: Those of them that this mount deletes or replaces.
         stored_records: What becomes of the record keys, by the key that each belongs to.
         with_record: Nodes whose own attributes change, and to what.
+        own_records: Those of them whose attributes this mount changes.
         moved: Directories that change their place, and keep what is below them.
         keys: Of files that go or are replaced, the key each has until then, if it is known.
     """
@@ -104,6 +105,7 @@ class Plan:
     removed: set[Node] = field(default_factory=set)
     stored_records: dict[bytes, StoredRecord | None] = field(default_factory=dict)
     with_record: dict[Node, StoredRecord | None] = field(default_factory=dict)
+    own_records: set[Node] = field(default_factory=set)
     moved: set[Node] = field(default_factory=set)
     keys: dict[File, bytes] = field(default_factory=dict)
 
@@ -171,6 +173,7 @@ class Planner:
         self._where: dict[Directory, tuple[Directory, bytes]] = {}
         self._deletions: set[tuple[bytes, int]] = set()
         self._own_puts: set[bytes] = set()
+        self._own_records: set[bytes] = set()  # keys whose attributes this mount changes
         self._with_attributes: set[bytes] = set()  # keys that are made or go, and have attributes
 
     def note(self, events: Iterable[Event]) -> None:
@@ -429,6 +432,11 @@ class Planner:
         known = self._tree.stored_records.get(owner)
         if known is not None and self._is_behind(event, known.key_state.mod_revision):
             return
+        value = event.value if isinstance(event, KeyValue) else None
+        if (event.key, value) in self._tree.own_records:
+            self._own_records.add(owner)
+        else:
+            self._own_records.discard(owner)
         self._plan.stored_records[owner] = (
             stored_record_of(event) if isinstance(event, KeyValue) else None
         )
@@ -454,6 +462,8 @@ class Planner:
             node = self._of_another_type(node, key, key_state)
         if is_news(stored_record, node, key_state):
             self._plan.with_record[node] = stored_record
+            if key in self._own_records:
+                self._plan.own_records.add(node)
 
     def _stored_record_of(self, key: bytes, node: Node) -> StoredRecord | None:
         if key in self._plan.stored_records:

@@ -24,7 +24,7 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 (`check_invariants`) true.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
@@ -118,13 +118,13 @@ class Tree:
         # All that have a name. Few mounts are asked for inodes that the kernel does not hold, so
         # it is made when one is, and kept true from then on.
         self._numbered: dict[Inode, Node] | None = None
-        # Those of them that no name leads to, and that may get one again.
-        self.held = Held()
+        self.held = Held()  # those of them that no name leads to, and that may get one again
         # Missing names as told to the kernel, until when; all for as long, so the first end first.
         self._negatives: OrderedDict[Dentry, int] = OrderedDict()
         self.being_changed: set[Cached] = set()
         # While a batch is planned in parts, nodes and names that change; None: of directories.
         self.disturbed: set[Node | Dentry | None] | None = None
+        self.own_records = Counter[tuple[bytes, bytes | None]]()  # being written: key, value
         self.withheld: set[Dentry] = set()  # gone, but not to be cached: who watches comes first
         # Whether something went wrong with the tree, so that it must be made anew (`take_over`).
         self.doubtful = False

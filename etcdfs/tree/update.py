@@ -19,10 +19,11 @@ Concurrency: synchronous; used on the trio thread only.
 from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import final
+from typing import cast, final
 
 from etcdfs.keyspace.keys import VALUE_NAME
-from etcdfs.keyspace.store import Event, KeyValue
+from etcdfs.keyspace.store import Event, KeyValue, Operation
+from etcdfs.keyspace.transactions import records_written
 from etcdfs.tree.changes import Intent, Part, Plan, Planner, Relocation
 from etcdfs.tree.inodes import (
     Cached,
@@ -32,9 +33,10 @@ from etcdfs.tree.inodes import (
     Expiry,
     File,
     Node,
+    StoredRecord,
     is_local,
 )
-from etcdfs.tree.node_attributes import bind, is_mtime_true
+from etcdfs.tree.node_attributes import NOTHING, bind, is_mtime_true, record_of
 from etcdfs.tree.tree import Tree
 
 
@@ -307,6 +309,17 @@ class Update:
                 del self.intents[key]
 
     @contextmanager
+    def writing_records(self, operations: Iterable[Operation]) -> Iterator[None]:
+        """Have the attributes that operations may write known as our own, as with `own`."""
+        own = list(records_written(operations))
+        self.tree.own_records.update(own)
+        try:
+            yield
+        finally:
+            self.tree.own_records.subtract(own)
+            self.tree.own_records = +self.tree.own_records
+
+    @contextmanager
     def moving(self, relocation: Relocation) -> Iterator[None]:
         """Have a relocation known for as long as the context lasts."""
         self.relocations.append(relocation)
@@ -448,16 +461,18 @@ class NameChange:
     """What becomes of a name.
 
     Attributes:
-        directory: Where it is.
-        name: The name.
+        directory: Where it is; of the root itself, the root.
+        name: The name; of the root itself, a dot.
         before: What stood there.
         after: What stands there then; the same node as before if that got other content.
+        is_of_attributes: Whether it got nothing but other attributes.
     """
 
     directory: Directory
     name: bytes
     before: Node | None
     after: Node | None
+    is_of_attributes: bool = False
 
 
 def changes_of_others(plan: Plan, locked: Container[Dentry]) -> Iterator[NameChange]:
@@ -471,6 +486,29 @@ def changes_of_others(plan: Plan, locked: Container[Dentry]) -> Iterator[NameCha
         if not (is_own or _is_own(plan, before, after)):
             yield NameChange(directory=directory, name=name, before=before, after=after)
     yield from _renewals(plan)
+    if plan.with_record:
+        yield from _attribute_changes(plan)
+
+
+def _attribute_changes(plan: Plan) -> Iterator[NameChange]:
+    arrived = {after for _, _, _, after in plan.changes()}
+    for node, stored_record in plan.with_record.items():
+        is_others = node not in plan.own_records and node not in arrived
+        if is_others and _has_others(node, stored_record):
+            yield NameChange(
+                directory=node.directory or cast("Directory", node),
+                name=b"." if node.directory is None else node.name,
+                before=node,
+                after=node,
+                is_of_attributes=True,
+            )
+
+
+def _has_others(node: Node, stored_record: StoredRecord | None) -> bool:
+    """Tell whether attributes that a node is to have are others; one put ends a time that was set."""
+    before = record_of(node)
+    after = NOTHING if stored_record is None else stored_record.record
+    return after != (before if after.mtime_ns is not None else before.without_mtime())
 
 
 def changes_of_part(part: Part) -> Iterator[NameChange]:

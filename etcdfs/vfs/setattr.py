@@ -261,12 +261,13 @@ class Setattr:
                 is_root=node is self._tree.root,
             )
             wanted = replace(wanted, claims=claims)
-            committed = await commit_with(self._store, self._tree.rights, wanted, None)
-            if committed is None:
-                return False
-            if committed.succeeded:
-                await self._view.wait_until_visible(committed.revision, events_of(committed))
-                return True
+            with self._view.update.writing_records(wanted.then):
+                committed = await commit_with(self._store, self._tree.rights, wanted, None)
+                if committed is None:
+                    return False
+                if committed.succeeded:
+                    await self._view.wait_until_visible(committed.revision, events_of(committed))
+                    return True
             # checkpoint: the view may have changed the node, or taken it away
             await self._catch_up(node, key, committed)
         msg = f"the attributes of inode {node.inode} changed {MAX_RETRIES} times meanwhile"

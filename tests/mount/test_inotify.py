@@ -93,6 +93,53 @@ def test_b125_links_fifos_and_sockets_come_and_go(cached: Lab, other: Lab) -> No
             assert watcher.until(f"DELETE {name}") == [f"DELETE {name}"]
 
 
+def test_b125_other_attributes_are_heard_of_where_they_belong(cached: Lab, other: Lab) -> None:
+    cached.put("d/f", b"1")
+    cached.put("end", b"")
+    os.symlink("nowhere", other.path / "d/link")
+    until(lambda: os.path.islink(cached.path / "d/link"))
+    inside = cached.path / "d"
+    with (
+        watching(cached.mounted, cached.path) as above,
+        watching(cached.mounted, inside) as within,
+        watching(cached.mounted, inside / "f") as of_file,
+    ):
+        for change in (
+            lambda path: path.chmod(0o604),
+            lambda path: os.utime(path, (1e9, 1e9)),
+            lambda path: os.setxattr(path, "user.note", b"1"),
+            lambda path: os.removexattr(path, "user.note"),
+        ):
+            change(other.path / "d/f")
+            assert of_file.until("ATTRIB") == ["ATTRIB"]
+            assert within.until("ATTRIB f") == ["ATTRIB f"]
+            change(other.path / "d")
+            assert within.until("ATTRIB,ISDIR") == ["ATTRIB,ISDIR"]
+            assert above.until("ATTRIB,ISDIR d") == ["ATTRIB,ISDIR d"]
+        os.utime(other.path / "d/link", (1e9, 1e9), follow_symlinks=False)
+        assert within.until("ATTRIB link") == ["ATTRIB link"]
+        with (other.path / "d/f").open("wb") as file:  # ends the time that was set
+            file.write(b"2")
+        assert within.until("CLOSE_WRITE f") == ["MODIFY f", "CLOSE_WRITE f"]
+        with (other.path / "d/f").open("wb") as file:
+            file.write(b"3")
+            file.flush()
+            os.utime(file.fileno(), (1e9, 1e9))
+        assert set(within.until("ATTRIB f")) == {"MODIFY f", "CLOSE_WRITE f", "ATTRIB f"}
+
+
+def test_b125_other_attributes_of_the_root(own_etcd: EtcdProcess, pool: Pool) -> None:
+    with (
+        pool.private(own_etcd, "--cache", "--prefix", "/p/") as mounted,
+        pool.private(own_etcd, "--cache", "--prefix", "/p/") as other,
+    ):
+        mounted.put("/p/f", b"1")
+        with watching(mounted, mounted.path) as watcher:
+            other.path.chmod(0o711)
+            assert watcher.until("ATTRIB,ISDIR") == ["ATTRIB,ISDIR"]
+            assert mounted.path.stat().st_mode & 0o777 == 0o711
+
+
 def test_b126_a_directory_that_is_emptied_and_comes_back(cached: Lab) -> None:
     cached.put("d/f", b"1")
     cached.put("end", b"")
@@ -224,6 +271,19 @@ def test_b127_what_this_mount_does_is_heard_of_once(cached: Lab) -> None:
         (directory / "link").unlink()
         os.close(os.open(directory / "new", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
         (directory / "new").chmod(0o600)
+        os.utime(directory / "new", (1e9, 1e9))
+        with (directory / "new").open("r+b") as file:
+            file.write(b"1")
+            file.flush()
+            os.utime(file.fileno(), (1e9, 1e9))
+        with (directory / "new").open("r+b") as file:
+            file.write(b"1")
+            file.flush()
+            os.utime(file.fileno(), (1e9 + 1, 1e9 + 1))
+        os.setxattr(directory / "new", "user.note", b"1")
+        (directory / "d").mkdir(0o700)
+        (directory / "d").chmod(0o755)
+        (directory / "d").rename(directory / "e")
 
     with memory_directory() as directory, Watcher(directory) as local:
         work(directory)

@@ -18,6 +18,7 @@ from trio.testing import wait_all_tasks_blocked
 from etcdfs.fuse import inotify as inotify_module
 from etcdfs.fuse.inotify import Inotify
 from etcdfs.fuse.replay import Replay, Step
+from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.keyspace.store import Delete, Put, Transaction
 from etcdfs.mirror import applier as applier_module
 from tests.support.fake_kernel import FakeMount, open_mount
@@ -149,6 +150,38 @@ async def test_a_name_waits_once(store: FakeStore) -> None:
         await rig.idle()
         assert rig.replays.done == [(b"d/old", (Step.CHANGE,))] * 2, "`brief` came and went"
         assert rig.inotify.statistics().coalesced >= 19
+
+
+async def test_attributes_that_wait_with_content_come_after_it(store: FakeStore) -> None:
+    record = record_key(b"/d/old")
+    async with rigged(store) as rig:
+        rig.replays.gates[b"d"] = threading.Event()
+        store.put_now(record, b'{"mode":"0640"}')
+        await wait_all_tasks_blocked()
+        store.put_now(b"/d/old", b"2")
+        await wait_all_tasks_blocked()
+        store.put_now(record, b'{"mode":"0644"}')
+        await wait_all_tasks_blocked()
+        rig.replays.gates.pop(b"d").set()
+        await rig.idle()
+        assert rig.replays.done == [
+            (b"d/old", (Step.DRESS,)),
+            (b"d/old", (Step.CHANGE, Step.DRESS)),
+        ]
+
+
+async def test_attributes_out_of_date_take_nothing_along_that_was_told(store: FakeStore) -> None:
+    record = record_key(b"/d/old")
+    async with rigged(store) as rig:
+        rig.replays.gates[b"d"] = threading.Event()
+        rig.replays.failures[b"d/old"] = errno.ESTALE
+        store.put_now(record, b'{"mode":"0600"}')
+        await wait_all_tasks_blocked()
+        store.put_now(record, b'{"mode":"0640"}')
+        await wait_all_tasks_blocked()
+        rig.replays.gates.pop(b"d").set()
+        await rig.idle()
+        assert rig.replays.done == [(b"d/old", (Step.DRESS,))]
 
 
 async def test_names_keep_their_pace(store: FakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
