@@ -106,6 +106,11 @@ class WriteBuffer:
         return self.kind is Kind.APPEND or self.is_added
 
     @property
+    def is_tellable(self) -> bool:
+        """Whether what a key holds tells that this is in it: added bytes may be another's."""
+        return self.is_bare or not self.adds
+
+    @property
     def value(self) -> bytes:
         """All of it."""
         return bytes(self._buffer)

@@ -220,7 +220,7 @@ class Writeback:
         try:
             return await self._commit(file, buffer, key, intent, put_attributes)
         except OutcomeUnknownError as unknown:
-            if buffer.adds:
+            if not buffer.is_tellable:
                 raise  # what was found could be another's, see `_check_tellable`
             try:
                 entries = (await self._store.range(key)).entries
@@ -419,12 +419,13 @@ def _check_tellable(buffer: WriteBuffer, found: KeyValue) -> None:
 
     Then one of them would be reported as done and be nowhere. No trace in etcd says whose put made
     a version. A whole value is another matter: it is there, whoever put it, and a request that is
-    on its way yet cannot be carried out any more, as it is for an older version.
+    on its way yet cannot be carried out any more, as it is for an older version. Neither can one
+    that makes an empty file, and whoever made that, O_CREAT asks for no more.
 
     Raises:
         OutcomeUnknownError: All that there is to publish are added bytes.
     """
-    if buffer.adds:
+    if not buffer.is_tellable:
         msg = (
             f"{found.key!r}: the append may be there (revision {found.mod_revision}), or another's"
         )

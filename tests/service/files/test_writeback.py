@@ -691,6 +691,26 @@ async def test_b124_a_lost_append_is_not_taken_for_anothers(
         assert held(store) == base + b"ticktock"
 
 
+@pytest.mark.parametrize("others", [None, b"", b"theirs"])
+async def test_b124_an_empty_file_that_is_there_was_made(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, others: bytes | None
+) -> None:
+    """O_CREAT asks that there is a file, not that this mount has made it."""
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_CREAT)
+        before = store.revision
+        store.fail_next("commit", OutcomeUnknownError("lost"), applied=others is None)
+        if others is None:
+            assert await errno_of(mount.kernel.flush(handle)) == 0
+        else:
+            assert await errno_of(mount.kernel.flush(handle)) == errno.ETIMEDOUT
+            store.put_now(KEY, others)
+            assert await errno_of(mount.kernel.flush(handle)) == 0
+        await mount.kernel.close(handle)
+        assert store.revision == before + 1
+        assert await shown(mount) == (others or b"")
+
+
 async def test_lost_request_is_an_error_and_not_sent_again(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
