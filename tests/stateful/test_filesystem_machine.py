@@ -37,7 +37,16 @@ from hypothesis.stateful import (
 )
 
 from etcdfs.errors import CompactedError, OutcomeUnknownError, StoreError, StoreFullError
-from etcdfs.keyspace.store import Committed, Delete, Get, KeyValue, Put, Transaction, range_end
+from etcdfs.keyspace.store import (
+    Committed,
+    Delete,
+    Get,
+    KeyValue,
+    Put,
+    Revision,
+    Transaction,
+    range_end,
+)
 from etcdfs.mirror import applier
 from etcdfs.mirror.applier import LARGE, PART_KEYS
 from etcdfs.mirror.mirror import Mirror
@@ -151,6 +160,8 @@ class Version:
     is_added: bool = False
     is_blind: bool = True
     is_refused: bool = False
+    lost: list[tuple[bytes, bytes]] = field(default_factory=list)
+    """What was put without an answer, and what the content was then."""
     made_at: int = 0
 
     def __post_init__(self) -> None:
@@ -198,22 +209,54 @@ class Version:
         kept_any = any(o is not None for o in self.origin) or not self.is_blind
         return {"partial"} if kept_any else {"whole", "partial"}
 
+    @property
+    def adds(self) -> bool:
+        """Whether it has bytes that are added to others', and so cannot be told from others'."""
+        return self.kinds() == {"append"} or self.is_added
+
+    def arrived(self, current: KeyValue | None) -> bytes | None:
+        """Return the content of which etcd shows that it came, although its answer was lost."""
+        for sent, meant in reversed(self.lost if current is not None else []):
+            assert current is not None
+            if current.value == sent or (self.adds and current.value.startswith(sent)):
+                return meant
+        return None
+
     def outcomes(self, current: KeyValue | None) -> list[tuple[int, bytes | None]]:
         """Return the acceptable (errno, value put; None for nothing) of a flush."""
         if not self.is_dirty or self.key is None:
             return [(0, None)]
+        arrived = self.arrived(current)
+        if current is not None and arrived is not None:
+            return [self.outcome_of_rest(current, arrived)]
+        if self.is_refused and not self.adds and self.is_another(current):
+            return [(errno.ESTALE, None)]
         if self.published is None:
-            stays = self.is_bare and current is not None and not self.key.endswith(b"/")
-            if self.is_added and current is not None and not stays and not self.key.endswith(b"/"):
-                return [(0, current.value + self.content)]
-            return [(0, None if stays else self.content)]
+            return [(0, self.put_as_new(current))]
         if current is None or current.create_revision != self.published.create_revision:
             return [(0, None)]
+        return self.outcomes_of_version(self.published, current)
+
+    def outcome_of_rest(self, current: KeyValue, arrived: bytes) -> tuple[int, bytes | None]:
+        """Return what becomes of what was written since an answer was lost."""
+        if arrived == self.content:
+            return (errno.ETIMEDOUT if self.adds and not self.is_bare else 0, None)
+        return (0, current.value + self.content[len(arrived) :] if self.adds else self.content)
+
+    def put_as_new(self, current: KeyValue | None) -> bytes | None:
+        """Return what is put of a file that was made here."""
+        if current is None or current.key.endswith(b"/") or not (self.is_bare or self.is_added):
+            return self.content
+        return None if self.is_bare else current.value + self.content
+
+    def outcomes_of_version(
+        self, published: KeyValue, current: KeyValue
+    ) -> list[tuple[int, bytes | None]]:
         found: list[tuple[int, bytes | None]] = []
-        if self.key.endswith(b"/") and not current.value:
+        if current.key.endswith(b"/") and not current.value:
             found.append((0, None))  # a marker without a value is not shown: as good as deleted
         for kind in self.kinds():
-            if current.mod_revision == self.published.mod_revision:
+            if current.mod_revision == published.mod_revision:
                 same = kind == "whole" and self.content == self.base
                 found.append((0, None if same else self.content))
             elif kind == "whole":
@@ -224,11 +267,21 @@ class Version:
                 found.append((errno.ESTALE, None))
         return found
 
+    def is_another(self, current: KeyValue | None) -> bool:
+        """Say whether another client has put what a key holds."""
+        if current is None or self.published is None:
+            return current is not None
+        return (
+            current.create_revision == self.published.create_revision
+            and current.mod_revision != self.published.mod_revision
+        )
+
     def is_published(self, found: KeyValue | None) -> None:
         """Note that all of it reached etcd; `found` unless it was merged with others' bytes."""
         if found is not None:
             self.published = found
         self.base = self.content
+        self.lost.clear()
         self.origin = list(range(len(self.base)))
         self.is_dirty = self.is_emptied = self.is_added = False
         self.only_appends = self.is_blind = True
@@ -380,6 +433,7 @@ class FilesystemMachine(RuleBasedStateMachine):
         self.race: list[Foreign] | None = None
         self.has_raced = False
         self.raced: dict[bytes, KeyValue] = {}
+        self.sent: Transaction | None = None
         self.mount: FakeMount
 
     @initialize(keys=st.lists(_keys, max_size=4), in_parts=st.booleans())
@@ -395,6 +449,8 @@ class FilesystemMachine(RuleBasedStateMachine):
 
         async def intercept(transaction: Transaction) -> Committed:
             asks = all(isinstance(operation, Get) for operation in transaction.then)
+            if not asks:
+                self.sent = transaction
             if self.race is not None and not asks:
                 race, self.race, self.has_raced = self.race, None, True
                 self.interfere(race)
@@ -436,7 +492,10 @@ class FilesystemMachine(RuleBasedStateMachine):
                 path = self.draft_path(version.key, view)
                 view.setdefault(path, version.content)
                 for depth in range(len(path)):
-                    view.setdefault(path[:depth], None)
+                    value = view.get(path[:depth])
+                    view[path[:depth]] = None
+                    if value is not None:  # what is below it in etcd went, and this stays
+                        view[*path[:depth], b"%value"] = value
         return view
 
     def draft_path(self, key: bytes, view: View) -> Path:
@@ -495,7 +554,8 @@ class FilesystemMachine(RuleBasedStateMachine):
         Args:
             function: The call.
             race: What a foreign writer does between its check and its commit. Whether it came
-                to that is in `has_raced`, the keys right before the commit are in `raced`.
+                to that is in `has_raced`, the keys right before the commit are in `raced`, and
+                what it committed is in `sent`.
             early: Whether the watch brings the change before the commit is answered.
             locks: Whether it holds a directory's lock as long as it waits.
             done: Told its result, if it has to wait and succeeds in the end.
@@ -512,7 +572,7 @@ class FilesystemMachine(RuleBasedStateMachine):
             return call
 
         self.raced = self.live()
-        self.race, self.has_raced = race, False
+        self.race, self.has_raced, self.sent = race, False, None
         call = self.loop.run(run)
         self.race = None
         if call.errno is None:
@@ -739,9 +799,7 @@ class FilesystemMachine(RuleBasedStateMachine):
             return errno.EISDIR if view[path] is None else 0
         if not flags & os.O_CREAT:
             return errno.ENOENT
-        if not is_possible_file(path):
-            return errno.EPERM
-        return errno.EPERM if flags & os.O_EXCL and path[-1] == b"%marker" else 0
+        return 0 if is_possible_file(path) else errno.EPERM
 
     def add_open(self, handle: KernelHandle, path: Path) -> None:
         version = self.versions.get(handle.inode)
@@ -873,13 +931,23 @@ class FilesystemMachine(RuleBasedStateMachine):
         if fault is not None:
             # It hits the commit, and there may be none: a clean or a dropped write buffer needs none.
             others = [o for o in outcomes if o[1] is None or fault == "applied"]
+            if fault == "applied" and version.adds and not version.is_bare:
+                others = [(errno.ETIMEDOUT, value) for _, value in others]
             outcomes = [(FAULTS[fault][1], None), *others]
         got = (call.errno or 0, put)
         assert got in outcomes, f"flush of {version.key!r}: {got}, expected one of {outcomes}"
         if not self.has_raced:
             wanted = revision + (put is not None)
             assert self.store.revision == wanted, "one revision for one close"
+        if call.errno == errno.ETIMEDOUT and self.sent is not None:
+            version.lost.append((self.sent_value(version), version.content))
         self.note_flush(version, call.errno or 0, current, now)
+
+    def sent_value(self, version: Version) -> bytes:
+        """Return what was to become of a key; what it was, if only its attributes were put."""
+        assert self.sent is not None
+        puts = [o for o in self.sent.then if isinstance(o, Put) and o.key == version.key]
+        return puts[0].value if puts else version.content
 
     def note_flush(
         self, version: Version, error: int, before: KeyValue | None, now: KeyValue | None
@@ -900,6 +968,8 @@ class FilesystemMachine(RuleBasedStateMachine):
         else:
             merged = now is None or now.value != version.content
             version.is_published(None if merged else now)
+        if version.published is None and now is not None:  # what comes is added to others' file
+            version.published = now._replace(mod_revision=Revision(now.create_revision - 1))
 
     def release(self, opened: Open) -> None:
         """Close without a flush, as after one."""
@@ -1310,6 +1380,89 @@ class DirectMachine(FilesystemMachine):
     """The same without a mirror."""
 
     cache = False
+
+
+# --- what it has found ----------------------------------------------------------------------
+
+Steps = Callable[[FilesystemMachine], None]
+
+
+def opening(machine: FilesystemMachine, path: Path, flags: int) -> None:
+    machine.open_file(
+        choice=0, path=path, access=flags & os.O_ACCMODE, more=flags & ~3, race=None, early=False
+    )
+
+
+def flushing(machine: FilesystemMachine, fault: str | None = None) -> None:
+    machine.flush(choice=0, race=None, early=False, fault=fault, close=False)
+
+
+def claim_a_markers_value(machine: FilesystemMachine) -> None:
+    machine.begin(keys=[b"/p/foo/"], in_parts=False)
+    opening(machine, (b"foo", b"%marker"), os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+
+def lose_the_answer_to_an_empty_file(machine: FilesystemMachine) -> None:
+    machine.begin(keys=[], in_parts=False)
+    opening(machine, (b"foo",), os.O_WRONLY | os.O_CREAT)
+    flushing(machine, "applied")
+
+
+def lose_the_answer_to_an_append(machine: FilesystemMachine) -> None:
+    machine.begin(keys=[], in_parts=False)
+    opening(machine, (b"foo",), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for fault in ("applied", None, None):
+        machine.write(choice=0, where=9, size=2)
+        flushing(machine, fault)
+        flushing(machine)
+
+
+def append_to_what_another_client_made(machine: FilesystemMachine) -> None:
+    machine.begin(keys=[], in_parts=False)
+    opening(machine, (b"foo",), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    machine.foreign(changes=[("put", b"/p/foo")])
+    for _ in range(2):
+        machine.write(choice=0, where=9, size=2)
+        flushing(machine)
+
+
+def go_over_what_came_after_a_failure(machine: FilesystemMachine) -> None:
+    machine.begin(keys=[b"/p/foo"], in_parts=False)
+    opening(machine, (b"foo",), os.O_WRONLY | os.O_TRUNC)
+    machine.write(choice=0, where=9, size=2)
+    flushing(machine, "full")
+    machine.foreign(changes=[("put", b"/p/foo")])
+    flushing(machine)
+
+
+def make_a_file_where_another_client_deletes(machine: FilesystemMachine) -> None:
+    machine.begin(keys=[b"/p/foo", b"/p/foo/foo", b"/p/foo/foo/foo"], in_parts=False)
+    if machine.cache:
+        machine.hold_back(how="watch")
+    machine.foreign(changes=[("delete", 2)])
+    opening(machine, (b"foo", b"foo", b"foo-bar"), os.O_RDONLY | os.O_CREAT)
+    machine.holds()
+
+
+@pytest.mark.parametrize("machine", [FilesystemMachine, DirectMachine])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        claim_a_markers_value,
+        lose_the_answer_to_an_empty_file,
+        lose_the_answer_to_an_append,
+        append_to_what_another_client_made,
+        go_over_what_came_after_a_failure,
+        make_a_file_where_another_client_deletes,
+    ],
+)
+def test_what_it_has_found(machine: type[FilesystemMachine], steps: Steps) -> None:
+    run = machine()
+    try:
+        steps(run)
+        run.holds()
+    finally:
+        run.teardown()
 
 
 TestMirror = pytest.mark.expect_log(*WATCH_WARNINGS)(FilesystemMachine.TestCase)
