@@ -32,16 +32,10 @@ from etcdfs.consistency.snapshot import NO_SNAPSHOT
 from etcdfs.consistency.staleness import Liveness
 from etcdfs.consistency.times_record import TimesRecord
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
+from etcdfs.daemon.first_state import Filling, Patience, store_errors
 from etcdfs.daemon.kernel_threads import InotifyEvents, close_threads, leave_kernel
 from etcdfs.daemon.metrics_server import serving_metrics
 from etcdfs.daemon.signals import ServiceManager, Serving, Signals, find_service_manager
-from etcdfs.daemon.snapshots import (
-    Filling,
-    Patience,
-    Snapshots,
-    open_snapshots,
-    store_errors,
-)
 from etcdfs.daemon.status import Section, Status
 from etcdfs.errors import (
     CommandError,
@@ -83,6 +77,7 @@ from etcdfs.process.startup_protocol import (
     open_reporter,
     read_options,
 )
+from etcdfs.snapshots.snapshots import Snapshots, open_snapshots
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.value_cache import ValueCache
 from etcdfs.tree.view import View

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from etcdfs.consistency.snapshot_file import NAME
+from etcdfs.snapshots.snapshot_file import NAME
 from tests.mount.client import Client
 from tests.mount.lab import Pool
 from tests.mount.test_outages import eventually, fails, shows, writes

@@ -16,13 +16,13 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import etcdfs
-from etcdfs.consistency.snapshot_file import SnapshotFile
 from etcdfs.daemon.main import Components
 from etcdfs.daemon.metrics import EACH, PREFIX, TABLE, Kind, leaves
-from etcdfs.daemon.snapshots import Snapshots
 from etcdfs.daemon.status import Status
 from etcdfs.mirror.state_machine import StateMachine
 from etcdfs.options import Endpoint, MountOptions, Security
+from etcdfs.snapshots.snapshot_file import SnapshotFile
+from etcdfs.snapshots.snapshots import Snapshots
 from etcdfs.vfs.filesystem import SpaceStatistics
 from tests.support.fake_store import FakeStore
 from tests.support.metrics_reference import PAGE, with_table

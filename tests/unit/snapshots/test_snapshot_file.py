@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from etcdfs.consistency.snapshot import Identity, Manifest, Position, Stream
-from etcdfs.consistency.snapshot_file import NAME, Changes, SnapshotFile
 from etcdfs.errors import SnapshotDamagedError, SnapshotWriteError, StateDirectoryError
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
+from etcdfs.snapshots.snapshot_file import NAME, Changes, SnapshotFile
 
 HEAD = Manifest(
     identity=Identity(cluster=1, prefix=b"/", user="", attributes=True, endpoints=("a:1",)),

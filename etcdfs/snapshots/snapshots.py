@@ -1,7 +1,7 @@
-"""The first state of a mount, from etcd or from a snapshot, and the snapshot while it lives.
+"""The snapshot of one mount: loaded when that starts, and written while it lives.
 
 Knows: when the snapshot is believed, loaded, written and forgotten. Does not know: how it is stored
-(`consistency.snapshot_file`), how a mirror shows it.
+(`snapshot_file`), how a mirror shows it.
 
 What the watch brings is collected, of each key the last change, and written every `INTERVAL_S` if
 there is something, and at the end: one transaction of what has changed. A listing is written as it
@@ -15,10 +15,9 @@ What a role may no longer read is not kept for later: when etcd says so, the fil
 Concurrency: trio thread, and one thread for each of writing and reading.
 """
 
-import gc
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,23 +27,12 @@ import trio
 
 from etcdfs.admission import about_to_wait
 from etcdfs.consistency.snapshot import Identity, Manifest, Stream, fault_in
-from etcdfs.consistency.snapshot_file import Changes, SnapshotFile, StreamRecorder
-from etcdfs.errors import (
-    EtcdRefusedError,
-    EtcdUnreachableError,
-    LoginError,
-    SnapshotDamagedError,
-    SnapshotWriteError,
-    StoreError,
-    StoreLoginError,
-    StorePermissionError,
-    StoreTlsError,
-    TlsError,
-)
-from etcdfs.keyspace.store import Clock, KeyValue, Revision, Store
+from etcdfs.errors import SnapshotDamagedError, SnapshotWriteError, StorePermissionError
+from etcdfs.keyspace.store import Clock, KeyValue, Revision
 from etcdfs.mirror.mirror import Mirror
 from etcdfs.options import MountOptions
-from etcdfs.process.startup_protocol import Progress, Reporter, Waiting
+from etcdfs.snapshots.snapshot_file import Changes, SnapshotFile
+from etcdfs.snapshots.stream_recorder import StreamRecorder
 
 log = logging.getLogger(__name__)
 
@@ -55,9 +43,6 @@ INTERVAL_S: Final = 5.0
 
 HEARTBEAT_S: Final = 60.0
 """Between two writes when nothing has: they say that etcd was heard (`--max-stale`)."""
-
-RETRY_S: Final = 1.0
-"""Pause between two attempts to reach an etcd that is waited for."""
 
 RELIST_S: Final = 300.0
 """Between two listings that are made for nothing but the snapshot."""
@@ -380,143 +365,3 @@ def _identity(options: MountOptions) -> Identity:
         attributes=not options.no_attrs,
         endpoints=tuple(map(str, options.endpoints)),
     )
-
-
-# --- the first state of a mount -------------------------------------------------------------
-
-
-@final
-class Patience:
-    """Tries again what etcd does not answer, for `--wait-for-etcd` from now on."""
-
-    def __init__(self, patience_s: float, reporter: Reporter) -> None:
-        self._deadline = trio.current_time() + patience_s
-        self._reporter = reporter
-
-    async def until_done(self, attempt: Callable[[], Awaitable[T]]) -> T:
-        """Return what the attempt returns; what etcd refuses is not tried again.
-
-        Raises:
-            EtcdUnreachableError: It did not answer in time.
-            EtcdRefusedError: It refused.
-        """
-        while True:
-            try:
-                return await attempt()
-            except EtcdUnreachableError as exc:
-                left_s = self._deadline - trio.current_time()
-                if left_s <= 0:
-                    raise
-                log.info("waiting for etcd, for another %.0f s: %s", left_s, exc)
-                self._reporter.report(Waiting(reason=str(exc), left_s=left_s))
-                await trio.sleep(min(RETRY_S, left_s))
-
-
-@contextmanager
-def store_errors() -> Iterator[None]:
-    """Turn what etcd says at the start into what a person is told."""
-    try:
-        yield
-    except StoreLoginError as exc:
-        raise LoginError(str(exc)) from exc
-    except StoreTlsError as exc:
-        raise TlsError(str(exc)) from exc
-    except StorePermissionError as exc:
-        raise EtcdRefusedError(str(exc)) from exc
-    except StoreError as exc:
-        raise EtcdUnreachableError(str(exc)) from exc
-
-
-@final
-class Filling:
-    """How a mirror gets its first state: from etcd, a snapshot that it confirms, or a snapshot."""
-
-    def __init__(
-        self,
-        tasks: trio.Nursery,
-        store: Store,
-        mirror: Mirror,
-        snapshots: Snapshots | None,
-        reporter: Reporter,
-    ) -> None:
-        """Fill a mirror, whose tasks are started in the nursery."""
-        self._tasks = tasks
-        self._store = store
-        self._mirror = mirror
-        self._snapshots = snapshots
-        self._reporter = reporter
-
-    async def from_etcd(self) -> None:
-        """Return once the mirror shows what etcd has.
-
-        Raises:
-            EtcdUnreachableError: It does not answer.
-            EtcdRefusedError: It refuses.
-        """
-        with _without_collector(), store_errors():
-            try:
-                if not self._mirror.revision and self._snapshots is not None:
-                    cluster = (await self._store.status()).cluster
-                    await self._snapshots.load(self._mirror, cluster=cluster)
-                await self._start(offline=False)
-            except StorePermissionError as exc:
-                if exc.is_of_role and self._snapshots is not None:
-                    await self._snapshots.forget(str(exc))
-                raise
-
-    async def from_snapshot(self, unreachable: EtcdUnreachableError) -> None:
-        """Have the mirror show the snapshot until etcd answers.
-
-        Raises:
-            EtcdUnreachableError: There is none.
-        """
-        with _without_collector():
-            if not self._mirror.revision and self._snapshots is not None:
-                fault = await self._snapshots.load(self._mirror, cluster=0)
-                if fault:
-                    raise EtcdUnreachableError(f"{unreachable}; the snapshot is of no use: {fault}")
-            log.warning(
-                "etcd does not answer, and a snapshot is shown: %s",
-                unreachable,
-                extra={"event": "offline", "fields": {"reason": str(unreachable)}},
-            )
-            await self._start(offline=True)
-
-    async def until_live(self) -> None:
-        """Return once the mirror that shows a snapshot is in step with etcd."""
-        cluster: int | None = None
-        while cluster is None:
-            await self._mirror.staleness.until_connected()
-            with suppress(StoreError):
-                cluster = (await self._store.status()).cluster
-        if self._snapshots is not None:
-            await self._snapshots.recognize(self._mirror, cluster)
-        log.info(
-            "etcd answers: the mount is live, at revision %d",
-            self._mirror.revision,
-            extra={"event": "live", "fields": {"revision": self._mirror.revision}},
-        )
-
-    async def _start(self, *, offline: bool) -> None:
-        def progress(keys: int, size: int) -> None:
-            self._reporter.report(Progress(keys=keys, bytes=size))
-
-        if not self._mirror.revision:  # else only what comes after it failed
-            await self._tasks.start(partial(self._mirror.run, progress, offline=offline))
-        if self._mirror.stored_records is not None:
-            await self._tasks.start(partial(self._mirror.stored_records.run, offline=offline))
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """Keep Python's collector out while a tree is made.
-
-    It would walk a hundred thousand new objects again and again, and find nothing: the tree has no
-    garbage in it yet.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.freeze()

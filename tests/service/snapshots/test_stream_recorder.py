@@ -11,10 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from etcdfs.consistency import snapshot_file
 from etcdfs.consistency.snapshot import Identity, Manifest, Position, Stream
-from etcdfs.consistency.snapshot_file import SnapshotFile, StreamRecorder
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
+from etcdfs.snapshots import stream_recorder
+from etcdfs.snapshots.snapshot_file import SnapshotFile
+from etcdfs.snapshots.stream_recorder import StreamRecorder
 
 HEAD = Manifest(
     identity=Identity(cluster=1, prefix=b"/", user="", attributes=True, endpoints=()), heard_ns=1
@@ -138,7 +139,7 @@ class Recording(RuleBasedStateMachine):
     @invariant()
     def knows_what_waits(self) -> None:
         waiting = [*self.recorder._changes.values(), *self._entries()]
-        assert self.recorder._size == sum(map(snapshot_file._size, waiting))
+        assert self.recorder._size == sum(map(stream_recorder._size, waiting))
 
     def _entries(self) -> Iterator[KeyValue]:
         return (entry for _, entries in self.recorder.pages for entry in entries)
