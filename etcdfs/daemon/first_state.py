@@ -1,7 +1,7 @@
 """How a mount comes to have something to show: from etcd, or from its snapshot.
 
 Knows: how long etcd is waited for, when a snapshot is shown, and when a mirror that was loaded
-from one goes live. Does not know: how a snapshot is stored, how a mirror follows.
+from one has all that etcd has. Does not know: how a snapshot is stored, how a mirror follows.
 
 Concurrency: trio thread; called one after the other by `daemon.main`.
 """
@@ -9,12 +9,13 @@ Concurrency: trio thread; called one after the other by `daemon.main`.
 import gc
 import logging
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from typing import Final, TypeVar, final
 
 import trio
 
+from etcdfs.consistency.catch_up import catch_up
 from etcdfs.errors import (
     EtcdRefusedError,
     EtcdUnreachableError,
@@ -91,6 +92,8 @@ class Filling:
         mirror: Mirror,
         snapshots: Snapshots | None,
         reporter: Reporter,
+        *,
+        timeout_s: float,
     ) -> None:
         """Fill a mirror, whose tasks are started in the nursery."""
         self._tasks = tasks
@@ -98,6 +101,7 @@ class Filling:
         self._mirror = mirror
         self._snapshots = snapshots
         self._reporter = reporter
+        self._timeout_s = timeout_s
 
     async def from_etcd(self) -> None:
         """Return once the mirror shows what etcd has.
@@ -112,6 +116,7 @@ class Filling:
                     cluster = (await self._store.status()).cluster
                     await self._snapshots.load(self._mirror, cluster=cluster)
                 await self._start(offline=False)
+                await self._catch_up()
             except StorePermissionError as exc:
                 if exc.is_of_role and self._snapshots is not None:
                     await self._snapshots.forget(str(exc))
@@ -137,14 +142,17 @@ class Filling:
 
     async def until_live(self) -> None:
         """Return once the mirror that shows a snapshot is in step with etcd."""
-        is_live = False
-        while not is_live:
+        while True:
             await self._mirror.staleness.until_connected()
-            with suppress(StoreError):
+            try:
                 cluster = (await self._store.status()).cluster
                 if self._snapshots is not None:
                     await self._snapshots.recognize(self._mirror, cluster)
-                is_live = True
+                await self._catch_up()
+                break
+            except StoreError as exc:
+                log.debug("the mount is not live yet: %s", exc)
+                await trio.sleep(RETRY_S)
         log.info(
             "etcd answers: the mount is live, at revision %d",
             self._mirror.revision,
@@ -159,6 +167,21 @@ class Filling:
             await self._tasks.start(partial(self._mirror.run, progress, offline=offline))
         if self._mirror.stored_records is not None:
             await self._tasks.start(partial(self._mirror.stored_records.run, offline=offline))
+
+    async def _catch_up(self) -> None:
+        """Return once what was resumed from a snapshot has all that etcd had when this was called.
+
+        Raises:
+            StoreError: etcd could not be asked, or the watch does not bring it.
+        """
+        mirror, records = self._mirror, self._mirror.stored_records
+        if mirror.loaded_at is not None:
+            await catch_up(self._store, mirror, timeout_s=self._timeout_s)
+        if records is not None and records.loaded_at is not None:
+            try:
+                await catch_up(self._store, records, timeout_s=self._timeout_s)
+            except StorePermissionError as exc:
+                mirror.refuse_records(exc)
 
 
 @contextmanager

@@ -340,7 +340,14 @@ async def _start(
     if snapshots is not None:
         tasks.start_soon(snapshots.run, mirror)
         stack.push_async_callback(snapshots.aclose, mirror)
-    filling = Filling(tasks, components.store, mirror, snapshots, reporter)
+    filling = Filling(
+        tasks,
+        components.store,
+        mirror,
+        snapshots,
+        reporter,
+        timeout_s=components.options.timeout_s,
+    )
     try:
         if components.unreachable is not None:
             raise components.unreachable

@@ -120,12 +120,14 @@ class EtcdStore(LeaseCalls):
         limit: int = 0,
         revision: int = 0,
         keys_only: bool = False,
+        newest: bool = False,
     ) -> Page:
         """Read a range, linearizable; see the port."""
         about_to_wait()
         self._ranges += 1
+        limit = 1 if newest else limit
         request = wire.range_request(
-            start, end, limit=limit, revision=revision, keys_only=keys_only
+            start, end, limit=limit, revision=revision, keys_only=keys_only, newest=newest
         )
         deadline = self._deadline()
         page = wire.page(await self._read(lambda c: c.range(request, deadline), deadline))

@@ -80,6 +80,8 @@ _OPERATORS = {
     "<": rpc.Compare.LESS,
     ">": rpc.Compare.GREATER,
 }
+_DESCENDING = rpc.RangeRequest.DESCEND
+_BY_MOD_REVISION = rpc.RangeRequest.MOD
 _FIELDS = {
     "create_revision": rpc.Compare.CREATE,
     "mod_revision": rpc.Compare.MOD,
@@ -88,11 +90,18 @@ _FIELDS = {
 
 
 def range_request(
-    start: bytes, end: bytes | None, *, limit: int, revision: int, keys_only: bool
+    start: bytes,
+    end: bytes | None,
+    *,
+    limit: int,
+    revision: int,
+    keys_only: bool,
+    newest: bool = False,
 ) -> Message:
-    """Return the request for a linearizable range in key order."""
+    """Return the request for a linearizable range in key order, or with the newest key first."""
+    order = {"sort_order": _DESCENDING, "sort_target": _BY_MOD_REVISION} if newest else {}
     return rpc.RangeRequest(
-        **_range(start, end), limit=limit, revision=revision, keys_only=keys_only
+        **_range(start, end), limit=limit, revision=revision, keys_only=keys_only, **order
     )
 
 

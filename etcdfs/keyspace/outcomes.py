@@ -72,10 +72,11 @@ class ResolvingStore:
         limit: int = 0,
         revision: int = 0,
         keys_only: bool = False,
+        newest: bool = False,
     ) -> Page:
         """See the port."""
         return await self._store.range(
-            start, end, limit=limit, revision=revision, keys_only=keys_only
+            start, end, limit=limit, revision=revision, keys_only=keys_only, newest=newest
         )
 
     def watch(

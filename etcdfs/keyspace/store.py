@@ -314,8 +314,18 @@ class Store(Protocol):
         limit: int = 0,
         revision: int = 0,
         keys_only: bool = False,
+        newest: bool = False,
     ) -> Page:
         """Read a range, linearizable; at `revision` if that is not 0.
+
+        Args:
+            start: The first key.
+            end: The end of the range; None for the one key.
+            limit: The most keys to return; 0: all.
+            revision: See above.
+            keys_only: Whether values are left out.
+            newest: Whether to return the key alone that was changed last, and count the others;
+                etcd looks at all of the range for it.
 
         Raises:
             CompactedError: `revision` is no longer in history.

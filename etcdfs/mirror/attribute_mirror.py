@@ -124,7 +124,11 @@ class AttributeMirror(Driver):
     async def reached(self, revision: int) -> None:
         """Return once readers see what record keys were at a revision; the caller bounds it."""
         while self.revision < revision and self._is_asking:
-            await self._advanced.wait()
+            await self.advanced()
+
+    async def advanced(self) -> None:
+        """Return when readers see a newer revision, or none is to come."""
+        await self._advanced.wait()
 
     async def audit(self) -> None:
         """Compare the record keys with etcd now and then."""

@@ -78,6 +78,12 @@ class Driver(ABC):
         # --- mutable state
         self.state_machine = StateMachine(keyspace.start, keyspace.end)
         self.loaded_at: Position | None = None  # the copy is that of a snapshot, not confirmed
+        self.loaded_pages: list[bytes] = []  # the first key of each page of that snapshot
+
+    @property
+    def bounds(self) -> Sequence[bytes]:
+        """See `Resumed`."""
+        return (self._keyspace.start, *self.loaded_pages[1:], self._keyspace.end)
 
     # --- what is followed -------------------------------------------------------------------
 

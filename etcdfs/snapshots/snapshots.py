@@ -153,16 +153,20 @@ class Snapshots:
         tree = mirror.update.tree
         tree.revisions.merge(manifest.times, self._clock())
         mirror.load((), first=True)
+        mirror.loaded_pages = []
         async for entries in self._pages(Stream.KEYS):
             mirror.load(entries, first=False)
+            mirror.loaded_pages.append(entries[0].key)
         keys = manifest.streams[Stream.KEYS].position
         attributes = manifest.streams.get(Stream.ATTRIBUTES)
         if mirror.stored_records is not None:
             if attributes is None:
                 tree.rights.refuse_reading(StorePermissionError("the snapshot has none"))
             else:
+                mirror.stored_records.loaded_pages = []
                 async for entries in self._pages(Stream.ATTRIBUTES):
                     mirror.stored_records.load(entries)
+                    mirror.stored_records.loaded_pages.append(entries[0].key)
                 mirror.stored_records.loaded_at = attributes.position
                 self.attributes.begin(attributes.position)
         mirror.loaded_at = keys

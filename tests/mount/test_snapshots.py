@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.snapshots.snapshot_file import NAME
 from tests.mount.client import Client
 from tests.mount.lab import Pool
 from tests.mount.test_outages import eventually, fails, shows, writes
+from tests.support.bent_etcd import Bend, BentEtcd, Message
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted, run_etcdfs
 from tests.support.secured import add_user, switch_users_on
@@ -25,6 +27,7 @@ pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 ROUNDS = 200 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 2
 REFUSED = "is refused: "
+PATIENCE_S = 30.0
 OFFLINE = ("a snapshot is shown", "trying again", "fuse.operations: ")
 
 
@@ -34,10 +37,12 @@ def state(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def mounted_with(pool: Pool, etcd: EtcdProcess, state: Path, *options: str) -> Iterator[Mounted]:
+def mounted_with(
+    pool: Pool, etcd: EtcdProcess, state: Path, *options: str, via: str | None = None
+) -> Iterator[Mounted]:
     timeout = ("--timeout=1",) if "--offline-start" in options else ()
     kept = ("--cache", f"--state-dir={state}", *timeout, *options)
-    with pool.private(etcd, *kept) as mounted:
+    with pool.private(etcd, *kept, via=via) as mounted:
         yield mounted
 
 
@@ -77,13 +82,15 @@ def change(client: Client, prefix: bytes) -> int:
     )
 
 
-def check_changed(path: Path) -> None:
+def check_changed(path: Path, *, kept_mode: int = 0o600, is_deep_there: bool = True) -> None:
     assert sorted(os.listdir(path)) == ["changed", "d", "kept", "link", "made"]
     assert (path / "changed").read_bytes() == b"new"
     assert (path / "link").read_bytes() == b"old kept"
-    assert (path / "d" / "deep").read_bytes() == b"old d/deep"
-    assert stat.S_IMODE((path / "kept").stat().st_mode) == 0o600
+    assert stat.S_IMODE((path / "kept").stat().st_mode) == kept_mode
     assert stat.S_IMODE((path / "d").stat().st_mode) == 0o700
+    assert os.listdir(path / "d") == ["deep"] * is_deep_there
+    if is_deep_there:
+        assert (path / "d" / "deep").read_bytes() == b"old d/deep"
 
 
 # --- with etcd ------------------------------------------------------------------------------
@@ -110,6 +117,50 @@ def test_b81_a_mount_goes_on_from_its_snapshot(
         assert snapshot(mounted)["refused"] == ""
         assert (mounted.path / "d" / "deep").stat().st_mtime_ns == time_ns
         assert "listing everything" not in mounted.log
+
+
+@pytest.mark.parametrize(
+    ("prefix", "last"),
+    [(b"/", "put"), (b"/", "deleted"), (b"/app/", "elsewhere"), (b"/app/", "attributes")],
+)
+def test_b81_a_mount_is_ready_when_it_shows_what_changed_since(
+    pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path, prefix: bytes, last: str
+) -> None:
+    """The watch says nothing until the mount has asked how far etcd is."""
+    options = ("--prefix", prefix.decode())
+    with mounted_with(pool, own_etcd, state, *options) as mounted:
+        fill(mounted, client, prefix)
+    (kept,) = client.below(record_key(prefix + b"kept"))
+    change(client, prefix)
+    if last == "deleted":
+        client.delete(prefix + b"d/deep")
+    elif last == "elsewhere":
+        client.put(b"\x01/outside", b"x")
+    elif last == "attributes":
+        client.put(kept.key, kept.value.replace(b"0600", b"0640"))
+    is_asked = threading.Event()
+
+    def on_asked(request: Message) -> None:
+        if getattr(request, "sort_order", 0):
+            is_asked.set()
+
+    def hold_back(_request: Message, response: Message) -> list[Message]:
+        if response.events:
+            is_asked.wait(PATIENCE_S)
+        return [response]
+
+    with BentEtcd(own_etcd.endpoint) as bent:
+        bent.bend, bent.on_asked = Bend("Watch", hold_back), on_asked
+        with mounted_with(pool, own_etcd, state, *options, via=str(bent.endpoint)) as mounted:
+            try:
+                check_changed(
+                    mounted.path,
+                    kept_mode=0o640 if last == "attributes" else 0o600,
+                    is_deep_there=last != "deleted",
+                )
+                assert mounted.statistics()["state_machine"]["lists"] == 0
+            finally:
+                is_asked.set()
 
 
 def test_b81_what_was_compacted_meanwhile_is_listed(

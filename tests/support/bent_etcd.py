@@ -51,11 +51,13 @@ class BentEtcd:
         endpoint: Where clients connect.
         bend: How it misbehaves just now; None: not at all.
         on_bent: Called on gRPC's threads whenever it has.
+        on_asked: Called there with each question, before it is passed on.
     """
 
     def __init__(self, target: Endpoint) -> None:
         self.bend: Bend | None = None
         self.on_bent: Callable[[], None] = lambda: None
+        self.on_asked: Callable[[Message], None] = lambda _request: None
         self._channel = grpc.insecure_channel(
             str(target), options=[("grpc.max_receive_message_length", -1)]
         )
@@ -83,6 +85,7 @@ class BentEtcd:
 
     def _passing_on(self, name: str, method: Any) -> Any:
         def answer(_self: object, request: Message, context: Any) -> Message:
+            self.on_asked(request)
             if self.bend is not None and self.bend.method == name == "Authenticate":
                 return self.bend.how(request, rpc.AuthenticateResponse())  # whoever it is
             try:

@@ -109,12 +109,15 @@ class FakeStore:
         limit: int = 0,
         revision: int = 0,
         keys_only: bool = False,
+        newest: bool = False,
     ) -> Page:
         """Read a range; see the port."""
         self.range_calls.append(RangeCall(start, end, limit, revision, keys_only))
         await self._pass("range")
         self._maybe_fail("range")
-        return self.range_now(start, end, limit=limit, revision=revision, keys_only=keys_only)
+        return self.range_now(
+            start, end, limit=limit, revision=revision, keys_only=keys_only, newest=newest
+        )
 
     async def commit(self, transaction: Transaction) -> Committed:
         """Carry out a transaction; see the port."""
@@ -239,6 +242,7 @@ class FakeStore:
         limit: int = 0,
         revision: int = 0,
         keys_only: bool = False,
+        newest: bool = False,
     ) -> Page:
         """Read a range at once; raises as `range` does."""
         check_key(start, end)
@@ -251,7 +255,9 @@ class FakeStore:
             for key in self.keys_between(start, end)
             if (kv := self._at(key, revision or self.revision)) is not None
         ]
-        return page(found, self.revision, limit, keys_only)
+        if newest:
+            found.sort(key=lambda kv: -kv.mod_revision)
+        return page(found, self.revision, 1 if newest else limit, keys_only)
 
     def compact_now(self, revision: int) -> None:
         """Forget what was superseded before `revision`.

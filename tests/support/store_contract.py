@@ -173,6 +173,19 @@ class RangeContract:
         assert (keys(cut), cut.more) == ([b"a", b"b"], True)
         assert (keys(whole), whole.more) == ([b"a", b"b", b"c"], False)
 
+    async def test_the_newest_key_of_a_range_and_how_many_others_there_are(self, lab: Lab) -> None:
+        for key in (b"a", b"c", b"b"):
+            await put(lab, key)
+        newest = await put(lab, b"b")
+        await put(lab, b"d")
+        last = (await do(lab, Delete(b"c"))).revision
+        page = await lab.store.range(b"a", b"d", keys_only=True, newest=True)
+        assert [(kv.key, kv.mod_revision, kv.value) for kv in page.entries] == [(b"b", newest, b"")]
+        assert (page.remaining, page.revision) == (1, last)
+        page = await lab.store.range(b"a", b"d", revision=newest, newest=True)
+        assert (keys(page), page.remaining) == ([b"b"], 2)
+        assert await lab.store.range(b"x", b"y", newest=True) == Page((), last, more=False)
+
     async def test_keys_only_leaves_the_values_out(self, lab: Lab) -> None:
         revision = await put(lab, b"a", b"value")
         page = await lab.store.range(b"a", END_OF_KEYS, keys_only=True)
