@@ -108,6 +108,19 @@ def test_b89_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess
     assert shared_etcd.etcdctl("get", "--print-value-only", "/test-systemd") == b"last\n\n"
 
 
+def test_b89_a_service_starts_with_its_last_state_while_etcd_is_away(
+    machine: PrivateRoot, own_etcd: EtcdProcess
+) -> None:
+    configure(machine, endpoints=own_etcd.client_url, wait_for_etcd="0", timeout="1")
+    machine.run(f"systemctl start {UNIT}; echo value >/mnt/etcd/kept; systemctl stop {UNIT}")
+    own_etcd.kill()
+    machine.run(f"systemctl start {UNIT}")
+    assert machine.run("cat /mnt/etcd/kept") == "value\n"
+    assert machine.attempt("echo new >/mnt/etcd/kept").returncode != 0
+    own_etcd.start()
+    machine.run(f"systemctl stop {UNIT}")
+
+
 def test_b91_the_journal_has_events_with_their_figures(
     machine: PrivateRoot, shared_etcd: EtcdProcess
 ) -> None:
