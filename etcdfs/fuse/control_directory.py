@@ -1,14 +1,16 @@
-"""The control directory `.etcdfs` at the root: files that are made when they are opened.
+"""The control directory `.etcdfs` at the root: files that are made when they are looked up.
 
-Knows: their names, inodes, handles and who may read them. Does not know: what is in them.
+Knows: their names, inodes and who may read them. Does not know: what is in them.
 
 It stands beside the tree, not in it: no key is behind it, it is in no listing, and it needs
 nothing of what the tree needs, so that it answers while etcd is away and while nothing else may
 be shown. `handler` in `etcdfs.fuse.operations` asks `answering` first, for each request; whatever is about
 something here never reaches the filesystem.
 
-The kernel keeps nothing of it: names and attributes have no lifetime, and a file is read past the
-page cache. As in /proc, its size is 0, for it is not known before somebody opens it.
+The kernel keeps no name of it. So each time one is looked up it gets another inode, with content
+that is made then and never changes, until the kernel forgets it. Nothing is to be done when it is
+opened: on some mounts the kernel does not say when that is (`etcdfs.fuse.fastpath`). A listing
+(READDIRPLUS) has inodes without content: nobody comes to one, as its name is looked up first.
 
 Concurrency: trio thread; no `await` but pyfuse3's.
 """
@@ -27,8 +29,8 @@ from etcdfs.keyspace.keys import CONTROL_NAME
 from etcdfs.tree.tree import ROOT_INODE
 
 FIRST: Final = 1 << 62
-"""The directory's inode. Those of its files follow, and handles begin there, too: the tree counts
-its own from 1 on, and never comes so far."""
+"""The directory's inode. Those of its files follow, and are their handles, too: the tree counts its
+own from 1 on, and never comes so far."""
 
 _INODES_AT: Final[Mapping[str, tuple[int, ...]]] = {"rename": (0, 2), "link": (0, 1)}
 """Where the arguments of a request have inodes or handles, if not in the first place only. Behind
@@ -57,13 +59,12 @@ class ControlDirectory:
         self._owner = owner
         self._rights = 0o500 if is_private else 0o555
         self._files = dict(files)
-        self._inodes = {name: FIRST + at for at, name in enumerate(files, 1)}
+        self._listed = {name: FIRST + at for at, name in enumerate(files, 1)}
         self._answers: Mapping[str, Answer] = {
             "lookup": self._lookup,
             "getattr": self._getattr,
             "open": self._open,
             "read": self._read,
-            "release": self._release,
             "opendir": self._opendir,
             "readdir": self._readdir,
             "getxattr": _fail_with(pyfuse3.ENOATTR),
@@ -71,11 +72,13 @@ class ControlDirectory:
             "flush": _succeed_with(None),
             "fsync": _succeed_with(None),
             "fsyncdir": _succeed_with(None),
+            "release": _succeed_with(None),
             "releasedir": _succeed_with(None),
         }
         # --- mutable state
-        self._handles = itertools.count(FIRST)
-        self._value_cache: dict[int, bytes] = {}
+        self._numbers = itertools.count(FIRST + len(files) + 1)
+        # INVARIANT: by inode, of those that the kernel holds.
+        self._contents: dict[int, bytes] = {}
 
     def answering(self, request: str, arguments: tuple[object, ...]) -> Answer | None:
         """Return what answers a request, if it is about something here."""
@@ -94,9 +97,16 @@ class ControlDirectory:
     async def _lookup(self, inode: int, name: bytes, _ctx: object) -> EntryAttributes:
         if name == b".":
             return self._pack(inode)
-        if name == b".." or name not in self._inodes:  # nobody exports this by NFS
+        if name == b".." or name not in self._files:  # nobody exports this by NFS
             raise FUSEError(errno.ENOENT)
-        return self._pack(self._inodes[name])
+        content = self._files[name]()
+        made = next(self._numbers)
+        self._contents[made] = content
+        return self._pack(made)
+
+    def forget(self, inode: int) -> None:
+        """Drop what the kernel has forgotten; it has looked up each inode but once."""
+        self._contents.pop(inode, None)
 
     async def _getattr(self, inode: int, _ctx: object) -> EntryAttributes:
         return self._pack(inode)
@@ -108,6 +118,7 @@ class ControlDirectory:
         kind = stat.S_IFDIR if is_directory else stat.S_IFREG
         packed.st_mode = ModeT(kind | (self._rights if is_directory else self._rights & 0o444))
         packed.st_nlink = 2 if is_directory else 1
+        packed.st_size = len(self._contents.get(inode, b""))
         packed.st_uid = packed.st_gid = self._owner
         packed.entry_timeout = packed.attr_timeout = 0
         return packed
@@ -117,22 +128,16 @@ class ControlDirectory:
     async def _open(self, inode: int, flags: int, _ctx: object) -> FileInfo:
         if flags & os.O_ACCMODE != os.O_RDONLY:
             raise FUSEError(errno.EPERM)
-        name = next(name for name, number in self._inodes.items() if number == inode)
-        handle = next(self._handles)
-        self._value_cache[handle] = self._files[name]()
-        return FileInfo(fh=FileHandleT(handle), direct_io=True)
+        return FileInfo(fh=FileHandleT(inode))
 
-    async def _read(self, handle: int, offset: int, size: int) -> bytes:
-        return self._value_cache[handle][offset : offset + size]
-
-    async def _release(self, handle: int) -> None:
-        del self._value_cache[handle]
+    async def _read(self, inode: int, offset: int, size: int) -> bytes:
+        return self._contents[inode][offset : offset + size]
 
     async def _opendir(self, _inode: int, _ctx: object) -> FileHandleT:
         return FileHandleT(FIRST)
 
     async def _readdir(self, _handle: int, start: int, token: pyfuse3.ReaddirToken) -> None:
-        listed = {b".": FIRST, b"..": FIRST, **self._inodes}
+        listed = {b".": FIRST, b"..": FIRST, **self._listed}
         for position, (name, inode) in enumerate(listed.items()):
             if position >= start and not pyfuse3.readdir_reply(
                 token, FileNameT(name), self._pack(inode), position + 1

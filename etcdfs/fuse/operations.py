@@ -186,7 +186,11 @@ class Operations(pyfuse3.Operations):
     def forget(self, inode_list: Sequence[tuple[InodeT, int]]) -> None:  # type: ignore[override]
         self.requests["forget"] += 1
         try:
-            self._filesystem.forget([pair for pair in inode_list if not is_control_inode(pair[0])])
+            known = [pair for pair in inode_list if not is_control_inode(pair[0])]
+            self._filesystem.forget(known)
+            if self._control is not None and len(known) < len(inode_list):
+                for inode, _ in inode_list:
+                    self._control.forget(inode)
         except Exception:
             log.exception("forget failed; this is a bug of etcdfs")
 

@@ -1,6 +1,7 @@
 """The control directory: what a mount says of itself, through a real kernel."""
 
 import json
+import mmap
 import os
 import socket
 import urllib.error
@@ -12,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.mount.lab import MODES, Lab, Pool, sh
-from tests.mount.posix.calls import errno_of
+from tests.mount.posix.calls import errno_of, opened
 from tests.mount.test_outages import eventually
 from tests.support.etcd_process import EtcdProcess, free_port
 from tests.support.mounted import Mounted, run_etcdfs
@@ -56,6 +57,20 @@ def test_b108_each_open_makes_it_anew(lab: Lab) -> None:
         assert revision(lab.mounted) == lab.mounted.statistics()["mirror"]["revision"]
     os.stat(lab.mounted.path / ".etcdfs/status")
     assert lab.mounted.statistics()["requests"]["getattr"] > before
+
+
+def test_b108_a_file_is_all_of_its_size_and_stays_as_it_was(lab: Lab) -> None:
+    control = lab.mounted.path / ".etcdfs"
+    assert int(sh(control, "wc -c <status")) > 1000
+    assert json.loads(sh(control, "tail -c +1 status"))
+    with opened(control / "status", os.O_RDONLY) as fd:
+        shown = os.pread(fd, 1 << 20, 0)
+        assert os.fstat(fd).st_size == len(shown)
+        with mmap.mmap(fd, 0, access=mmap.ACCESS_READ) as mapped:
+            lab.put("file", b"1")
+            revision(lab.mounted)
+            os.listdir(control)
+            assert mapped[:] == shown == os.pread(fd, 1 << 20, 0)
 
 
 def test_b108_nothing_can_be_made_or_changed_in_it(lab: Lab) -> None:

@@ -569,22 +569,21 @@ async def test_the_control_directory_itself_stays(name: str) -> None:
     assert await errno_of(getattr(with_control(), name)(*made)) == errno.EPERM
 
 
-async def test_a_control_file_is_made_at_its_open_and_stays_as_it_was() -> None:
-    value_cache = iter((b"first", b"second"))
-    control = ControlDirectory({b"status": lambda: next(value_cache)}, owner=3, is_private=False)
+async def test_a_control_file_is_made_at_its_lookup_and_stays_until_it_is_forgotten() -> None:
+    contents = iter((b"first", b"another"))
+    control = ControlDirectory({b"status": lambda: next(contents)}, owner=3, is_private=False)
     fake = cast("Any", Recording())
     served = Operations(fake, fake, fake, store=None, control=control)
-    inode = await control_inode(served, b"status")
-    opened = [
-        await served.open(inode, pyfuse3.FlagT(os.O_RDONLY), CONTEXT),
-        await served.open(inode, pyfuse3.FlagT(os.O_RDONLY), CONTEXT),
-    ]
-    assert all(info.direct_io for info in opened)
-    assert [await served.read(info.fh, 0, 100) for info in opened] == [b"first", b"second"]
+    inodes = [await control_inode(served, b"status") for _ in range(2)]
+    sizes = [(await served.getattr(inode, CONTEXT)).st_size for inode in inodes]
+    assert sizes == [len(b"first"), len(b"another")]
+    opened = [await served.open(i, pyfuse3.FlagT(os.O_RDONLY), CONTEXT) for i in inodes]
+    assert [await served.read(info.fh, 0, 100) for info in opened] == [b"first", b"another"]
     assert await served.read(opened[0].fh, 2, 2) == b"rs"
-    for info in opened:
-        await served.release(info.fh)
-    assert fake.calls == []
+    served.forget([(inodes[0], 1), (pyfuse3.InodeT(5), 2)])
+    assert (await served.getattr(inodes[0], CONTEXT)).st_size == 0
+    assert await served.read(opened[1].fh, 0, 100) == b"another"
+    assert fake.calls == [("forget", [(5, 2)])]
 
 
 async def test_the_control_directory_is_not_forgotten_in_the_tree() -> None:
