@@ -89,9 +89,10 @@ Where to go
 `keyspace` how keys are paths, and what is asked of etcd; `tree` what is known, and one step of it;
 `consistency` what may be shown; `mirror` and `uncached` the two views; `files` open files and
 write-back; `vfs` what each call means; `fuse` the kernel; `etcd` etcd; `snapshots` the last state
-on disk; `process` processes, mountpoints and logs; `daemon` what is put together; `doctor` what
-may be wrong; `cli` the command line. Imports point down only: docs/architecture.md has the layers,
-and a table of what to open for which kind of change.
+on disk; `process` processes, mountpoints and logs; `components` how a mount is put
+together; `daemon` what runs behind it; `doctor` what may be wrong; `cli` the command line. Imports
+point down only: docs/architecture.md has the layers, and a table of what to open for which kind of
+change.
 """
 
 __version__ = "0.1.0"

@@ -19,9 +19,6 @@ from enum import Enum
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
 
-DEFAULT_TIMEOUT_S: Final = 5.0
-DEFAULT_WATCH_TIMEOUT_S: Final = 10.0
-
 _T = TypeVar("_T")
 
 
@@ -322,7 +319,7 @@ class MountOptions:
     )
     security: Security = OPEN
     timeout_s: float = option(
-        DEFAULT_TIMEOUT_S,
+        5.0,
         Kind.SECONDS,
         Panel.ETCD,
         "Bound of every request to etcd, in seconds.",
@@ -493,7 +490,7 @@ class MountOptions:
         "How long a write waits for the watch to bring it back.",
     )
     watch_timeout_s: float = option(
-        DEFAULT_WATCH_TIMEOUT_S,
+        10.0,
         Kind.SECONDS,
         Panel.ADVANCED,
         "Ask etcd whether it is there when the watch has been silent for so long.",

@@ -28,9 +28,8 @@ from typing import Final, NoReturn, final
 
 import trio
 
+from etcdfs.components import Components
 from etcdfs.consistency.snapshot import NO_SNAPSHOT
-from etcdfs.consistency.staleness import Liveness
-from etcdfs.consistency.times_record import TimesRecord
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
 from etcdfs.daemon.first_state import Filling, Patience, store_errors
 from etcdfs.daemon.kernel_threads import InotifyEvents, close_threads, leave_kernel
@@ -44,18 +43,14 @@ from etcdfs.errors import (
     UnpublishedError,
 )
 from etcdfs.etcd.client import EtcdStore, open_store
-from etcdfs.files.handles import Handles
-from etcdfs.files.write_buffer import WriteBufferQuota
-from etcdfs.files.writeback import Writeback
 from etcdfs.fuse.control_directory import ControlDirectory
 from etcdfs.fuse.fastpath import fast_path_of
 from etcdfs.fuse.notify import KernelCache, is_in_kernel
 from etcdfs.fuse.operations import FuseMount, Operations
 from etcdfs.fuse.procfs import describe_shortage, is_shortage
 from etcdfs.keyspace.keys import Keyspace
-from etcdfs.keyspace.outcomes import ResolvingStore
 from etcdfs.keyspace.store import END_OF_KEYS, Store, range_end
-from etcdfs.mirror.mirror import Mirror, watch_over
+from etcdfs.mirror.mirror import watch_over
 from etcdfs.options import Endpoint, MountOptions
 from etcdfs.process.logs import keep_out_of, setup_logging
 from etcdfs.process.memory import keep_heap_small
@@ -78,12 +73,6 @@ from etcdfs.process.startup_protocol import (
     read_options,
 )
 from etcdfs.snapshots.snapshots import Snapshots, open_snapshots
-from etcdfs.tree.tree import Tree
-from etcdfs.tree.value_cache import ValueCache
-from etcdfs.tree.view import View
-from etcdfs.uncached.uncached import Uncached
-from etcdfs.vfs.attributes import Defaults
-from etcdfs.vfs.filesystem import Filesystem
 
 log = logging.getLogger(__name__)
 
@@ -102,80 +91,25 @@ FLUSH_TIMEOUTS: Final = 2
 
 
 @final
-class Components:
-    """Everything between etcd and the kernel, for one mount."""
+class ServedComponents(Components):
+    """The parts of a mount, and its doors to the kernel and to whoever watches over it."""
 
     def __init__(
         self, options: MountOptions, store: Store, snapshots: Snapshots | None = None
     ) -> None:
-        """Put the parts together; nothing runs yet."""
-        self.options = options
-        self.store = store
+        """Put everything together; nothing runs yet."""
+        self.kernel = KernelCache()
+        super().__init__(
+            options,
+            store,
+            self.kernel,
+            statistics=lambda: self.status.document(),  # noqa: PLW0108 -- it is yet to come
+            snapshot=NO_SNAPSHOT if snapshots is None else snapshots,
+        )
         self.snapshots = snapshots
         self.unreachable: EtcdUnreachableError | None = None  # since the start
-        self.tree = Tree(
-            Keyspace(options.prefix),
-            time.time_ns,
-            monotonic=time.monotonic_ns,
-            complete=options.cache,
-            attributes=not options.no_attrs,
-        )
-        self.value_cache = ValueCache(options.cache_size)
-        self.kernel = KernelCache()
-        self.mirror: Mirror | None = None
         self.outside: bytes | None = None  # a key that no default mount shows
-        self.view: View
-        if options.cache:
-            self.view = self.mirror = Mirror(
-                store,
-                self.value_cache,
-                self.tree,
-                self.kernel,
-                settle_timeout_s=options.settle_timeout_s,
-                timeout_s=options.timeout_s,
-                watch_timeout_s=options.watch_timeout_s,
-                max_stale_s=options.max_stale_s,
-                audit_interval_s=options.audit_interval_s,
-                linearizable=options.linearizable,
-                tidies=not (options.read_only or options.no_attrs),
-                snapshot=NO_SNAPSHOT if snapshots is None else snapshots,
-            )
-        else:
-            self.view = Uncached(store, self.value_cache, self.tree)
-        self.times = TimesRecord(
-            store,
-            self.tree.revisions,
-            time.time_ns,
-            writes=options.cache and not (options.read_only or options.no_attrs),
-        )
-        self.writeback = Writeback(
-            store, self.view, self.value_cache, max_file_size=options.max_file_size
-        )
-        self.buffers = WriteBufferQuota(options.write_buffer, max_file_size=options.max_file_size)
-        self.files = Handles(
-            self.view, self.value_cache, self.writeback, self.buffers, read_only=options.read_only
-        )
-        owner = os.geteuid()
         self.status = Status(options, self._sections())
-        self.filesystem = Filesystem(
-            ResolvingStore(store),
-            self.view,
-            self.files,
-            Defaults(
-                uid=options.uid,
-                gid=options.gid,
-                file_mode=options.file_mode,
-                dir_mode=options.dir_mode,
-                umask=options.umask,
-                rights=self.tree.rights,
-            ),
-            Liveness(store),
-            kernel_timeout_s=options.kernel_lifetime_s,
-            timeout_s=options.timeout_s,
-            read_only=options.read_only,
-            statistics=self.status.document,
-            statistics_owner=owner if options.allow_other else None,
-        )
         self.operations = Operations(
             self.filesystem,
             self.files,
@@ -184,7 +118,9 @@ class Components:
             fast_path=fast_path_of(options),
             control=None
             if options.no_control_dir
-            else ControlDirectory(self.status.files(), owner=owner, is_private=options.allow_other),
+            else ControlDirectory(
+                self.status.files(), owner=os.geteuid(), is_private=options.allow_other
+            ),
         )
         self.inotify = InotifyEvents(options, self.tree, self.mirror, self.filesystem)
 
@@ -317,7 +253,7 @@ async def serve(
         nursery.cancel_scope.cancel()
 
 
-async def _end_serving(components: Components, mount: FuseMount) -> None:
+async def _end_serving(components: ServedComponents, mount: FuseMount) -> None:
     await components.flush()
     # While requests are answered: they hold locks.
     await close_threads(components.kernel, components.inotify)
@@ -327,7 +263,7 @@ async def _end_serving(components: Components, mount: FuseMount) -> None:
 async def _start(
     stack: AsyncExitStack,
     tasks: trio.Nursery,
-    components: Components,
+    components: ServedComponents,
     patience: Patience,
     reporter: Reporter,
 ) -> None:
@@ -367,7 +303,7 @@ async def _start(
     tasks.start_soon(components.times.run)
 
 
-async def _go_live(components: Components, filling: Filling) -> None:
+async def _go_live(components: ServedComponents, filling: Filling) -> None:
     """Do what a start without etcd has left out, once it answers."""
     await filling.until_live()
     components.unreachable = None
@@ -388,7 +324,7 @@ def _found_by_name(mountpoint: str) -> Mounted | None:
 
 async def _open_components(
     stack: AsyncExitStack, options: MountOptions, patience: Patience
-) -> tuple[Components, EtcdStore, str | None]:
+) -> tuple[ServedComponents, EtcdStore, str | None]:
     snapshots = open_snapshots(options, time.time_ns)
     endpoints: tuple[Endpoint, ...] = options.endpoints
     client_url = None
@@ -419,7 +355,7 @@ async def _open_components(
         unreachable = exc
         store = await connect(reachable=False)
     connected = replace(options, endpoints=endpoints)  # also to an embedded etcd
-    components = Components(connected, store, snapshots)
+    components = ServedComponents(connected, store, snapshots)
     components.unreachable = unreachable
     return components, store, client_url
 
@@ -434,7 +370,7 @@ async def _check_readable(store: Store, keyspace: Keyspace) -> None:
 
 
 async def _announce(
-    components: Components,
+    components: ServedComponents,
     reporter: Reporter,
     client_url: str | None,
     note: str,

@@ -19,8 +19,8 @@ from etcdfs.consistency.audit import Auditor
 from etcdfs.consistency.audit_index import HeldKeys, Staging, TooDifferentError
 from etcdfs.consistency.orphan_records import Sweeper
 from etcdfs.consistency.read_barrier import ReadBarrier
-from etcdfs.consistency.snapshot import NO_SNAPSHOT, Snapshot
-from etcdfs.consistency.staleness import UNLIMITED, Staleness
+from etcdfs.consistency.snapshot import Snapshot
+from etcdfs.consistency.staleness import Staleness
 from etcdfs.errors import StorePermissionError
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Store
@@ -29,7 +29,6 @@ from etcdfs.mirror.attribute_mirror import AttributeMirror
 from etcdfs.mirror.driver import Driver
 from etcdfs.mirror.invalidator import KernelCache, StuckDirectories
 from etcdfs.mirror.messages import Stage
-from etcdfs.options import DEFAULT_TIMEOUT_S, DEFAULT_WATCH_TIMEOUT_S
 from etcdfs.tree.bulk_load import date, load, rebuild
 from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node
 from etcdfs.tree.node_attributes import bind_all, stored_record_of
@@ -90,13 +89,13 @@ class Mirror(Driver):
         kernel: KernelCache,
         *,
         settle_timeout_s: float,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        watch_timeout_s: float = DEFAULT_WATCH_TIMEOUT_S,
-        max_stale_s: float = UNLIMITED,
-        audit_interval_s: float = 0.0,
-        linearizable: bool = False,
-        tidies: bool = True,
-        snapshot: Snapshot = NO_SNAPSHOT,
+        timeout_s: float,
+        watch_timeout_s: float,
+        max_stale_s: float,
+        audit_interval_s: float,
+        linearizable: bool,
+        tidies: bool,
+        snapshot: Snapshot,
     ) -> None:
         """Make a mirror; nothing is listed yet. One that `tidies` deletes void record keys."""
         super().__init__(

@@ -21,19 +21,18 @@ from typing import Any, TypeVar, final
 
 import trio
 
-from etcdfs.consistency.staleness import Liveness
+from etcdfs.components import Components
 from etcdfs.errors import EtcdfsError, NotFoundError
 from etcdfs.files.handles import Handles
-from etcdfs.files.write_buffer import WriteBufferQuota
 from etcdfs.files.writeback import Writeback
-from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Clock
 from etcdfs.mirror.mirror import Mirror, watch_over
+from etcdfs.options import MountOptions
 from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Directory, Expiry, File, Inode
 from etcdfs.tree.tree import ROOT_INODE, Tree
 from etcdfs.tree.value_cache import ValueCache
 from etcdfs.uncached.uncached import Uncached
-from etcdfs.vfs.attributes import Attributes, Caller, Change, Defaults
+from etcdfs.vfs.attributes import Attributes, Caller, Change
 from etcdfs.vfs.filesystem import Filesystem
 from tests.support.fake_store import FakeStore
 
@@ -873,51 +872,36 @@ class FakeMount:
         self.value_cache.check_invariants()
 
 
-def make_mount(
-    store: FakeStore,
-    *,
-    cache: bool = True,
-    prefix: bytes = b"/",
-    clock: Clock | None = None,
-    cache_size: int = 1 << 20,
-    max_file_size: int = 1536 * 1024,
-    write_buffer: int = 1 << 28,
-    settle_timeout_s: float = 2.0,
-    kernel_timeout_s: float = 60.0,
-    read_only: bool = False,
-    fast_path: bool = True,
-    **care: Any,
-) -> FakeMount:
-    """Put the rooms together as `etcdfs.daemon.main` does; from within trio.
+def make_mount(store: FakeStore, *, clock: Clock | None = None, **options: Any) -> FakeMount:
+    """Put a mount together, by the code that production uses; from within trio.
 
-    `care` is what a mirror is told besides: its timeouts, audits and limits.
+    Its options are those of a mount; a few have other defaults, where tests want that.
     """
+    usual = {"cache": True, "cache_size": 1 << 20, "audit_interval_s": 0.0, "uid": 7, "gid": 8}
     kernel = FakeKernel()
-    tree = Tree(Keyspace(prefix), clock or _trio_clock, complete=cache)
-    value_cache = ValueCache(cache_size)
-    view = (
-        Mirror(store, value_cache, tree, kernel, settle_timeout_s=settle_timeout_s, **care)
-        if cache
-        else Uncached(store, value_cache, tree)
-    )
-    writeback = Writeback(store, view, value_cache, max_file_size=max_file_size)
-    buffers = WriteBufferQuota(write_buffer, max_file_size=max_file_size)
-    files = Handles(view, value_cache, writeback, buffers, read_only=read_only)
-    kernel_timeout_s = kernel_timeout_s if cache and not care.get("linearizable") else 0.0
-    filesystem = Filesystem(
+    made = Components(
+        MountOptions(**{"mountpoint": "/mnt", **usual, **options}),
         store,
-        view,
-        files,
-        Defaults(uid=7, gid=8, file_mode=0o644, dir_mode=0o755, umask=0, rights=tree.rights),
-        Liveness(store),
-        kernel_timeout_s=kernel_timeout_s,
-        timeout_s=5.0,
-        read_only=read_only,
+        kernel,
         statistics=dict,
+        clock=clock or _trio_clock,
     )
-    keeps_listings = fast_path and kernel_timeout_s > 0
-    kernel.mount(filesystem, files, keep_cache=cache, keeps_listings=keeps_listings)
-    return FakeMount(store, kernel, tree, value_cache, view, writeback, files, filesystem)
+    kernel.mount(
+        made.filesystem,
+        made.files,
+        keep_cache=made.options.cache,
+        keeps_listings=made.options.kernel_lifetime_s > 0,
+    )
+    return FakeMount(
+        store,
+        kernel,
+        made.tree,
+        made.value_cache,
+        made.view,
+        made.writeback,
+        made.files,
+        made.filesystem,
+    )
 
 
 @asynccontextmanager

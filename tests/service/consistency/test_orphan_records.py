@@ -108,7 +108,7 @@ async def test_a_mount_that_may_not_tidies_nothing(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     with_record(store, b"/f")
-    async with open_mount(store, audit_interval_s=INTERVAL_S, tidies=False) as mount:
+    async with open_mount(store, audit_interval_s=INTERVAL_S, read_only=True) as mount:
         store.delete_now(b"/f")
         await audited(mount)
         assert is_dressed(store, b"/f")

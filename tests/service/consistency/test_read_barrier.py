@@ -38,7 +38,7 @@ async def test_what_was_put_before_an_open_is_seen(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     store.put_now(b"/d/f", b"one")
-    async with open_mount(store, linearizable=True, timeout_s=TIMEOUT_S) as mount:
+    async with open_mount(store, consistency="linearizable", timeout_s=TIMEOUT_S) as mount:
         assert await content(mount, (b"d", b"f")) == b"one"
         assert await content(mount, (b"d", b"new")) is None
         for change, path, expected in (
@@ -63,7 +63,9 @@ async def test_other_peoples_revisions_do_not_hold_anybody(
     """The mirror of a prefix never reaches the revision of a key outside of it."""
     for key in (b"/app/d/f", b"/app/v", b"/app/v/below", b"/app/empty/", b"/app/d/"):
         store.put_now(key, b"")
-    async with open_mount(store, prefix=b"/app/", linearizable=True, timeout_s=TIMEOUT_S) as mount:
+    async with open_mount(
+        store, prefix=b"/app/", consistency="linearizable", timeout_s=TIMEOUT_S
+    ) as mount:
         store.put_now(b"/other", b"1")
         began = trio.current_time()
         assert await content(mount, (b"d", b"f")) == b""
@@ -98,7 +100,9 @@ async def test_attributes_that_others_set_before_are_seen(
     top = () if prefix == b"/app/" else (b"app",)
     for key in (b"/app/d/", b"/app/d/f", b"/app/d/g"):
         store.put_now(key, b"")
-    async with open_mount(store, prefix=prefix, linearizable=True, timeout_s=TIMEOUT_S) as mount:
+    async with open_mount(
+        store, prefix=prefix, consistency="linearizable", timeout_s=TIMEOUT_S
+    ) as mount:
         seen: dict[tuple[bytes, ...], int] = {}
 
         async def look(path: tuple[bytes, ...]) -> None:
@@ -152,7 +156,7 @@ async def test_attributes_whose_own_watch_is_late_are_seen(
 ) -> None:
     """The mirror has reached etcd's revision, and its attributes have not."""
     store.put_now(b"/app/f", b"")
-    async with open_mount(store, prefix=b"/app/", linearizable=True) as mount:
+    async with open_mount(store, prefix=b"/app/", consistency="linearizable") as mount:
         stored_records, come = mount.mirror.stored_records, trio.Event()
         assert stored_records is not None
         on_time = stored_records._apply
@@ -186,7 +190,7 @@ async def test_rights_to_attributes_that_are_lost_hold_nobody(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     store.put_now(b"/app/f", b"one")
-    async with open_mount(store, prefix=b"/app/", linearizable=True) as mount:
+    async with open_mount(store, prefix=b"/app/", consistency="linearizable") as mount:
         store.fail_next("commit", StorePermissionError("permission denied"))
         assert await content(mount, (b"f",)) == b"one"
         assert not mount.tree.rights.readable
@@ -198,7 +202,7 @@ async def test_a_watch_that_does_not_come_is_an_error(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     store.put_now(b"/f", b"one")
-    async with open_mount(store, linearizable=True, timeout_s=TIMEOUT_S) as mount:
+    async with open_mount(store, consistency="linearizable", timeout_s=TIMEOUT_S) as mount:
         store.hold_watches()
         store.put_now(b"/f", b"two")
         began = trio.current_time()
@@ -212,7 +216,7 @@ async def test_an_etcd_that_does_not_answer_is_an_error_for_all_in_time(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     store.put_now(b"/f", b"one")
-    async with open_mount(store, linearizable=True, timeout_s=TIMEOUT_S) as mount:
+    async with open_mount(store, consistency="linearizable", timeout_s=TIMEOUT_S) as mount:
         store.hold("range")
         began = trio.current_time()
         failures = 0
@@ -240,7 +244,7 @@ async def test_readers_that_come_together_share_a_question(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     store.put_now(b"/f", b"one")
-    async with open_mount(store, linearizable=True, timeout_s=TIMEOUT_S) as mount:
+    async with open_mount(store, consistency="linearizable", timeout_s=TIMEOUT_S) as mount:
         store.hold("range")
         before = len(store.range_calls)
         seen: list[int] = []

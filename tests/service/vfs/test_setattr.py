@@ -578,6 +578,8 @@ async def test_a_lease_that_was_not_attached(
         inode = (await stat_of(mount, b"f")).inode
         error = OutcomeUnknownError("no answer") if unknown else StorePermissionError("no")
         store.fail_next("commit", error, applied=unknown)
+        if unknown:  # nor can etcd be asked what became of it
+            store.fail_next("commit", StoreUnavailableError("still away"))
         setting = mount.filesystem.xattrs.setxattr(inode, b"user.etcd.ttl", b"60")
         assert await errno_of(setting) != 0
         assert len(store.leases) == left

@@ -7,7 +7,7 @@ import pytest
 
 import etcdfs.cli.status
 from etcdfs.cli.status import Answer, lines, show_status, state_of
-from etcdfs.daemon.main import Components
+from etcdfs.daemon.main import ServedComponents
 from etcdfs.errors import NotAnsweringError
 from etcdfs.mirror.state_machine import StateMachine
 from etcdfs.options import MountOptions
@@ -16,7 +16,7 @@ from tests.support.fake_store import FakeStore
 
 def document(*, cache: bool = True) -> dict[str, Any]:
     """Return the document of a mount, as it comes out of JSON."""
-    made = Components(
+    made = ServedComponents(
         MountOptions(mountpoint="/mnt/\x1b[31m", cache=cache, prefix=b"/app/"), FakeStore()
     )
     if made.mirror is not None:

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 import etcdfs
-from etcdfs.daemon.main import Components
+from etcdfs.daemon.main import ServedComponents
 from etcdfs.daemon.metrics import EACH, PREFIX, TABLE, Kind, leaves
 from etcdfs.daemon.status import Status
 from etcdfs.mirror.state_machine import StateMachine
@@ -41,12 +41,12 @@ class NoFile:
         return 0
 
 
-def components(**said: Any) -> Components:
+def components(**said: Any) -> ServedComponents:
     """Return everything of a mount, which is not mounted; with a snapshot, if it can have one."""
     options = MountOptions(mountpoint="/mnt", **said)
     file = cast("SnapshotFile", NoFile())
     snapshots = Snapshots(file, options, time.time_ns) if options.cache else None
-    made = Components(options, FakeStore(), snapshots)
+    made = ServedComponents(options, FakeStore(), snapshots)
     made.operations.requests["lookup"] = 3
     if made.mirror is not None:
         made.mirror.state_machine = StateMachine(made.tree.keyspace.start, made.tree.keyspace.end)
@@ -166,7 +166,7 @@ async def test_config_has_all_options_and_no_secret() -> None:
         endpoints=(Endpoint("a", 1),),
         security=Security(user="u", password="geheim", password_file="/file"),
     )
-    config = Components(options, FakeStore()).status.files()[b"config"]()
+    config = ServedComponents(options, FakeStore()).status.files()[b"config"]()
     assert b"geheim" not in config
     read = json.loads(config)
     assert set(read) == set(MountOptions.__slots__)
