@@ -117,7 +117,8 @@ lint: packages $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	gcc -fsyntax-only -std=gnu11 -Wall -Wextra -Wno-unused-parameter -Werror $$(pkg-config --cflags fuse3) \
-	  -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" etcdfs/fuse/_fastpath.c
+	  -I"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+	  etcdfs/fuse/_fastpath.c benchmarks/harness/memfs.c
 
 .PHONY: reference
 reference: $(VENV)/.dev
@@ -160,9 +161,16 @@ SAMPLE ?= 0
 mutants: $(VENV)/.dev
 	$(BIN)/python -m tests.mutants --count $(MUTANTS) --sample $(SAMPLE) --jobs $(CORES) $(MUTATE)
 
+# One table, and the same as JSON and as a plot in .benchmarks (benchmarks/README.md). Figures of a
+# busy machine mean nothing: about five minutes on a quiet one.
+#   RECORD=1       makes this run what the documents show: docs/performance.{md,json,svg}
+#   BENCH=...      options of pytest, as --million, --etcd=3.6, -k operation
+RECORD ?=
+BENCH ?=
 .PHONY: bench
 bench: etcd $(VENV)/.dev
-	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python -m pytest benchmarks $(BENCH)
+	$(if $(RECORD),$(BIN)/python -m benchmarks.record .benchmarks/results.json)
 
 # The long form of the proof: every fault, on every release, under load, with a report at the end.
 #   SEED=n           the same faults in the same order

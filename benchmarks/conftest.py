@@ -3,9 +3,11 @@
 Options:
     --etcd RELEASE: Which etcd (`3.4`, `3.7.3`); the oldest found by default.
     --smoke: Tiny sizes: shows that the benchmarks run, and nothing else.
-    --table FILE: Write the report there, too.
+    --million: The curves over the number of keys go on to a million: five minutes more.
+    --output DIR: Where report.txt, results.json and results.svg are written.
 """
 
+import json
 import os
 import platform
 import shutil
@@ -17,7 +19,8 @@ import pytest
 
 from benchmarks.harness.bare import ETCD_ARGUMENTS
 from benchmarks.harness.figures import Report
-from benchmarks.harness.startup import SIZES, SMOKE_SIZES, compiled_modules
+from benchmarks.harness.plot import draw
+from benchmarks.harness.scale import MILLION, SIZES, SMOKE_SIZES, compiled_modules
 from tests.support.etcd_process import EtcdProcess, find_etcds
 
 _REPORT = pytest.StashKey[Report]()
@@ -27,7 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("etcdfs benchmarks")
     group.addoption("--etcd", metavar="RELEASE", help="etcd release, e.g. 3.5; default: any")
     group.addoption("--smoke", action="store_true", help="tiny sizes, a few seconds in all")
-    group.addoption("--table", metavar="FILE", type=Path, help="write the report to FILE, too")
+    group.addoption("--million", action="store_true", help="measure with a million keys, too")
+    group.addoption(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path(".benchmarks"),
+        help="where report.txt, results.json and results.svg are written; default: %(default)s",
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,16 +56,21 @@ def pytest_terminal_summary(
         return
     terminalreporter.section("etcdfs benchmarks")
     terminalreporter.write(text)
-    table = config.getoption("--table")
-    if table is not None:
-        table.write_text(text)
-        terminalreporter.write_line(f"written to {table}")
+    output: Path = config.getoption("--output")
+    output.mkdir(parents=True, exist_ok=True)
+    results = config.stash[_REPORT].results()
+    (output / "report.txt").write_text(text)
+    (output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, output / "results.svg")
+    terminalreporter.write_line(f"written to {output}: report.txt, results.json, results.svg")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Start with fewer keys, and only once, when it is only to show that it runs."""
     if "size" in metafunc.fixturenames:
         sizes = SMOKE_SIZES if metafunc.config.getoption("--smoke") else SIZES
+        if metafunc.config.getoption("--million"):
+            sizes = (*sizes, MILLION)
         metafunc.parametrize("size", sizes)
 
 
@@ -85,7 +100,7 @@ def etcd(pytestconfig: pytest.Config, report: Report) -> Iterator[EtcdProcess]:
         pytest.skip("nothing can be mounted here: no /dev/fuse, or no fusermount3")
     report.heading = (
         f"etcd {wanted}, {platform.system()} {platform.release()}, {os.cpu_count()} processors,"
-        f" Python {platform.python_version()}"
+        f" Python {platform.python_version()}, load {os.getloadavg()[0]:.1f} at the beginning"
     )
     if pytestconfig.getoption("--smoke"):
         report.heading += "; SMOKE RUN: the figures mean nothing"

@@ -7,6 +7,7 @@ Concurrency: plain blocking calls, each bounded.
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
@@ -15,6 +16,7 @@ import grpc
 from aetcd import rpc
 
 from etcdfs.options import Endpoint
+from tests.support.etcd_process import EtcdProcess
 
 PAGE: Final = 5000
 """Keys per Range, as the mirror's first listing asks for."""
@@ -52,6 +54,16 @@ def fill(endpoint: Endpoint, pairs: Iterable[tuple[bytes, bytes]]) -> int:
     return revision
 
 
+def put_one_by_one(endpoint: Endpoint, pairs: Iterable[tuple[bytes, bytes]]) -> int:
+    """Put keys, each in a revision of its own; return the last one."""
+    revision = 0
+    with _kv(endpoint) as kv:
+        for key, value in pairs:
+            answer = kv.Put(rpc.PutRequest(key=key, value=value), timeout=_TIMEOUT_S)
+            revision = answer.header.revision
+    return revision
+
+
 def read_all(endpoint: Endpoint, prefix: bytes) -> dict[bytes, bytes]:
     """Return every key below a prefix and its value, as of one revision, in pages."""
     found: dict[bytes, bytes] = {}
@@ -79,6 +91,25 @@ def delete_all(endpoint: Endpoint, prefix: bytes) -> int:
         )
         revision: int = answer.header.revision
         return revision
+
+
+def etcdctl_command(etcd: EtcdProcess) -> list[str]:
+    """Return how etcdctl is run: the binary, and not the script that a Python package has for it.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    beside = os.path.dirname(os.readlink(f"/proc/{etcd.pid}/exe"))
+    for directory in (beside, *os.get_exec_path()):
+        path = os.path.join(directory, "etcdctl")
+        if os.access(path, os.X_OK) and not _is_script(path):
+            return [path, f"--endpoints={etcd.client_url}", f"--command-timeout={_TIMEOUT_S:.0f}s"]
+    raise FileNotFoundError("there is no etcdctl")
+
+
+def _is_script(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"#!"
 
 
 @contextmanager

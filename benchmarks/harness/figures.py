@@ -1,14 +1,15 @@
 """What was measured, as numbers and as text.
 
-Knows: percentiles, ratios, and how a table is laid out. Does not know: how anything is measured.
+Knows: percentiles, ratios, how a table is laid out, and what is kept of a run. Does not know: how
+anything is measured.
 
 Concurrency: none; pure functions and frozen values, and one report that collects them.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Final, final
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final, final
 
 BACKGROUND: Final = ("release", "releasedir", "forget")
 """Requests that the kernel sends without keeping the caller waiting."""
@@ -106,12 +107,23 @@ def _three(value: float) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows under a title."""
+    """Rows under a title.
+
+    Attributes:
+        title: What was measured.
+        header: The columns.
+        rows: As they are shown; what is said once for several rows is empty in all but the first.
+        notes: Below it.
+        name: Whoever reads `figures` knows the table by it.
+        figures: The same as numbers, for plots and comparisons: seconds, bytes, ratios, counts.
+    """
 
     title: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
+    name: str = ""
+    figures: tuple[Mapping[str, object], ...] = ()
 
     def render(self) -> str:
         """Return it as text: the first two columns to the left, numbers to the right."""
@@ -159,3 +171,7 @@ class Report:
         if not self._tables:
             return ""
         return "\n\n\n".join([self.heading, *(table.render() for table in self._tables)]) + "\n"
+
+    def results(self) -> dict[str, Any]:
+        """Return all of it as what JSON can hold."""
+        return {"heading": self.heading, "tables": [asdict(table) for table in self._tables]}

@@ -21,8 +21,8 @@ from typing import Any, Final, final
 
 import aetcd
 
+from benchmarks.harness.file_operations import value_of
 from benchmarks.harness.observer import Observer
-from benchmarks.harness.targets import value_of
 from etcdfs.options import Endpoint
 
 _TIMEOUT_S: Final = 30

@@ -1,7 +1,7 @@
-"""The targets: the same operations on tmpfs, on a mount, and as requests of a raw client.
+"""The targets: the same operations on tmpfs, on mounts, on a C file system, and as requests.
 
-Knows: which calls make up an operation, and which keys they work on. Does not know: how often they
-are made and what is made of the figures.
+Knows: what each of them has to have before it is measured, and how its requests are counted. Does
+not know: how often the operations are made and what is made of the figures.
 
 Each target has its own keys below a prefix of its own, so that a mount's watch hears of nothing
 but what happens through it.
@@ -13,48 +13,73 @@ import asyncio
 import itertools
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
+import subprocess
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Final, Protocol, final
 
 import aetcd
 
-from benchmarks.harness.bare import fill
+from benchmarks.harness.bare import etcdctl_command, fill
 from benchmarks.harness.figures import Cost, per_call
+from benchmarks.harness.file_operations import (
+    MADE,
+    MISSING,
+    FileOperations,
+    add_what_keys_lack,
+    layout,
+    make_files,
+    value_of,
+)
+from benchmarks.harness.memfs import Memfs
 from benchmarks.harness.sampling import Sampler, timed
 from etcdfs.options import Endpoint
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted
 
-OPERATIONS: Final = (
+TMPFS, MEMFS, RAW, ETCDCTL = "tmpfs", "C libfuse", "raw client", "etcdctl"
+MODES = READ_ONLY, CACHE, NO_CACHE = "--cache --read-only", "--cache", "--no-cache"
+
+READS: Final = (
     "stat",
     "open+read+close",
     "pread",
-    "listdir 100",
-    "listdir 10 000",
+    "listing of 100",
+    "listing of 10 000",
     "missing name",
-    "write+close",
+    "readlink",
+    "access",
+    "getxattr, missing name",
+    "getxattr, missing attribute",
 )
+WRITES: Final = ("write+close", "create+write+close")
+OPERATIONS: Final = (*READS, *WRITES)
 
-VALUE_SIZE: Final = 200
-SMALL: Final = 100
-LARGE: Final = 10_000
+_COMMANDS: Final = (
+    "stat",
+    "open+read+close",
+    "listing of 100",
+    "listing of 10 000",
+    "missing name",
+    *WRITES,
+)
+TARGETS: Final = {
+    TMPFS: OPERATIONS,
+    READ_ONLY: READS,
+    CACHE: OPERATIONS,
+    NO_CACHE: OPERATIONS,
+    MEMFS: OPERATIONS,
+    RAW: OPERATIONS,
+    ETCDCTL: _COMMANDS,
+}
+"""What is measured on what."""
+
+_SLOW: Final = {NO_CACHE: 5, ETCDCTL: 25}
+"""Targets that would take most of the time have so many times fewer calls."""
+
+_MOUNTED: Final = "/bench-mounted/"
 _TIMEOUT_S: Final = 30
-
-
-def value_of(number: int) -> bytes:
-    """Return a value that no other number has."""
-    return b"%0*d" % (VALUE_SIZE, number)
-
-
-def layout(large: int) -> Iterator[tuple[str, bytes]]:
-    """Return the names and values that every target has; `large` is the larger directory."""
-    yield "read", value_of(0)
-    yield "written", value_of(0)
-    for directory, size in (("small", SMALL), ("large", large)):
-        for number in range(size):
-            yield f"{directory}/entry-{number:05d}", value_of(number)
 
 
 class Target(Protocol):
@@ -75,79 +100,17 @@ class Target(Protocol):
         ...
 
 
-class _Files:
-    """The operations on the files below a directory."""
-
-    def __init__(self, root: Path) -> None:
-        self._read = os.fspath(root / "read")
-        self._written = os.fspath(root / "written")
-        self._small = os.fspath(root / "small")
-        self._large = os.fspath(root / "large")
-        self._missing = os.fspath(root / "missing")
-        self._opened = os.open(self._read, os.O_RDONLY)
-        self._numbers = itertools.count(1)
-
-    def close(self) -> None:
-        os.close(self._opened)
-
-    def call(self, operation: str) -> Callable[[], object]:
-        calls: dict[str, Callable[[], object]] = {
-            "stat": self._stat,
-            "open+read+close": self._open_read_close,
-            "pread": self._pread,
-            "listdir 100": self._list_small,
-            "listdir 10 000": self._list_large,
-            "missing name": self._stat_missing,
-            "write+close": self._write_close,
-        }
-        return calls[operation]
-
-    def _stat(self) -> None:
-        os.stat(self._read)
-
-    def _open_read_close(self) -> None:
-        # Not `open()`: it asks for the size and sets up buffers, which says nothing of a file
-        # system.
-        fd = os.open(self._read, os.O_RDONLY)
-        os.read(fd, 4096)
-        os.close(fd)
-
-    def _pread(self) -> None:
-        os.pread(self._opened, 4096, 0)
-
-    def _list_small(self) -> None:
-        os.listdir(self._small)
-
-    def _list_large(self) -> None:
-        os.listdir(self._large)
-
-    def _stat_missing(self) -> None:
-        try:
-            os.stat(self._missing)
-        except FileNotFoundError:
-            return
-        raise AssertionError("it is there")
-
-    def _write_close(self) -> None:
-        fd = os.open(self._written, os.O_WRONLY | os.O_TRUNC)
-        os.write(fd, value_of(next(self._numbers)))
-        os.close(fd)
-
-
 @final
 class TmpfsTarget:
     """Files in memory: as fast as files get here."""
 
-    name = "tmpfs"
+    name = TMPFS
 
     def __init__(self, root: Path, large: int) -> None:
         """Make the files in the empty directory `root`."""
         self._root = root
-        for name, value in layout(large):
-            path = root / name
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(value)
-        self._files = _Files(root)
+        make_files(root, large)
+        self._files = FileOperations(root)
 
     def sampler(self, operation: str) -> Sampler:
         return timed(self._files.call(operation))
@@ -161,23 +124,70 @@ class TmpfsTarget:
 
 
 @final
+class MemfsTarget:
+    """Files in memory behind libfuse, in C: what requests cost when the daemon does nothing."""
+
+    name = MEMFS
+
+    def __init__(self, large: int) -> None:
+        """Compile and mount it, and make the files.
+
+        Raises:
+            CannotCompileError: With the reason to go without.
+        """
+        self._memfs = Memfs()
+        try:
+            make_files(self._memfs.path, large)
+            self._files = FileOperations(self._memfs.path)
+        except BaseException:
+            self._memfs.close()
+            raise
+
+    def sampler(self, operation: str) -> Sampler:
+        return timed(self._files.call(operation))
+
+    def cost(self, operation: str, calls: int) -> Cost:
+        call = self._files.call(operation)
+        before = self._memfs.requests()
+        for _ in range(calls):
+            call()
+        counted = self._memfs.requests() - before
+        return Cost({name: per_call(count, calls) for name, count in counted.items()})
+
+    def close(self) -> None:
+        self._files.close()
+        self._memfs.close()
+
+
+def put_keys(etcd: EtcdProcess, large: int) -> None:
+    """Put the keys of all `MODES`."""
+    with Mounted(etcd, NO_CACHE, "--prefix", _MOUNTED) as mounted:
+        for mode in MODES:
+            prefix = f"{_MOUNTED}{_directory(mode)}/"
+            fill(etcd.endpoint, ((f"{prefix}{name}".encode(), v) for name, v in layout(large)))
+            add_what_keys_lack(mounted.path / _directory(mode))
+
+
+def _directory(mode: str) -> str:
+    return mode.replace(" ", "")
+
+
+@final
 class MountTarget:
     """Files of a mount."""
 
-    def __init__(self, etcd: EtcdProcess, mode: str, large: int) -> None:
-        """Put the keys and mount them; `mode` is `--cache` or `--no-cache`."""
+    def __init__(self, etcd: EtcdProcess, mode: str) -> None:
+        """Mount what `put_keys` has put for one of `MODES`."""
         self.name = mode
-        prefix = f"/bench{mode}/"
-        fill(etcd.endpoint, ((f"{prefix}{name}".encode(), v) for name, v in layout(large)))
-        self._mounted = Mounted(etcd, mode, "--prefix", prefix)
+        self._mounted = Mounted(etcd, *mode.split(), "--prefix", f"{_MOUNTED}{_directory(mode)}/")
         try:
-            self._files = _Files(self._mounted.path)
+            self._files = FileOperations(self._mounted.path)
         except BaseException:
             self._mounted.close()
             raise
 
     def sampler(self, operation: str) -> Sampler:
-        return timed(self._files.call(operation))
+        return _less_often(timed(self._files.call(operation)), _SLOW.get(self.name, 1))
 
     def cost(self, operation: str, calls: int) -> Cost:
         call = self._files.call(operation)
@@ -207,7 +217,7 @@ class MountTarget:
 class RawTarget:
     """Requests of `aetcd.Client`: what a program does that speaks to etcd itself."""
 
-    name = "raw client"
+    name = RAW
 
     def __init__(self, endpoint: Endpoint, large: int) -> None:
         """Put the keys and connect."""
@@ -221,15 +231,14 @@ class RawTarget:
 
     def sampler(self, operation: str) -> Sampler:
         calls: dict[str, Callable[[], Awaitable[object]]] = {
-            "stat": self._get,
-            "open+read+close": self._get,
-            "pread": self._get,
-            "listdir 100": self._list_small,
-            "listdir 10 000": self._list_large,
+            "listing of 100": self._list_small,
+            "listing of 10 000": self._list_large,
             "missing name": self._get_missing,
+            "getxattr, missing name": self._get_missing,
             "write+close": self._put,
+            "create+write+close": self._put_new,
         }
-        call = calls[operation]
+        call = calls.get(operation, self._get)
         return lambda count: self._runner.run(_timed(call, count))
 
     def cost(self, operation: str, calls: int) -> Cost:
@@ -243,10 +252,15 @@ class RawTarget:
         assert await self._client.get(self._prefix + b"read")
 
     async def _get_missing(self) -> None:
-        assert await self._client.get(self._prefix + b"missing") is None
+        assert await self._client.get(self._prefix + MISSING.encode()) is None
 
     async def _put(self) -> None:
         await self._client.put(self._prefix + b"written", value_of(next(self._numbers)))
+
+    async def _put_new(self) -> None:
+        number = next(self._numbers)
+        key = b"%s%s/%07d" % (self._prefix, MADE.encode(), number)
+        await self._client.put(key, value_of(number))
 
     async def _list_small(self) -> list[bytes]:
         return await self._list(b"small/")
@@ -257,6 +271,57 @@ class RawTarget:
     async def _list(self, directory: bytes) -> list[bytes]:
         found = await self._client.get_prefix(self._prefix + directory, keys_only=True)
         return [entry.key for entry in found.kvs]
+
+
+@final
+class EtcdctlTarget:
+    """The command `etcdctl`: what a shell script does; most of it is the start of a process."""
+
+    name = ETCDCTL
+
+    def __init__(self, etcd: EtcdProcess, large: int) -> None:
+        """Put the keys."""
+        self._prefix = "/bench-etcdctl/"
+        fill(etcd.endpoint, ((f"{self._prefix}{name}".encode(), v) for name, v in layout(large)))
+        self._command = etcdctl_command(etcd)
+        self._numbers = itertools.count(1)
+
+    def sampler(self, operation: str) -> Sampler:
+        calls: dict[str, Callable[[], object]] = {
+            "stat": lambda: self._get("read", "--keys-only"),
+            "open+read+close": lambda: self._get("read", "--print-value-only"),
+            "listing of 100": lambda: self._get("small/", "--prefix", "--keys-only"),
+            "listing of 10 000": lambda: self._get("large/", "--prefix", "--keys-only"),
+            "missing name": lambda: self._get(MISSING, "--keys-only"),
+            "write+close": lambda: self._put("written", next(self._numbers)),
+            "create+write+close": self._put_new,
+        }
+        return _less_often(timed(calls[operation]), _SLOW[ETCDCTL])
+
+    def cost(self, operation: str, calls: int) -> Cost:
+        return Cost(etcd=1.0)
+
+    def close(self) -> None:
+        """Do nothing: each command has ended."""
+
+    def _get(self, name: str, *options: str) -> None:
+        self._run("get", *options, self._prefix + name)
+
+    def _put(self, name: str, number: int) -> None:
+        self._run("put", self._prefix + name, value_of(number).decode())
+
+    def _run(self, *arguments: str) -> None:
+        subprocess.run(
+            [*self._command, *arguments], stdout=subprocess.PIPE, timeout=_TIMEOUT_S, check=True
+        )
+
+    def _put_new(self) -> None:
+        number = next(self._numbers)
+        self._put(f"{MADE}/{number:07d}", number)
+
+
+def _less_often(sample: Sampler, times: int) -> Sampler:
+    return lambda count: sample(max(1, count // times))
 
 
 async def _timed(call: Callable[[], Awaitable[object]], count: int) -> list[float]:

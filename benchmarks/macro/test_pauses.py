@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.harness.bare import delete_all, fill
 from benchmarks.harness.figures import Figures, Report, Table, duration
+from benchmarks.harness.file_operations import value_of
 from benchmarks.harness.replay import replay, replayed_time
-from benchmarks.harness.startup import key_names
-from benchmarks.harness.targets import value_of
+from benchmarks.harness.scale import key_names
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted
 

@@ -8,10 +8,10 @@ import pytest
 
 from benchmarks.harness.bare import fill
 from benchmarks.harness.figures import Figures, Report, Table, duration, number, ratio, slowest
+from benchmarks.harness.file_operations import value_of
 from benchmarks.harness.observer import Observer, observing
 from benchmarks.harness.propagation import Sight, Writer
 from benchmarks.harness.replay import replay, replayed_time
-from benchmarks.harness.targets import value_of
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted
 

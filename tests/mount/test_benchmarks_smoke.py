@@ -19,9 +19,9 @@ _OURS = ("PYTEST_", "COVERAGE_", "COV_")
 @pytest.mark.etcd
 @pytest.mark.fuse
 @pytest.mark.slow
-@pytest.mark.timeout(180)  # a few seconds of work, but seven mounts on a machine that may be busy
+@pytest.mark.timeout(180)  # a few seconds of work, but ten mounts on a machine that may be busy
 def test_every_benchmark_runs(tmp_path: Path) -> None:
-    figures, table = tmp_path / "figures.json", tmp_path / "table.txt"
+    figures, output = tmp_path / "figures.json", tmp_path / "output"
     done = subprocess.run(
         [
             sys.executable,
@@ -29,7 +29,7 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
             "pytest",
             "benchmarks",
             "--smoke",
-            f"--table={table}",
+            f"--output={output}",
             f"--benchmark-json={figures}",
             f"--benchmark-storage=file://{tmp_path / 'storage'}",
             f"--basetemp={tmp_path / 'temp'}",
@@ -46,10 +46,28 @@ def test_every_benchmark_runs(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "skipped" not in done.stdout
     _check_figures(json.loads(figures.read_text())["benchmarks"])
-    text = table.read_text()
+    _check_results(json.loads((output / "results.json").read_text())["tables"])
+    text = (output / "report.txt").read_text()
     assert text in done.stdout
-    for part in ("open+read+close", "--no-cache", "raw client", "Propagation", "Start", "Pauses"):
+    for part in ("open+read+close", "--no-cache", "raw client", "Propagation", "Pauses"):
         assert part in text
+    assert "C libfuse" in (output / "results.svg").read_text()
+
+
+def _check_results(tables: list[dict[str, Any]]) -> None:
+    """Check the requests of the C file system, and that all is there that the plot shows."""
+    by_name = {table["name"]: table["figures"] for table in tables}
+    requests = {
+        row["operation"]: row["fuse_requests"]
+        for row in by_name["operations"]
+        if row["target"] == "C libfuse"
+    }
+    assert requests["stat"] == requests["missing name"] == {}
+    assert requests["open+read+close"] == {"open": 1, "release": 1}
+    assert requests["listing of 100"] == {"opendir": 1, "releasedir": 1}
+    assert all(row["change"] > 0 for row in by_name["scale"] if row["keys"])
+    walks = {(row["target"], row["walk"]): row for row in by_name["cold walk"]}
+    assert walks["--cache", "first"]["fuse_requests_per_file"] > 0
 
 
 def _check_figures(benchmarks: list[dict[str, Any]]) -> None:
@@ -60,4 +78,5 @@ def _check_figures(benchmarks: list[dict[str, Any]]) -> None:
     assert stat["stats"]["median"] > 0
     assert stat["extra_info"]["fuse_requests"] == {}
     opened = by_name["test_operation[open+read+close---cache]"]["extra_info"]
-    assert opened["fuse_requests"] == {"open": 1, "release": 1}
+    assert opened["fuse_requests"]["open"] == 1
+    assert opened["to_c"] > 0

@@ -17,7 +17,7 @@ from statistics import median
 import pytest
 
 from benchmarks.harness.bare import ETCD_ARGUMENTS, fill
-from benchmarks.harness.startup import (
+from benchmarks.harness.scale import (
     compiled_modules,
     key_names,
     time_mount,

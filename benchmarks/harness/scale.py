@@ -1,9 +1,11 @@
-"""How long it takes to mount many keys, and how much memory they take.
+"""How long it takes to mount many keys, how much memory they take, and what a change costs then.
 
 Concurrency: plain blocking calls.
 """
 
 import os
+import subprocess
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +15,20 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Final
 
-from benchmarks.harness.bare import read_all
+from benchmarks.harness.bare import etcdctl_command, put_one_by_one, read_all
+from benchmarks.harness.file_operations import value_of
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted
 
 KEYS_PER_DIRECTORY: Final = 100
-SIZES: Final = (0, 10_000, 100_000)
+SIZES: Final = (0, 1_000, 10_000, 100_000)
+MILLION: Final = 1_000_000
 SMOKE_SIZES: Final = (0, 500)
+
+CHANGES: Final = 300
+"""Changes of which the cost of one is the mean."""
+
+_TIMEOUT_S: Final = 120
 
 DISTURBED: Final = 0.25
 """The share of its time that a process may have waited for a processor. Beside the daemon there
@@ -71,8 +80,17 @@ def time_bare_range(etcd: EtcdProcess, prefix: bytes, count: int) -> Timed:
     return Timed(taken, _waited("thread-self") - waited)
 
 
-def time_mount(etcd: EtcdProcess, prefix: bytes, count: int) -> tuple[Timed, int]:
-    """Return how long `etcdfs mount --cache` takes, and the daemon's memory after it in bytes.
+def time_etcdctl(etcd: EtcdProcess, prefix: bytes) -> float:
+    """Return how long `etcdctl get --prefix` takes to print all keys and values."""
+    command = [*etcdctl_command(etcd), "get", "--prefix", os.fsdecode(prefix)]
+    begun = perf_counter()
+    subprocess.run(command, stdout=subprocess.DEVNULL, timeout=_TIMEOUT_S, check=True)
+    return perf_counter() - begun
+
+
+@contextmanager
+def mounting(etcd: EtcdProcess, prefix: bytes, count: int) -> Iterator[tuple[Mounted, Timed]]:
+    """Mount with `--cache`; give the mount, and how long it took.
 
     That is from the start of the command to its end, when the mount is usable and complete.
     """
@@ -81,7 +99,28 @@ def time_mount(etcd: EtcdProcess, prefix: bytes, count: int) -> tuple[Timed, int
         taken = perf_counter() - begun
         waited = _waited(str(mounted.daemon))
         assert mounted.statistics()["mirror"]["listed_keys"] == count
-        return Timed(taken, waited), _resident(mounted.daemon)
+        yield mounted, Timed(taken, waited)
+
+
+def time_mount(etcd: EtcdProcess, prefix: bytes, count: int) -> tuple[Timed, int]:
+    """Return how long mounting takes, and the daemon's memory after it in bytes."""
+    with mounting(etcd, prefix, count) as (mounted, taken):
+        return taken, resident(mounted.daemon)
+
+
+def cost_of_change(etcd: EtcdProcess, mounted: Mounted, prefix: bytes, count: int) -> float:
+    """Have another client change some keys; return the daemon's processor time for one of them.
+
+    They are spread over all `count`. The kernel has looked up their files, so that it has to be
+    told; nobody reads them afterwards.
+    """
+    changed = list(key_names(prefix, count))[:: max(1, count // CHANGES)][:CHANGES]
+    for key in changed:
+        os.stat(os.fsencode(mounted.path) + b"/" + key.removeprefix(prefix))
+    daemon = mounted.daemon
+    before = _processor_time(daemon)
+    mounted.wait(put_one_by_one(etcd.endpoint, ((key, value_of(1)) for key in changed)))
+    return (_processor_time(daemon) - before) / len(changed)
 
 
 def turns(etcd: EtcdProcess, prefix: bytes, count: int) -> Iterator[Turn]:
@@ -127,7 +166,13 @@ def _waited(task: str) -> float:
         return 0.0
 
 
-def _resident(pid: int) -> int:
+def _processor_time(pid: int) -> float:
+    """Return the processor time of a process in seconds, all its threads."""
+    # What clock_getcpuclockid(3) returns, which Python lacks. /proc/PID/stat counts whole ticks.
+    return time.clock_gettime((~pid << 3) | 2)
+
+
+def resident(pid: int) -> int:
     """Return the resident memory of a process in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         name, _, rest = line.partition(":")
