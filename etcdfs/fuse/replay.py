@@ -12,7 +12,12 @@ is told from all others. Only closing a file says no thread; there the handle te
 else ever gets.
 
 What a replay must not do, it cannot: it opens no symbolic link and nothing that is mounted over a
-file (openat2(2)), never waits for a reader of a FIFO, and sets a file to the size that it has.
+file (openat2(2)), never waits for a reader of a FIFO, and writes past the kernel's page cache.
+
+Nor is Linux told anything that may be out of date when it gets to know. Of an answer to SETATTR,
+CREATE or MKNOD it believes the size whatever has become of the inode since, and cuts off pages of
+a newer version. So a file is not truncated but written to (O_DIRECT), and one that is new is made
+under a number of no other, which no later look at the name finds.
 
 Concurrency: `perform` runs in a thread and shares with the trio thread nothing but `_active`,
 whose every access is one operation of a dict. `answer` runs on the trio thread, never waits, and
@@ -58,7 +63,9 @@ _RESOLVE: Final = 0x01 | 0x04 | 0x08  # RESOLVE_NO_XDEV | _NO_SYMLINKS | _BENEAT
 _OPEN_HOW: Final = struct.Struct("=QQQ")
 _PATH_MAX: Final = 4096
 _DIRECTORY: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
-_FILE: Final = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+_FILE: Final = (
+    os.O_WRONLY | os.O_DIRECT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
+)
 
 
 class Step(Enum):
@@ -84,7 +91,8 @@ class Replay:
         was: What stood there before; it may be gone.
         now: What stood there after.
         old: Versions that are superseded while somebody has them open.
-        stand_in: The inode of what is gone, if the kernel does not know it any more.
+        stand_in: The inode of what is gone, if the kernel does not know it any more, and of a
+            file that is made.
         steps: What is to be done.
         step: What is being done.
     """
@@ -185,7 +193,7 @@ class Replayer:
 
     def answers(self, name: str, arguments: tuple[Any, ...]) -> bool:
         """Say whether a request is of a replay, and to be answered by `answer`."""
-        if name in _CLOSING:
+        if name in _BY_HANDLE:
             return bool(arguments[0] == HANDLE)
         return bool(self._active) and getattr(arguments[-1], "pid", 0) in self._active
 
@@ -195,8 +203,8 @@ class Replayer:
         Raises:
             FUSEError: As it would be for anybody, or since the replay is out of date.
         """
-        if name in _CLOSING:
-            return None
+        if name in _BY_HANDLE:
+            return self._write(*arguments) if name == "write" else None
         *given, context = arguments
         replayed = self._active[context.pid]
         if name not in self._answers:
@@ -257,9 +265,11 @@ class Replayer:
             raise FUSEError(errno.ESTALE)
         return node
 
-    def _getattr(self, _replayed: Replay, inode: int) -> pyfuse3.EntryAttributes:
+    def _getattr(self, replayed: Replay, inode: int) -> pyfuse3.EntryAttributes:
         if inode == self._old_versions:
             return pack(self._own_directory())
+        if inode == replayed.stand_in and replayed.step is Step.MAKE:
+            return pack(self._stand_in(replayed))
         node = self._known(inode)
         if node is None:
             raise FUSEError(errno.ESTALE)
@@ -285,20 +295,31 @@ class Replayer:
         self._file(replayed, inode)
         return FileInfo(fh=HANDLE, keep_cache=True)
 
+    def _write(self, _handle: int, _offset: int, data: bytes) -> int:
+        return len(data)
+
     def _create(
         self, replayed: Replay, parent: int, name: bytes, *_how: object
     ) -> tuple[FileInfo, pyfuse3.EntryAttributes]:
-        made = self._make(replayed, parent, name)
-        return FileInfo(fh=HANDLE, keep_cache=True), made
+        self._made(replayed, parent, name)
+        return FileInfo(fh=HANDLE, keep_cache=True), pack(self._stand_in(replayed))
+
+    def _stand_in(self, replayed: Replay) -> Attributes:
+        assert replayed.now is not None
+        shown = self._filesystem.attributes(replayed.now)
+        return replace(shown, inode=replayed.stand_in, timeout_s=0.0)
 
     def _make(
         self, replayed: Replay, parent: int, name: bytes, *_how: object
     ) -> pyfuse3.EntryAttributes:
+        return pack(self._filesystem.hand_out(self._made(replayed, parent, name)))
+
+    def _made(self, replayed: Replay, parent: int, name: bytes) -> Node:
         node = self._current(Dentry(Inode(parent), name))
         is_replayed = (parent, name) == (replayed.directory.inode, replayed.name)
         if node is None or not is_replayed or replayed.step is not Step.MAKE:
             raise FUSEError(errno.ESTALE)
-        return pack(self._filesystem.hand_out(node))
+        return node
 
     def _remove(self, replayed: Replay, parent: int, name: bytes) -> None:
         if parent == self._old_versions and name in replayed.old:
@@ -310,7 +331,8 @@ class Replayer:
             raise FUSEError(errno.ESTALE)
 
 
-_CLOSING: Final = frozenset(("flush", "release", "fsync"))
+_BY_HANDLE: Final = frozenset(("write", "flush", "release", "fsync"))
+"""Requests that do not say which thread made them, or may come when it has gone on."""
 
 
 # --- the calls -------------------------------------------------------------------------------
@@ -347,7 +369,7 @@ def _open_beneath(directory: int, path: bytes, flags: int, mode: int = 0) -> int
 def _change(_root: int, directory: int, replayed: Replay) -> None:
     file = _open_beneath(directory, replayed.name, _FILE)
     try:
-        os.ftruncate(file, os.fstat(file).st_size)
+        os.pwrite(file, b"\0", 0)
     finally:
         os.close(file)
 
@@ -364,7 +386,7 @@ def _make(_root: int, directory: int, replayed: Replay) -> None:
             file = _open_beneath(directory, name, _FILE | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 if now.key_state is not None and now.key_state.size:
-                    os.ftruncate(file, os.fstat(file).st_size)
+                    os.pwrite(file, b"\0", 0)
             finally:
                 os.close(file)
         case "symlink":

@@ -235,6 +235,37 @@ def test_b127_a_burst_is_heard_of_at_its_end(cached: Lab) -> None:
     assert after["waiting"] == 0
 
 
+def test_b127_whoever_reads_meanwhile_reads_whole_versions(cached: Lab) -> None:
+    """Linux believes what it is told of a size: it must not be told of one that is past."""
+    sizes = (10, 3000, 70_000, 1, 500)
+    cached.put("f", b"0" * sizes[0])
+    ended = threading.Event()
+    torn: list[tuple[int, int]] = []
+
+    def read() -> None:
+        while not ended.is_set():
+            with (cached.path / "f").open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                found = file.read()
+            if found != b"%d" % sizes.index(size) * size:
+                torn.append((size, len(found)))
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for reader in readers:
+        reader.start()
+    try:
+        with watching(cached.mounted, cached.path) as watcher:
+            for number in range(1, 1500):
+                kind = number % len(sizes)
+                cached.client.put(cached.key("f"), b"%d" % kind * sizes[kind])
+            watcher.until("CLOSE_WRITE f")
+    finally:
+        ended.set()
+        for reader in readers:
+            reader.join()
+    assert not torn
+
+
 def test_b127_nothing_else_comes_of_an_event(cached: Lab) -> None:
     def look() -> list[tuple[int, ...]]:
         paths = (cached.path, cached.path / "f")
