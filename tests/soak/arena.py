@@ -31,6 +31,7 @@ from tests.soak.control import Control, Flag, Mark, until
 from tests.soak.etcds import Etcds, run
 from tests.soak.events import event_of
 from tests.soak.history import Event, Kind, Read, Verdict, Write, judge
+from tests.soak.listening import DEAF, judge_heard
 from tests.soak.mounts import ROOT, Mount
 from tests.soak.propagation import Delay, seen_by_reading, seen_by_watching
 from tests.soak.proxy import Mode, Proxy
@@ -204,7 +205,7 @@ class Arena:
         label = Label(_PRELOADER, 1, 1)
         pairs = [
             (layout.key(name), encode(name, label, 100))
-            for name in (*layout.TOGETHER, *layout.SINGLE, *layout.MOUNTED)
+            for name in (*layout.TOGETHER, *layout.SINGLE, *layout.LASTING, *layout.MOUNTED)
         ]
         pairs += [(layout.key(name), encode_counter(name, label)) for name in layout.COUNTERS]
         pairs.append((layout.key(layout.LOG), encode_line(label)))
@@ -382,6 +383,7 @@ class Load:
             self._start("author", mount=author)
         for _ in range(READERS):
             self._start("reader", mount=reader)
+        self._start("listener", mount=reader)
         self._start("waiter", mount=str(arena.reader.path))
         self.until_busy()
 
@@ -501,6 +503,7 @@ class Load:
         events: list[Event] = [*self._preloaded]
         writes: list[Write] = []
         reads: list[Read] = []
+        heard: list[Read] = []
         for task, path in files.items():
             match task.role:
                 case "recorder":
@@ -509,9 +512,18 @@ class Load:
                     writes += list(journal.writes(path))
                 case "reader":
                     reads += list(journal.reads(path))
+                case "listener":
+                    heard += list(journal.reads(path))
                 case _:
                     pass
-        verdict = judge(events, writes, reads, counters=layout.COUNTING, first=self._first)
+        verdict = judge(
+            events,
+            writes,
+            [*reads, *(h for h in heard if h.key != DEAF)],
+            counters=layout.COUNTING,
+            first=self._first,
+        )
+        judge_heard(events, reads, heard, verdict)
         counts = Counter(os.strerror(read.counter) for read in reads if read.kind is Kind.ERROR)
         for reason, count in counts.items():
             verdict.failures[reason] += count

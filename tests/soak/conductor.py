@@ -29,7 +29,7 @@ from tests.soak.arena import Arena, Conditions
 from tests.soak.control import until
 from tests.soak.etcds import why_no_namespaces
 from tests.soak.faults_single import check
-from tests.soak.history import FOREVER, READ_FAULTS, WRITE_FAULTS, Verdict
+from tests.soak.history import EVENT_FAULTS, FOREVER, READ_FAULTS, WRITE_FAULTS, Verdict
 from tests.soak.mounts import Mount
 from tests.soak.table import ELSEWHERE, Fault
 
@@ -205,12 +205,14 @@ class Conductor:
         self._say("")
         for conditions in self.conditions:
             self._say(_propagation(conditions))
-        counts = Counter(dict.fromkeys((*READ_FAULTS, *WRITE_FAULTS), 0)) + verdict.counts
-        wrong = ", ".join(f"{fault} {counts[fault]}" for fault in (*READ_FAULTS, *WRITE_FAULTS))
+        faults_seen = (*READ_FAULTS, *WRITE_FAULTS, *EVENT_FAULTS)
+        counts = Counter(dict.fromkeys(faults_seen, 0)) + verdict.counts
+        wrong = ", ".join(f"{fault} {counts[fault]}" for fault in faults_seen)
         self._say(
             f"total: reads {verdict.reads}, writes {verdict.writes} "
             f"({verdict.unknown} more with an unknown outcome), "
-            f"failed reads {verdict.errors} {dict(verdict.failures) or ''}"
+            f"failed reads {verdict.errors} {dict(verdict.failures) or ''}, "
+            f"inotify events {verdict.heard}, of {verdict.stayed} versions that stayed"
         )
         self._say(f"       {wrong}")
         for example in verdict.examples[:20]:

@@ -108,6 +108,10 @@ _ALL: Final = (
     ),
     Control("lost-acknowledgement", CALM, ("lost",)),
     Control("blind-overwrite", CALM, ("lost update",)),
+    Control("event-before-content", CALM, ("unheard",)),
+    Control("lost-event", CALM, ("unheard",)),
+    Control("event-twice", CALM, ("x twice",)),
+    Control("replay-reaches-etcd", CALM, ("doubled",)),
 )
 
 CONTROLS: Final = {control.name: control for control in _ALL}

@@ -94,6 +94,7 @@ BROKEN: Final = -2
 """The writer of an event whose value nobody wrote as it is."""
 
 READ_FAULTS: Final = ("torn", "phantom", "future", "stale", "backwards", "inverted")
+EVENT_FAULTS: Final = ("unheard", "twice")  # see tests/soak/listening.py
 WRITE_FAULTS: Final = ("lost", "doubled", "resurrected", "lost update")
 
 
@@ -109,6 +110,8 @@ class Verdict:
         writes: Writes acknowledged.
         unknown: Writes that failed with an unknown outcome.
         failures: Reads that failed, by the reason.
+        heard: Events that were heard through inotify.
+        stayed: Versions that stayed long enough to be heard of.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -118,6 +121,8 @@ class Verdict:
     writes: int = 0
     unknown: int = 0
     failures: Counter[str] = field(default_factory=Counter)
+    heard: int = 0
+    stayed: int = 0
 
     @property
     def clean(self) -> bool:
@@ -138,6 +143,8 @@ class Verdict:
         self.errors += other.errors
         self.writes += other.writes
         self.unknown += other.unknown
+        self.heard += other.heard
+        self.stayed += other.stayed
         self.failures += other.failures
 
 

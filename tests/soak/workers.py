@@ -7,6 +7,7 @@ Roles:
     writer: Puts, deletes and bumps keys as a foreign client.
     author: Does the same through a mount.
     reader: Reads through the mount under test.
+    listener: Watches the mount under test with inotify(7), and reads what it hears of.
     waiter: Asks the mount under test to show the newest revision, and tells all what it shows.
     recorder: Watches etcd at every member, and notes all events.
 
@@ -31,6 +32,7 @@ from tests.soak.control import Control, Flag, Mark, nap
 from tests.soak.events import event_of, understand
 from tests.soak.history import Kind, Outcome, Read, Write
 from tests.soak.journal import Journal
+from tests.soak.listening import Listener
 from tests.soak.values import Label, decode, encode, encode_counter, encode_line
 
 _WRITER_PACE_S: Final = 0.02
@@ -67,6 +69,7 @@ def main(encoded: str) -> None:
         "writer": write,
         "author": author,
         "reader": read,
+        "listener": listen,
         "waiter": wait,
         "recorder": record,
     }
@@ -158,7 +161,9 @@ class _Writer:
         match self._chance.randrange(10):
             case 0 | 1 | 2:
                 self._put(layout.TOGETHER)
-            case 3 | 4 | 5:
+            case 3:
+                self._put((self._chance.choice(layout.LASTING),))
+            case 4 | 5:
                 self._put((self._chance.choice(layout.SINGLE),))
             case 6:
                 self._change(self._chance.choice(layout.COUNTERS), _bumped)
@@ -467,6 +472,17 @@ def read(task: Task, control: Control, journal: Journal) -> None:
     reader = _Reader(task, control, journal)
     for _ in _turns(task, control, Flag.HOLD_READERS, _READER_PACE_S):
         reader.turn()
+
+
+def listen(task: Task, control: Control, journal: Journal) -> None:
+    """Watch the mount under test."""
+    listener = Listener(task.mount, task.number)
+    try:
+        while not control.stopping:
+            for heard in listener.turn(control.flag(Flag.FLOOR)):
+                journal.read(heard)
+    finally:
+        listener.close()
 
 
 def wait(task: Task, control: Control, journal: Journal) -> None:

@@ -66,6 +66,10 @@ class Watcher:
     ) -> None:
         os.close(self._fd)
 
+    def fileno(self) -> int:
+        """Return the descriptor, for select(2)."""
+        return int(self._fd)
+
     def add(self, path: Path) -> None:
         """Watch one more."""
         watch = self._libc.inotify_add_watch(self._fd, bytes(path), self._mask)

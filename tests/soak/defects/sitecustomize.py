@@ -7,6 +7,7 @@ belongs to has been imported, it is patched. etcdfs itself knows nothing of any 
 Concurrency: patches run where what they replace would run.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.abc
@@ -266,6 +267,73 @@ def blind_overwrite(module: Any) -> None:
         return dataclasses.replace(condition, field="version", operator=">", number=-1)
 
     replace(module, "unchanged", unchanged)
+
+
+# --- who watches through inotify ------------------------------------------------------------
+
+
+@defect("event-before-content", "etcdfs.mirror.applier")
+def event_before_content(module: Any) -> None:
+    """Who watches hears of a version a moment before it can be read."""
+    original = module.Applier.take
+
+    async def take(self: Any, events: Any, stored_records: Any = ()) -> None:
+        if self.observe is not None:
+            changes = module.changes_of_others(self._update.plan(events), self._update.locked)
+            note = self.observe(changes)
+            if note is not None:
+                note()
+                await module.trio.sleep(0.01)
+        await original(self, events, stored_records)
+
+    replace(module.Applier, "take", take)
+    replace(module.Applier, "_observed", lambda _self, _plan, _parts=(): None)
+
+
+@defect("lost-event", "etcdfs.fuse.replay")
+def lost_event(module: Any) -> None:
+    """Some replays are not made."""
+    original, now = module.Replayer.perform, sometimes(5)
+
+    def perform(self: Any, replayed: Any) -> None:
+        if not now():
+            original(self, replayed)
+
+    replace(module.Replayer, "perform", perform)
+
+
+@defect("event-twice", "etcdfs.fuse.replay")
+def event_twice(module: Any) -> None:
+    """Each replay is made twice."""
+    original = module.Replayer.perform
+
+    def perform(self: Any, replayed: Any) -> None:
+        original(self, replayed)
+        with contextlib.suppress(OSError):
+            original(self, replayed)
+
+    replace(module.Replayer, "perform", perform)
+
+
+@defect("replay-reaches-etcd", "etcdfs.fuse.replay")
+def replay_reaches_etcd(module: Any) -> None:
+    """Some replays are taken for writes of a program's, and put what is there once more."""
+    store_module: Any = importlib.import_module("etcdfs.keyspace.store")
+    trio: Any = importlib.import_module("trio")
+    original, now = module.Replayer._open, sometimes(10)
+
+    async def put(store: Any, key: bytes) -> None:
+        for entry in (await store.range(key)).entries:
+            again = store_module.Put(key, entry.value)
+            await store.commit(store_module.Transaction((), (again,)))
+
+    def open_(self: Any, replayed: Any, inode: int, flags: int) -> Any:
+        key = self._tree.key_of(self._file(replayed, inode))
+        if now() and key is not None:
+            trio.lowlevel.spawn_system_task(put, self._filesystem._store, key)
+        return original(self, replayed, inode, flags)
+
+    replace(module.Replayer, "_open", open_)
 
 
 # --- planting -------------------------------------------------------------------------------
