@@ -30,7 +30,6 @@ from etcdfs.etcd.calls import (
     NoThreadError,
     Stream,
     call,
-    keep_for_ever,
 )
 from etcdfs.etcd.tls import credentials, password
 from etcdfs.options import Endpoint, Security
@@ -38,8 +37,6 @@ from etcdfs.options import Endpoint, Security
 _HAS_LEADER: Final = ("hasleader", "true")
 """A member without a leader refuses at once, before it looks at the request, instead of letting
 it wait."""
-
-_READY: Final[int] = grpc.ChannelConnectivity.READY.value[0]
 
 LOGIN_PAUSE_S: Final = 1.0
 """How long a refused password is not tried again: etcd spends a tenth of a second on each."""
@@ -156,16 +153,12 @@ class Connection:
             channel = grpc.insecure_channel(str(endpoint), options=options)
         else:
             channel = grpc.secure_channel(str(endpoint), trust, options=options)
-        return cls(endpoint, login, channel)
+        return cls(endpoint, login, Channel(channel))
 
     @property
     def ready(self) -> bool:
         """Whether it works, as far as is known; starts to connect if not."""
-        if self._is_given_up:
-            return False
-        # The public way, `subscribe`, keeps a thread that wakes five times a second.
-        state = self._channel._channel.check_connectivity_state(True)  # noqa: SLF001
-        return bool(state == _READY)
+        return not self._is_given_up and self._channel.is_ready
 
     async def range(self, request: wire.Message, deadline: float) -> wire.Message:
         """Send a range."""
@@ -219,7 +212,7 @@ class Connection:
     def _lose(self) -> None:
         """Leave a channel that nobody listens to any more; it has no other calls."""
         self._is_lost = True
-        keep_for_ever(self._channel)
+        self._channel.keep_for_ever()
 
     def _close(self) -> InThread[None]:
         if self._closing is None:

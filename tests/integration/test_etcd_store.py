@@ -217,22 +217,33 @@ async def test_want_of_threads_passes(etcd: EtcdProcess, monkeypatch: pytest.Mon
     def refuse(_thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    async def read_on(store: EtcdStore) -> None:
-        while True:  # the thread of the call before may not have ended yet
-            await store.range(b"a")
-
     # Both refusals take the whole of the store's timeout.
-    async with bounded(TIMEOUT_S), open_store([etcd.endpoint], timeout_s=TIMEOUT_S / 3) as store:
-        await store.range(b"a")
+    opening = open_store([etcd.endpoint], timeout_s=TIMEOUT_S / 3)
+    async with bounded(TIMEOUT_S), opening as store:
         with monkeypatch.context() as patch:
             patch.setattr(threading.Thread, "start", refuse)
             with pytest.raises(StoreUnavailableError, match="no thread can be started"):
-                await read_on(store)
+                await store.renew()
             with pytest.raises(WatchLostError, match="no thread can be started"):
                 async with store.watch(b"", END_OF_KEYS, 0):
                     pass
         await store.range(b"a")
         await store.commit(PUT)
+
+
+async def test_calls_one_after_the_other_take_no_new_thread(
+    etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to itself, gRPC starts a thread for each, and the caller waits for that."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise AssertionError(f"{thread} is started")
+
+    async with bounded(TIMEOUT_S), open_store([etcd.endpoint], timeout_s=TIMEOUT_S) as store:
+        await store.range(b"a")
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        for _ in range(10):
+            await store.commit(PUT)
 
 
 # --- failing --------------------------------------------------------------------------------
