@@ -1,12 +1,14 @@
 """What is wrong with etcd, or with what a mount may do there.
 
-Knows: the questions to each member, and to the prefix. Does not know: gRPC, and how it is shown.
+Knows: the questions to each member, about certificates, and to the prefix. Does not know: gRPC, how
+it is shown, what a member says by HTTP (`member_page`).
 
 Concurrency: trio; every question is bounded by `--timeout`, the walk over the keys by
 `SCAN_TIMEOUT_S`.
 """
 
 import re
+import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Final
@@ -14,10 +16,14 @@ from typing import Final
 import trio
 
 from etcdfs.doctor.machine import Finding, Level
+from etcdfs.doctor.member_page import check_page
+from etcdfs.doctor.snapshot import check_snapshot
 from etcdfs.errors import StoreError, StorePermissionError
 from etcdfs.etcd.client import open_store
+from etcdfs.etcd.tls import member_expiry, own_expiries
 from etcdfs.keyspace.attribute_records import is_record_key, is_void, owner_of, record_range
 from etcdfs.keyspace.keys import Keyspace
+from etcdfs.keyspace.paging import Pages, Paging
 from etcdfs.keyspace.store import (
     Compare,
     Delete,
@@ -36,11 +42,14 @@ SCAN_TIMEOUT_S: Final = 60.0
 """How long all keys may take to be read; what is found by then is said."""
 
 PAGE: Final = 1000
+NEAR: Final = 0.8
+"""Of --max-file-size: larger values are worth a word."""
+
+EXPIRY_S: Final = 30 * 86_400.0
+"""A certificate that ends sooner is to be renewed now."""
+
 SLOW_S: Final = 0.1
 """What a read of one key takes at most where etcd is well and near."""
-
-FULL: Final = 0.8
-ASSUMED_QUOTA: Final = 2 * 1024**3  # etcd's default --quota-backend-bytes
 
 _MAY_LOSE_DATA: Final = ("3.5.0", "3.5.1", "3.5.2")  # https://github.com/etcd-io/etcd/issues/13766
 _OLDEST: Final = (3, 4)
@@ -54,24 +63,25 @@ async def check_cluster(options: MountOptions, *, fix: bool) -> AsyncIterator[Fi
     """
     if not options.endpoints:
         yield Finding(Level.NOTE, "etcd", "none to ask: --embedded starts one with the mount")
-    clusters: dict[int, Endpoint] = {}
-    usable: list[Endpoint] = []
+    clusters: dict[Endpoint, int] = {}
     for endpoint in options.endpoints:
         try:
-            async with _asking(options, (endpoint,)) as store:
-                async for finding, cluster in _check_member(store, endpoint):
-                    clusters.setdefault(cluster, endpoint)
-                    yield finding
-            usable.append(endpoint)
+            async for finding, cluster in _check_endpoint(options, endpoint):
+                clusters[endpoint] = cluster
+                yield finding
         except StoreError as exc:
             yield Finding(Level.PROBLEM, "etcd", str(exc))
-    if len(clusters) > 1:
-        listed = " and ".join(map(str, clusters.values()))
+    async for finding in _check_own_certificates(options):
+        yield finding
+    if len(set(clusters.values())) > 1:
+        listed = " and ".join(map(str, clusters))
         yield Finding(Level.PROBLEM, "etcd", f"{listed} are of different clusters")
-    if usable:
-        async with _asking(options, tuple(usable)) as store:
+    if clusters:
+        async with _asking(options, tuple(clusters)) as store:
             async for finding in _check_prefix(store, options, fix=fix):
                 yield finding
+    async for finding in check_snapshot(options, cluster=min(clusters.values(), default=0)):
+        yield finding
 
 
 @asynccontextmanager
@@ -82,6 +92,24 @@ async def _asking(options: MountOptions, endpoints: tuple[Endpoint, ...]) -> Asy
 
 
 # --- members --------------------------------------------------------------------------------
+
+
+async def _check_endpoint(
+    options: MountOptions, endpoint: Endpoint
+) -> AsyncIterator[tuple[Finding, int]]:
+    """Yield what is found of a member, and which cluster it is of.
+
+    Raises:
+        StoreError: It does not answer, or refuses.
+    """
+    async with _asking(options, (endpoint,)) as store:
+        async for finding, cluster in _check_member(store, endpoint):
+            yield finding, cluster
+    for finding in await check_page(endpoint, options.security, options.timeout_s):
+        yield finding, cluster
+    if endpoint.secure:
+        ends = await member_expiry(options.security, endpoint, options.timeout_s)
+        yield _check_expiry(f"the certificate of {endpoint}", ends), cluster
 
 
 async def _check_member(store: Store, endpoint: Endpoint) -> AsyncIterator[tuple[Finding, int]]:
@@ -98,12 +126,6 @@ async def _check_member(store: Store, endpoint: Endpoint) -> AsyncIterator[tuple
         yield found(Level.PROBLEM, f"etcd {status.version} is too old; 3.4 is the oldest")
     for problem in status.problems:
         yield found(Level.PROBLEM, f"it says: {problem}")
-    if status.database_size > FULL * ASSUMED_QUOTA:
-        size = status.database_size / 1024**3
-        yield found(
-            Level.NOTE,
-            f"its database has {size:.1f} GiB; etcd's quota is 2 GiB unless it was raised",
-        )
     before = trio.current_time()
     with suppress(StorePermissionError):  # it was answered all the same
         await store.range(b"\0", limit=1, keys_only=True)
@@ -115,6 +137,24 @@ def _release(version: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
 
 
+async def _check_own_certificates(options: MountOptions) -> AsyncIterator[Finding]:
+    if not any(endpoint.secure for endpoint in options.endpoints):
+        return
+    try:
+        for name, ends in (await own_expiries(options.security, options.timeout_s)).items():
+            yield _check_expiry(name, ends)
+    except StoreError as exc:
+        yield Finding(Level.PROBLEM, "certificate", str(exc))
+
+
+def _check_expiry(name: str, ends: float) -> Finding:
+    """Say how long a certificate is still good for."""
+    left_s = ends - time.time()
+    level = Level.PROBLEM if left_s < EXPIRY_S else Level.OK
+    day = time.strftime("%Y-%m-%d", time.gmtime(ends))
+    return Finding(level, "certificate", f"{name} ends on {day}, in {left_s / 86_400:.0f} days")
+
+
 # --- the prefix -----------------------------------------------------------------------------
 
 
@@ -124,14 +164,17 @@ async def _check_prefix(
     keyspace = Keyspace(options.prefix)
     shown = printable(options.prefix.decode(errors="backslashreplace")) or "(all keys)"
     try:
-        keys = await _read(store, keyspace.start, keyspace.end)
+        keys, sizes = await _read(store, keyspace.start, keyspace.end)
     except StoreError as exc:
         yield Finding(Level.PROBLEM, "prefix", f"{shown} cannot be read: {exc}")
         return
     if not options.read_only:
         yield await _check_writing(store, keyspace, shown)
     own = {key: entry for key, entry in keys.items() if not is_record_key(key)}
-    yield Finding(Level.OK, "keys", f"{len(own)} keys below {shown}")
+    size = sum(sizes[key] for key in own)
+    yield Finding(Level.OK, "keys", f"{len(own)} keys below {shown}, {size} bytes")
+    for finding in _check_sizes({key: sizes[key] for key in own}, options.max_file_size):
+        yield finding
     async for finding in _check_records(store, keyspace, own, options, fix=fix):
         yield finding
     for count, example, what in _odd(keyspace, own):
@@ -139,16 +182,33 @@ async def _check_prefix(
             yield Finding(Level.NOTE, "keys", f"{count} {what}, such as {example!r}")
 
 
-async def _read(store: Store, start: bytes, end: bytes) -> dict[bytes, KeyValue]:
-    """Return all keys of a range, without their values."""
+async def _read(
+    store: Store, start: bytes, end: bytes
+) -> tuple[dict[bytes, KeyValue], dict[bytes, int]]:
+    """Return all keys of a range, without their values, and how many bytes each value has."""
     found: dict[bytes, KeyValue] = {}
+    sizes: dict[bytes, int] = {}
+    pages = Pages(store, start, end, Paging(PAGE))
     with trio.fail_after(SCAN_TIMEOUT_S):
-        while True:
-            page = await store.range(start, end, limit=PAGE, keys_only=True)
-            found.update((entry.key, entry) for entry in page.entries)
-            if not page.more:
-                return found
-            start = page.entries[-1].key + b"\0"
+        while (page := await pages.next()) is not None:
+            found.update((entry.key, entry._replace(value=b"")) for entry in page.entries)
+            sizes.update((entry.key, len(entry.value)) for entry in page.entries)
+    return found, sizes
+
+
+def _check_sizes(sizes: Mapping[bytes, int], largest_file: int) -> Iterator[Finding]:
+    """Say what cannot be written through a mount, and what will soon be so large."""
+    for limit, level, what in (
+        (largest_file, Level.PROBLEM, "values are larger than --max-file-size"),
+        (NEAR * largest_file, Level.NOTE, "values are nearly as large as --max-file-size"),
+    ):
+        large = {key: size for key, size in sizes.items() if size > limit}
+        if large:
+            largest = max(large, key=large.__getitem__)
+            yield Finding(
+                level, "keys", f"{len(large)} {what}, such as {largest!r} ({large[largest]} bytes)"
+            )
+            return
 
 
 async def _check_writing(store: Store, keyspace: Keyspace, shown: str) -> Finding:
@@ -194,7 +254,7 @@ async def _check_records(
     if options.no_attrs:
         return
     try:
-        records = await _read(store, *record_range(keyspace.prefix))
+        records, _ = await _read(store, *record_range(keyspace.prefix))
     except StorePermissionError as exc:
         yield Finding(
             Level.PROBLEM,

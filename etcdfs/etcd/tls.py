@@ -14,6 +14,7 @@ Concurrency: what blocks (files, the question for a certificate) runs in a threa
 import socket
 import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -141,16 +142,19 @@ def _read(what: str, path: str) -> bytes:
 
 def _pin(security: Security, endpoint: Endpoint, timeout_s: float) -> tuple[bytes, str]:
     """Ask a member for its certificate; return it, and a name that it is for."""
-    open_to_all = _anyone()
-    shown = _handshake(open_to_all, security, endpoint, timeout_s)[0]
-    pem = ssl.DER_cert_to_PEM_cert(shown)
+    pem, certificate = _shown(security, endpoint, timeout_s)
+    return pem.encode(), _name_of(certificate) or endpoint.host
+
+
+def _shown(security: Security, endpoint: Endpoint, timeout_s: float) -> tuple[str, dict[str, Any]]:
+    """Ask a member for its certificate; return it, and what is in it."""
+    pem = ssl.DER_cert_to_PEM_cert(_handshake(_anyone(), security, endpoint, timeout_s)[0])
     strict = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     strict.check_hostname = False
     strict.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     strict.load_verify_locations(cadata=pem)
     # Once more, verified: only then does Python say what is in it.
-    _, certificate = _handshake(strict, security, endpoint, timeout_s)
-    return pem.encode(), _name_of(certificate) or endpoint.host
+    return pem, _handshake(strict, security, endpoint, timeout_s)[1]
 
 
 def _anyone() -> ssl.SSLContext:
@@ -217,3 +221,67 @@ async def check(security: Security, endpoints: tuple[Endpoint, ...], timeout_s: 
         await _in_thread(partial(_client_pair, security), timeout_s)
         if not security.skip_verify:
             await _in_thread(partial(_roots, security), timeout_s)
+
+
+# --- until when -----------------------------------------------------------------------------
+
+
+async def member_expiry(security: Security, endpoint: Endpoint, timeout_s: float) -> float:
+    """Return when the certificate ends that a member shows, in seconds since the epoch.
+
+    Raises:
+        StoreError: It has ended, or the member shows none.
+    """
+    shown = await _in_thread(partial(_shown, security, endpoint, timeout_s), timeout_s)
+    return ssl.cert_time_to_seconds(shown[1]["notAfter"])
+
+
+async def own_expiries(security: Security, timeout_s: float) -> dict[str, float]:
+    """Return when our own certificate and our authorities end, in seconds since the epoch.
+
+    Raises:
+        StoreError: A file is missing or of no use, or the certificate has ended.
+    """
+    return await _in_thread(partial(_own_expiries, security), timeout_s)
+
+
+def _own_expiries(security: Security) -> dict[str, float]:
+    found: dict[str, float] = {}
+    if security.cert is not None and security.key is not None:
+        _client_pair(security)
+        shown = _shown_to_oneself(security.cert, security.key)
+        found[f"the certificate {security.cert}"] = ssl.cert_time_to_seconds(shown["notAfter"])
+    if security.cacert is not None:
+        _roots(security)
+        trusted = ssl.create_default_context(cafile=security.cacert).get_ca_certs()
+        ends = [ssl.cert_time_to_seconds(str(each["notAfter"])) for each in trusted]
+        if ends:
+            found[f"the CA certificate {security.cacert}"] = min(ends)
+    return found
+
+
+def _shown_to_oneself(cert: str, key: str) -> dict[str, Any]:
+    """Return what is in a client's certificate: Python says it to whom it is shown, and verified."""
+    client, server = _anyone(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    for side in (client, server):
+        side.load_cert_chain(cert, key, password=lambda: b"")
+    server.verify_mode = ssl.CERT_REQUIRED
+    server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    server.load_verify_locations(cert)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asks, shows = server.wrap_bio(there, back, server_side=True), client.wrap_bio(back, there)
+    try:
+        for talking in (shows, asks) * 2:  # hello, hello back, the certificate, and it is read
+            with suppress(ssl.SSLWantReadError):
+                talking.do_handshake()
+    except ssl.SSLError as exc:
+        raise StoreTlsError(f"the certificate {cert}: {_why(exc)}") from exc
+    return asks.getpeercert() or {}
+
+
+def page_context(security: Security) -> ssl.SSLContext:
+    """Return what a page of a member is asked for with, that gRPC trusts already; it may block."""
+    context = _anyone()
+    if security.cert is not None and security.key is not None:
+        context.load_cert_chain(security.cert, security.key, password=lambda: b"")
+    return context

@@ -11,6 +11,8 @@ Concurrency: of a request, ask as the first thing that its handler does: from it
 another one may be the last that the library has seen.
 """
 
+import ctypes
+import ctypes.util
 import importlib
 import logging
 import os
@@ -51,6 +53,16 @@ def _load() -> tuple[Any, str]:
 
 
 _library, why_not = _load()
+
+
+def libfuse_release() -> str | None:
+    """Return which libfuse there is; None if it is not found."""
+    name = ctypes.util.find_library("fuse3")
+    if name is None:
+        return None
+    release = ctypes.CDLL(name).fuse_pkgversion
+    release.restype = ctypes.c_char_p
+    return str(release().decode())
 
 
 @final

@@ -92,7 +92,7 @@ class SnapshotFile:
         self.manifest: Manifest | None = None
         self.damage = ""
         try:
-            self.manifest = self._read_manifest()
+            self.manifest = _read_manifest(self._writer)
         except SnapshotDamagedError as exc:
             self.damage = str(exc)
 
@@ -126,16 +126,7 @@ class SnapshotFile:
         Raises:
             SnapshotDamagedError: They are not those that were written.
         """
-        state = self._state(stream)
-        rows = digest = 0
-        sql = f"{_SELECT} {_table(stream, state.table)} ORDER BY key"
-        with _reading(), closing(self._reader.execute(sql)) as cursor:
-            while found := cursor.fetchmany(PAGE_ROWS):
-                rows += len(found)
-                digest = add_up(digest, added=sum(row[-1] for row in found))
-                yield tuple(map(_entry, found))
-        if (rows, digest) != (state.rows, state.digest):
-            raise SnapshotDamagedError(f"{state.rows} {stream} were written and {rows} found")
+        yield from _pages(self._reader, stream, self._state(stream))
 
     def value(self, key: bytes, revision: Revision) -> bytes | None:
         """Return the value that a key was given at a revision, None if there is none.
@@ -155,16 +146,6 @@ class SnapshotFile:
         if state is None:
             raise SnapshotDamagedError(f"it has no {stream}")
         return state
-
-    def _read_manifest(self) -> Manifest | None:
-        with _reading():
-            (version,) = self._writer.execute("PRAGMA user_version").fetchone()
-            if version == 0 and not self._tables():
-                return None
-            if version != FORMAT:
-                raise SnapshotDamagedError(f"it is of format {version}, not {FORMAT}")
-            found = self._writer.execute("SELECT text FROM manifest").fetchone()
-            return None if found is None else decode(found[0])
 
     # --- writing ----------------------------------------------------------------------------
 
@@ -239,7 +220,7 @@ class SnapshotFile:
         """Make a table for a listing; what an earlier one has left is taken away."""
         known = {} if self.manifest is None else self.manifest.streams
         kept = _table(stream, known[stream].table) if stream in known else None
-        for table in self._tables():
+        for table in _tables(self._writer):
             if table.startswith(f"{stream}_") and table != kept:
                 self._writer.execute(f"DROP TABLE {table}")
         number = known[stream].table + 1 if stream in known else 1
@@ -265,10 +246,6 @@ class SnapshotFile:
         """Make what every database has; a new one has nothing yet."""
         self._writer.execute("CREATE TABLE IF NOT EXISTS manifest (text BLOB)")
         self._writer.execute(f"PRAGMA user_version = {FORMAT}")
-
-    def _tables(self) -> list[str]:
-        found = self._writer.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-        return [name for (name,) in found.fetchall()]
 
     # --- the file ---------------------------------------------------------------------------
 
@@ -339,6 +316,36 @@ def _entry(row: tuple[bytes, bytes, Revision, Revision, int, int, int]) -> KeyVa
     return entry
 
 
+def _read_manifest(database: sqlite3.Connection) -> Manifest | None:
+    with _reading():
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version == 0 and not _tables(database):
+            return None
+        if version != FORMAT:
+            raise SnapshotDamagedError(f"it is of format {version}, not {FORMAT}")
+        found = database.execute("SELECT text FROM manifest").fetchone()
+        return None if found is None else decode(found[0])
+
+
+def _tables(database: sqlite3.Connection) -> list[str]:
+    found = database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+    return [name for (name,) in found.fetchall()]
+
+
+def _pages(
+    database: sqlite3.Connection, stream: Stream, state: StreamState
+) -> Generator[tuple[KeyValue, ...]]:
+    rows = digest = 0
+    sql = f"{_SELECT} {_table(stream, state.table)} ORDER BY key"
+    with _reading(), closing(database.execute(sql)) as cursor:
+        while found := cursor.fetchmany(PAGE_ROWS):
+            rows += len(found)
+            digest = add_up(digest, added=sum(row[-1] for row in found))
+            yield tuple(map(_entry, found))
+    if (rows, digest) != (state.rows, state.digest):
+        raise SnapshotDamagedError(f"{state.rows} {stream} were written and {rows} found")
+
+
 @contextmanager
 def _reading() -> Iterator[None]:
     """Turn what damage looks like into one error."""
@@ -346,6 +353,24 @@ def _reading() -> Iterator[None]:
         yield
     except (sqlite3.Error, TypeError, ValueError, struct.error) as exc:
         raise SnapshotDamagedError(f"it cannot be read: {exc}") from exc
+
+
+def read_through(directory: Path) -> Manifest | None:
+    """Return what there is, every entry of it read, while a mount may go on; None if nothing.
+
+    Raises:
+        SnapshotDamagedError: It cannot be believed.
+    """
+    path = directory / NAME
+    if not path.exists():
+        return None
+    with _reading(), closing(_connect(path)) as reader:
+        reader.execute("BEGIN")  # one state, whatever is written meanwhile
+        manifest = _read_manifest(reader)
+        for stream, state in ({} if manifest is None else manifest.streams).items():
+            for _ in _pages(reader, stream, state):
+                pass
+        return manifest
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -98,7 +98,7 @@ class Snapshots:
         self.keys = StreamRecorder()
         self.attributes = StreamRecorder()
         self._streams = {Stream.KEYS: self.keys, Stream.ATTRIBUTES: self.attributes}
-        self._identity = _identity(options)
+        self._identity = identity_of(options)
         self._threads = trio.CapacityLimiter(2)
         self._writing = trio.Lock()
         self._reading = trio.Lock()
@@ -358,7 +358,7 @@ def open_snapshots(options: MountOptions, clock: Clock) -> Snapshots | None:
     return Snapshots(SnapshotFile.open(Path(options.state_dir)), options, clock)
 
 
-def _identity(options: MountOptions) -> Identity:
+def identity_of(options: MountOptions) -> Identity:
     """Return whose a mount's snapshot is; the cluster is known when etcd has answered."""
     security = options.security
     certificate = "" if security.cert is None else f"certificate {security.cert}"

@@ -1,12 +1,16 @@
 """`etcdfs doctor` finds each of the problems that are planted here, and none where all is well."""
 
 import contextlib
+import ctypes.util
 import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,13 +19,17 @@ import etcdfs.doctor.cluster
 import etcdfs.doctor.machine
 from etcdfs.doctor.machine import Finding, Level, check_machine
 from etcdfs.doctor.main import examine
+from etcdfs.doctor.member_page import check_page
 from etcdfs.errors import FuseMissingError
+from etcdfs.fuse import fastpath
 from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.options import Endpoint, MountOptions, Security
+from etcdfs.snapshots.snapshot_file import NAME
 from tests.mount.client import Client
 from tests.support.etcd_process import EtcdProcess, free_port
 from tests.support.mounted import Mounted, run_etcdfs
-from tests.support.secured import Authority, add_user, secure, switch_users_on
+from tests.support.nobody import needs_root
+from tests.support.secured import EXPIRED, HOSTS, Authority, add_user, secure, switch_users_on
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
@@ -129,6 +137,31 @@ def test_4_a_mount_whose_daemon_is_gone(etcd: EtcdProcess) -> None:
         assert run_etcdfs("umount", str(mounted.path)).returncode == 0
 
 
+def test_17_no_libfuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ctypes.util, "find_library", lambda _name: None)
+    assert of_machine() == {"libfuse"}
+
+
+def test_18_a_fast_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert of_machine(fast_path="on") == set()
+    monkeypatch.setattr(fastpath, "why_not", "there was no compiler")
+    assert of_machine(fast_path="on") == {"fast path"}
+    assert of_machine() == set(), "without, requests cost more, and that is all"
+
+
+@needs_root
+def test_19_events_that_cannot_be_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert of_machine(cache=True, inotify="on", read_only=True) == set()
+    assert of_machine(inotify="on") == {"inotify"}, "without --cache"
+    assert of_machine("5.11.0", cache=True, inotify="on", read_only=True) == {"inotify"}
+    powerless = tmp_path / "status"
+    powerless.write_text("CapPrm:\tffffffffffffffff\nCapEff:\t0000000000000000\n")
+    monkeypatch.setattr(etcdfs.doctor.machine, "STATUS", powerless)
+    assert of_machine(cache=True, inotify="on", read_only=True) == {"inotify"}
+    assert of_machine(cache=True, read_only=True) == set()
+    assert of_machine(cache=True, inotify="on") == set()
+
+
 # --- etcd -----------------------------------------------------------------------------------
 
 
@@ -181,6 +214,36 @@ async def test_10_a_full_database(etcd_binary: Path) -> None:
     assert any("NOSPACE" in each for each in found)
 
 
+async def test_20_a_quota_that_is_nearly_used_up(etcd_binary: Path) -> None:
+    with EtcdProcess(etcd_binary, "--quota-backend-bytes", "8000000") as etcd:
+        with contextlib.closing(Client(etcd.endpoint)) as client:
+            assert await problems(options(etcd.endpoint)) == []
+            for number in range(70):
+                client.put(b"/%d" % number, b"x" * 100_000)
+        etcd.etcdctl("defrag")  # until it has written to its database, it does not count that
+        (found,) = await problems(options(etcd.endpoint))
+    assert re.search(r": \S+ of 7\.6 MiB of its quota are used; etcdctl defrag frees ", found)
+
+
+async def test_21_clocks_that_differ(etcd: EtcdProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    for now, said in (
+        (lambda: time.time() + 60, "s behind this machine's"),
+        (lambda: time.time() - 60, "s ahead of this machine's"),
+    ):
+        check = partial(check_page, clock=now)
+        monkeypatch.setattr(etcdfs.doctor.cluster, "check_page", check)
+        (found,) = await problems(options(etcd.endpoint))
+        assert said in found
+
+
+async def test_what_a_member_does_not_say_is_no_problem() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        member = Endpoint("127.0.0.1", silent.getsockname()[1])
+        (found,) = await check_page(member, Security(), 0.2)
+    assert (found.level, found.check) == (Level.NOTE, "clock")
+    assert "is not known: timed out" in found.message
+
+
 # --- trust ----------------------------------------------------------------------------------
 
 
@@ -191,6 +254,30 @@ async def test_11_a_certificate_that_is_not_trusted(etcd_binary: Path, tmp_path:
         trusted = Security(cacert=str(authority.cacert))
         assert await problems(options(secure(etcd.endpoint), security=trusted)) == []
         assert len(await problems(options(secure(etcd.endpoint)))) == 1
+
+
+async def test_22_certificates_that_end_soon(etcd_binary: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    secured = authority.secured(ask_clients=True)
+    cert, key = authority.issue("client", "client@example.com")
+    soon = datetime.now(UTC) + timedelta(days=29)
+    with EtcdProcess(etcd_binary, secured=secured) as etcd:
+        asked = options(
+            secure(etcd.endpoint),
+            security=Security(cacert=str(authority.cacert), cert=str(cert), key=str(key)),
+        )
+        assert await problems(asked) == []
+        found = await examine(asked, fix=False)
+        assert {"clock", "quota"} <= {f.check for f in found if f.level is Level.OK}
+        authority.issue("client", "client@example.com", not_after=soon)
+        (ours,) = await problems(asked)
+        assert re.fullmatch(f"the certificate {cert} ends on .*, in 29 days", ours)
+        authority.issue("client", "client@example.com", not_after=EXPIRED)
+        assert any("certificate has expired" in each for each in await problems(asked))
+        authority.issue("client", "client@example.com")
+        authority.issue("server", *HOSTS, not_after=soon)  # etcd reads it for each connection
+        (members,) = await problems(asked)
+        assert members.startswith(f"the certificate of {etcd.endpoint} ends on ")
 
 
 @pytest.fixture
@@ -232,6 +319,51 @@ async def test_16_records_of_no_key_and_their_end(etcd: EtcdProcess) -> None:
         assert client.get(record_key(b"/gone")) is None
         assert client.get(record_key(b"/kept")) is not None
         assert await problems(options(etcd.endpoint)) == []
+
+
+async def test_23_values_that_are_too_large_or_nearly(etcd: EtcdProcess) -> None:
+    with contextlib.closing(Client(etcd.endpoint)) as client:
+        client.put(b"/large", b"x" * 9_000)
+        asked = options(etcd.endpoint, max_file_size=10_000)
+        found = await examine(asked, fix=False)
+        assert [f.message for f in found if f.level is Level.NOTE and f.check == "keys"] == [
+            "1 values are nearly as large as --max-file-size, such as b'/large' (9000 bytes)"
+        ]
+        client.put(b"/larger", b"x" * 11_000)
+        assert await problems(asked) == [
+            "1 values are larger than --max-file-size, such as b'/larger' (11000 bytes)"
+        ]
+
+
+async def test_24_a_snapshot_that_would_be_refused(etcd: EtcdProcess, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    asked = options(etcd.endpoint, cache=True, state_dir=str(state))
+    assert await problems(asked) == [], "there is none yet"
+    assert not state.exists()
+    with Mounted(etcd, "--cache", f"--state-dir={state}") as mounted:
+        (mounted.path / "file").write_bytes(b"x" * 5000)
+    with Mounted(etcd, "--cache", f"--state-dir={state}"):
+        assert await problems(asked) == [], "a mount is at it"
+    (said,) = [f for f in await examine(asked, fix=False) if f.check == "snapshot"]
+    assert said.level is Level.OK
+    assert re.match("2 keys of revision [0-9]+, [0-9]+ s old", said.message), (
+        "a record of times too"
+    )
+    assert await problems(replace(asked, endpoints=(), embedded=True)) == [
+        f"it would be refused: it is of the etcd at {etcd.endpoint}"
+    ]
+    assert await problems(replace(asked, prefix=b"/other/")) == [
+        "it would be refused: it is of the prefix b'/'"
+    ]
+    (stale,) = [
+        f for f in await examine(replace(asked, max_stale_s=0.0001), fix=False)
+        if f.check == "snapshot"
+    ]  # fmt: skip
+    assert stale.level is Level.NOTE
+    assert "--max-stale would not have it shown" in stale.message
+    content = (state / NAME).read_bytes()
+    (state / NAME).write_bytes(content.replace(b"xxxx", b"xyxx", 1))
+    assert await problems(asked) == ["it would be refused: what it has of b'/file' does not add up"]
 
 
 async def test_odd_keys_are_worth_a_note(etcd: EtcdProcess) -> None:
