@@ -34,7 +34,7 @@ APT := $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get
 
 .PHONY: help
 help:
-	@echo "make demo | check | test | mutants | nightly | test-on | lint | reference | bench | soak | etcd-releases | clean"
+	@echo "make demo | check | test | coverage | mutants | nightly | test-on | lint | reference | bench | soak | etcd-releases | clean"
 
 # --- what has to be there -------------------------------------------------------------------
 
@@ -132,20 +132,36 @@ programs:
 	  || echo "Not installed: some of $(PROGRAMS); their tests are skipped." >&2
 
 # Tests run beside one another, in as many processes as there are cores. Those of one file run in
-# one process, which shares its etcds and mounts among them.
+# one process, which shares its etcds and mounts among them. Files begin in the order in which they
+# are found: what takes long comes first, and the quick ones fill the end. (xdist itself would begin
+# with those of many tests, which are the quick ones.)
 CORES := $(shell nproc 2>/dev/null || echo 2)
-QUICK := tests/unit tests/service tests/stateful tests/test_architecture.py
+PARALLEL := --dist loadfile --no-loadscope-reorder
+QUICK := tests/stateful tests/service tests/unit tests/test_architecture.py
 .PHONY: check
-check: lint
-	$(BIN)/python -m pytest --numprocesses $(CORES) --dist loadfile $(QUICK)
+check: packages $(VENV)/.dev
+	@$(MAKE) --no-print-directory --jobs $(CORES) --output-sync lint quick
+
+.PHONY: quick
+quick: packages $(VENV)/.dev
+	$(BIN)/python -m pytest --numprocesses $(CORES) $(PARALLEL) $(QUICK)
 
 # One process more: most tests of mounts and clusters wait for other processes.
 WORKERS ?= $(shell expr $(CORES) + 1)
-.PHONY: test
-test: etcd etcd-releases lint programs
+WHOLE := pytest --numprocesses $(WORKERS) $(PARALLEL) tests/integration tests/mount tests/soak $(QUICK)
+.PHONY: whole
+whole: etcd etcd-releases lint programs
 	@$(BIN)/python -c 'import etcdfs.fuse._fastpath' # or its tests would be skipped
+
+.PHONY: test
+test: whole
+	$(BIN)/python -m $(WHOLE)
+
+# Half as long again: most of the work is done by Python, which has to tell of each line.
+.PHONY: coverage
+coverage: whole
 	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/coverage run -m $(WHOLE)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
@@ -201,10 +217,11 @@ test-on:
 	@$(MAKE) --no-print-directory packages PACKAGES="debootstrap git"
 	$(SUDO) env PATH="$$PATH:/usr/sbin:/sbin" .ci/test-on $(DEBIAN) $(MIRROR) $(TARGETS)
 
-# What takes longer than a change can wait: more examples, each etcd release, other machines.
+# What takes longer than a change can wait: more examples, each etcd release, how much of the code
+# was run, other machines.
 .PHONY: nightly
-nightly: etcd etcd-releases lint programs
-	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+nightly:
+	HYPOTHESIS_PROFILE=nightly $(MAKE) --no-print-directory coverage
 	for suite in bookworm trixie forky; do $(MAKE) --no-print-directory test-on DEBIAN=$$suite || exit 1; done
 
 .PHONY: clean

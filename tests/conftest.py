@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.support.etcd_process import find_etcds
 from tests.support.own_mounts import begin_own_mounts
+from tests.support.profile import NIGHTLY
 
 _CI = bool(os.environ.get("CI"))
 
@@ -74,16 +75,11 @@ def _as_utf8(data: Any) -> Any:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test once on each etcd release that its mark asks for."""
-    if "etcd_binary" not in metafunc.fixturenames:
+    is_marked = next(metafunc.definition.iter_markers("oldest_and_newest_etcd"), None) is not None
+    if "etcd_binary" not in metafunc.fixturenames or not is_marked:
         return
     found = list(_etcds().items())
-    if _is_marked(metafunc, "every_etcd"):
-        chosen = found
-    elif _is_marked(metafunc, "oldest_and_newest_etcd"):
-        nightly = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-        chosen = found if nightly or len(found) < 2 else [found[0], found[-1]]
-    else:
-        return
+    chosen = found if NIGHTLY or len(found) < 2 else [found[0], found[-1]]
     metafunc.parametrize(
         "etcd_binary",
         [binary for _, binary in chosen],
@@ -91,10 +87,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         indirect=True,
         scope="module",
     )
-
-
-def _is_marked(metafunc: pytest.Metafunc, name: str) -> bool:
-    return next(metafunc.definition.iter_markers(name), None) is not None
 
 
 # --- what is missing here -------------------------------------------------------------------

@@ -55,7 +55,7 @@ def answers(endpoint: Endpoint) -> bool:
 # --- running --------------------------------------------------------------------------------
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 async def test_data_is_kept_between_runs(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     async with open_embedded(data_dir) as first:
@@ -65,7 +65,7 @@ async def test_data_is_kept_between_runs(tmp_path: Path) -> None:
         assert await etcdctl(second, "get", "key") == "key\nvalue\n"
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 async def test_b118_it_listens_in_its_private_directory_and_nowhere_else(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     async with open_embedded(data_dir):
@@ -94,7 +94,7 @@ def _listening(pid: int) -> set[str]:
 
 
 @needs_root
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 async def test_b118_other_users_cannot_reach_it() -> None:
     code = """
 for address in sys.argv[1:]:
@@ -172,7 +172,7 @@ def _etcd_below(parent: int) -> int:
     ][-1]
 
 
-@pytest.mark.every_etcd
+@pytest.mark.oldest_and_newest_etcd
 def test_it_does_not_outlive_a_killed_daemon(tmp_path: Path, etcd_binary: Path) -> None:
     code = (
         "import sys, trio, etcdfs.daemon.embedded_etcd\n"

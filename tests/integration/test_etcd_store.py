@@ -34,7 +34,7 @@ from etcdfs.options import Endpoint
 from tests.support.etcd_process import EtcdProcess
 from tests.support.store_contract import BOUND_S, Lab, StoreContract
 
-pytestmark = [pytest.mark.etcd, pytest.mark.every_etcd]
+pytestmark = [pytest.mark.etcd, pytest.mark.oldest_and_newest_etcd]
 
 TIMEOUT_S = 10.0
 """For what is meant to succeed: generous, the machine may be busy."""

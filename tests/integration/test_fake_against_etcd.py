@@ -31,7 +31,7 @@ from etcdfs.keyspace.store import (
 from tests.support.etcd_process import EtcdProcess
 from tests.support.fake_store import FakeStore
 
-pytestmark = [pytest.mark.etcd, pytest.mark.every_etcd, pytest.mark.slow]
+pytestmark = [pytest.mark.etcd, pytest.mark.oldest_and_newest_etcd, pytest.mark.slow]
 
 Answer = Committed | Page | str
 

@@ -41,7 +41,7 @@ from tests.support.secured import (
 )
 from tests.support.store_contract import BOUND_S, Lab, StoreContract
 
-pytestmark = [pytest.mark.etcd, pytest.mark.every_etcd]
+pytestmark = [pytest.mark.etcd, pytest.mark.oldest_and_newest_etcd]
 
 TIMEOUT_S = 10.0
 SHORT_S = 1.0

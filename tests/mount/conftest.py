@@ -8,13 +8,51 @@ Fixtures:
     other: A second cached mount of the same etcd.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from tests.mount.lab import LONG_S, MODES, PATIENCE_S, Lab, Pool, memory_directory
 from tests.support.etcd_process import EtcdProcess
+from tests.support.profile import NIGHTLY
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Run what is for two releases of etcd and both modes in two of the four ways.
+
+    By turns, so that over all tests each mode meets each release. At night all four run.
+    """
+    ways = {item: way for item in items if (way := _way(item)) is not None}
+    releases = defaultdict(set)
+    for way in ways.values():
+        releases[way.test].add(way.release)
+    left_out = {
+        item
+        for item, way in ways.items()
+        if len(releases[way.test]) > 1 and (way.release + way.mode + len(way.test)) % 2
+    }
+    if left_out and not NIGHTLY:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+class _Way(NamedTuple):
+    """One way to run a test: which release of etcd, which kind of mount."""
+
+    test: str
+    release: int
+    mode: int
+
+
+def _way(item: pytest.Item) -> _Way | None:
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return None
+    release = item.callspec.indices.get("etcd_binary")
+    modes = [index for index, mode in enumerate(MODES) if mode in item.callspec.params.values()]
+    return None if release is None or not modes else _Way(item.originalname, release, modes[0])
 
 
 @pytest.fixture(scope="session")

@@ -22,11 +22,12 @@ from tests.mount.test_faults import daemon
 from tests.support.black_hole import BlackHole
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import COMMAND, Mounted, run_etcdfs
+from tests.support.profile import NIGHTLY
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 _PATIENCE_S = 30.0
-_ROUNDS = 1000 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 150
+_ROUNDS = 1000 if NIGHTLY else 150
 
 
 def eventually(is_so: Callable[[], bool]) -> None:

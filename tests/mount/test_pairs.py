@@ -1,6 +1,5 @@
 """Two calls at the same moment, on a real mount, leave what some order would leave on tmpfs."""
 
-import os
 import random
 import threading
 import time
@@ -12,12 +11,13 @@ import pytest
 
 from tests.mount.lab import Lab
 from tests.support.pairs import Outcome, World, pairs, possible
+from tests.support.profile import NIGHTLY
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 CLOSING: Final = ("close f", "fsync f", "close g")
 
-STRIDE: Final = 4 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 8
+STRIDE: Final = 4 if NIGHTLY else 8
 """Of how many pairs of calls one is made."""
 
 _SPREAD_S: Final = 0.003

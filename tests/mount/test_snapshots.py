@@ -21,13 +21,13 @@ from tests.mount.test_outages import eventually, fails, shows, writes
 from tests.support.bent_etcd import Bend, BentEtcd, Message
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted, run_etcdfs
+from tests.support.profile import NIGHTLY
 from tests.support.secured import add_user, switch_users_on
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
-IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-ROUNDS = 4 if IS_NIGHTLY else 2
-SEEDS = range(50) if IS_NIGHTLY else [7]  # 200 rounds, in tests that end in time
+ROUNDS = 4 if NIGHTLY else 2
+SEEDS = range(50) if NIGHTLY else [7]  # 200 rounds, in tests that end in time
 REFUSED = "is refused: "
 PATIENCE_S = 30.0
 OFFLINE = ("a snapshot is shown", "trying again", "fuse.operations: ")

@@ -40,8 +40,9 @@ from tests.support.pairs import (
     pairs,
     possible,
 )
+from tests.support.profile import NIGHTLY
 
-SCHEDULES: Final = 60 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 2
+SCHEDULES: Final = 60 if NIGHTLY else 2
 """Schedules of each pair of calls, in each mode."""
 
 PAIRS: Final = sorted(pairs())

@@ -5,14 +5,12 @@ thousands of calls takes a minute: such a test, marked `many_calls`, runs there 
 profile `nightly` only.
 """
 
-import os
-
 import pytest
 
-_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
+from tests.support.profile import NIGHTLY
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip what takes too long."""
-    if next(item.iter_markers("many_calls"), None) and "--no-cache" in item.name and not _NIGHTLY:
+    if next(item.iter_markers("many_calls"), None) and "--no-cache" in item.name and not NIGHTLY:
         pytest.skip("too many calls without the mirror: runs with HYPOTHESIS_PROFILE=nightly")

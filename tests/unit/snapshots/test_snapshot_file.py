@@ -17,6 +17,7 @@ from etcdfs.consistency.snapshot import Identity, Manifest, Position, Stream
 from etcdfs.errors import SnapshotDamagedError, SnapshotWriteError, StateDirectoryError
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
 from etcdfs.snapshots.snapshot_file import NAME, Changes, SnapshotFile
+from tests.support.profile import NIGHTLY
 
 HEAD = Manifest(
     identity=Identity(cluster=1, prefix=b"/", user="", attributes=True, endpoints=("a:1",)),
@@ -264,7 +265,7 @@ def test_b82_a_write_cut_at_any_byte_leaves_the_old_or_the_new(in_memory: Path) 
     start, end = len(before[f"{NAME}-wal"]), len(after[f"{NAME}-wal"])
     assert start < end
     olds = news = 0
-    step = 1 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 31
+    step = 1 if NIGHTLY else 31
     for length in (*range(start, end - 40, step), *range(end - 40, end + 1)):
         directory = in_memory / "cut"
         directory.mkdir(mode=0o700)
