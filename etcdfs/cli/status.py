@@ -251,7 +251,8 @@ def lines(status: Document, before: Document | None = None) -> Iterator[tuple[st
     if mirror:
         yield (
             "keys",
-            f"{mirror['listed_keys']} at the last listing, {mirror['events']} changes since",
+            f"{mirror['keys']} with {_size(mirror['bytes'])}; {mirror['listed_keys']} at the last"
+            f" listing, {mirror['events']} changes since",
         )
     asked = cache["hits"] + cache["misses"]
     hits = f", {cache['hits'] / asked:.0%} of {asked} reads from it" if asked else ""
@@ -263,6 +264,11 @@ def lines(status: Document, before: Document | None = None) -> Iterator[tuple[st
     kernel = status["kernel"]
     stuck = f", {kernel['stuck']} directories stuck" if kernel["stuck"] else ""
     yield "invalidations", f"{kernel['invalidated']} done, {kernel['waiting']} waiting{stuck}"
+    told = status["inotify"]
+    yield (
+        "inotify",
+        f"{told['replayed']} changes told, {told['waiting']} waiting, {told['dropped']} dropped",
+    )
     dirty = status["write_buffer"]
     yield "files", f"{status['open_files']} open, {dirty['files']} dirty ({_size(dirty['size'])})"
     for name, section in (("audits", "audit"), ("of attributes", "attribute_audit")):
@@ -276,6 +282,8 @@ def lines(status: Document, before: Document | None = None) -> Iterator[tuple[st
                 name,
                 f"{audit['audits']} of {audit['keys']} keys, {audit['failed']} failed: {found}",
             )
+    if kept := status.get("snapshot"):
+        yield "snapshot", _snapshot(kept)
     problems = status["log"]
     if problems["last_problem"]:
         count = problems["warnings"] + problems["errors"]
@@ -315,6 +323,17 @@ def _requests(status: Document, before: Document | None) -> str:
     total = form.format(sum(rates.values()))
     kinds = ", ".join(f"{name} {form.format(rates[name])}" for name in most if rates[name])
     return f"{total}{unit}" + (f" ({kinds})" if kinds else "")
+
+
+def _snapshot(kept: Mapping[str, Any]) -> str:
+    return "; ".join(
+        [
+            f"{kept['keys']} keys of revision {kept['revision']}, {_time(kept['age_s'])} old",
+            _size(kept["size"]),
+            *(["shown, as etcd does not answer"] if kept["offline"] else []),
+            *([f"it cannot be written: {kept['error']}"] if kept["error"] else []),
+        ]
+    )
 
 
 def _time(seconds: float) -> str:

@@ -1,8 +1,8 @@
 """What a mirror holds, compared slice by slice with what etcd lists.
 
 Knows: how all keys that are held are gone through while they change, when what is held under a key
-is what etcd has there, and which of a new listing differs (`Staging`). Does not know: etcd, when an
-audit is due, how a tree is changed.
+is what etcd has there, which of a new listing differs (`Staging`), and how many there are
+(`Census`). Does not know: etcd, when an audit is due, how a tree is changed.
 
 There are two of these: the keys of the mount's prefix, and the record keys of that prefix where
 they are not among them (`etcdfs.mirror.attribute_mirror`).
@@ -15,7 +15,7 @@ Concurrency: trio thread. Between two slices anything may change; what the tree 
 than the listing, or of no account.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from struct import Struct
@@ -150,6 +150,53 @@ def _sliced(
 ) -> Iterator[Sequence[tuple[Holder, KeyState]]]:
     for first in range(0, len(found), SLICE):
         yield found[first : first + SLICE]
+
+
+# --- counting -------------------------------------------------------------------------------
+
+COUNT_S: Final = 2.0
+"""Time between two counts, at least."""
+
+COUNT_SHARE: Final = 50
+"""The pause after a count is so much longer than it took, at least: a million keys take a second."""
+
+
+@final
+class Census:
+    """How many keys are held, and the bytes of their values, as last counted.
+
+    What a program writes is in the tree before it is in etcd, and changes there in many places: to
+    count all now and then is simpler than to keep account, and an operator needs no more.
+
+    Attributes:
+        keys: So many; record keys too, where they are among the keys.
+        bytes: So large are their values.
+    """
+
+    def __init__(self, held: Audited, revision: Callable[[], int]) -> None:
+        # --- dependencies
+        self._held = held
+        self._revision = revision
+        # --- mutable state
+        self.keys = self.bytes = 0
+
+    async def run(self) -> None:
+        """Count whenever something has changed, for ever."""
+        counted = -1
+        while True:
+            begun = trio.current_time()
+            if counted != (counted := self._revision()):
+                await self._count()
+            took_s = trio.current_time() - begun
+            await trio.sleep(max(COUNT_S, COUNT_SHARE * took_s))
+
+    async def _count(self) -> None:
+        keys = size = 0
+        for some in self._held.slices():
+            keys += len(some)
+            size += sum(key_state.size for _, key_state in some)
+            await trio.lowlevel.checkpoint()
+        self.keys, self.bytes = keys, size
 
 
 # --- comparing ------------------------------------------------------------------------------

@@ -222,6 +222,8 @@ TABLE: Final[tuple[Metric, ...]] = (
         "Revisions between what readers see and etcd_revision; other prefixes' count as well.",
         "revisions",
     ),
+    _gauge("mirror.keys", "mirror_keys", "Keys that are there, as counted every two seconds."),
+    _gauge("mirror.bytes", "mirror_values_bytes", "Their values, as counted then.", "bytes"),
     _gauge("mirror.listed_keys", "mirror_listed_keys", "Keys in the last listing."),
     _unshown("mirror.connected", "As `staleness.connected`."),
     _counter("mirror.batches", "mirror_batches_total", "Batches of changes shown."),

@@ -16,7 +16,7 @@ from typing import Final, final
 import trio
 
 from etcdfs.consistency.audit import Auditor
-from etcdfs.consistency.audit_index import HeldKeys, Staging, TooDifferentError
+from etcdfs.consistency.audit_index import Census, HeldKeys, Staging, TooDifferentError
 from etcdfs.consistency.orphan_records import Sweeper
 from etcdfs.consistency.read_barrier import ReadBarrier
 from etcdfs.consistency.snapshot import Snapshot
@@ -56,6 +56,8 @@ class MirrorStatistics:
 
     Attributes:
         revision: The revision that readers see.
+        keys: Keys that are there, as last counted.
+        bytes: Bytes of their values, likewise.
         listed_keys: Keys in the last listing.
         lag: Revisions between that and the newest that etcd has answered with.
         connected: Whether a watch stands.
@@ -67,6 +69,8 @@ class MirrorStatistics:
     """
 
     revision: int
+    keys: int
+    bytes: int
     listed_keys: int
     lag: int
     connected: bool
@@ -126,6 +130,7 @@ class Mirror(Driver):
             patience_s=timeout_s,
             sweeper=Sweeper(store, tree) if tidies else None,
         )
+        self.census = Census(HeldKeys(tree), lambda: self.revision)
         self.barrier = ReadBarrier(store, tree, self, timeout_s=timeout_s) if linearizable else None
         # Where record keys come by the mirror's own watch, they need none of theirs.
         self.stored_records = (
@@ -257,6 +262,8 @@ class Mirror(Driver):
         """Say how far the mirror is."""
         return MirrorStatistics(
             revision=self.revision,
+            keys=self.census.keys,
+            bytes=self.census.bytes,
             listed_keys=self._staged_keys,
             lag=max(0, self._store.statistics().revision - self.revision),
             connected=self.staleness.connected,
@@ -465,7 +472,7 @@ class Mirror(Driver):
 
 
 async def watch_over(mirror: Mirror) -> None:
-    """Audit a mirror, and keep the kernel from showing what may not be shown; for ever.
+    """Audit a mirror, count what is in it, and keep the kernel from showing what may not be shown; for ever.
 
     While nothing may be shown each question that reaches us is refused, so that nothing new gets
     into the kernel's caches. Pages of files stay in its page cache: whoever has a file open has one
@@ -473,6 +480,7 @@ async def watch_over(mirror: Mirror) -> None:
     """
     async with trio.open_nursery() as nursery:
         nursery.start_soon(mirror.auditor.run, mirror.doubt, mirror.staleness.deny)
+        nursery.start_soon(mirror.census.run)
         if mirror.stored_records is not None:
             nursery.start_soon(mirror.stored_records.audit)
             nursery.start_soon(_watch_rights, mirror)

@@ -9,7 +9,7 @@ import trio
 import trio.testing
 from trio.testing import MockClock
 
-from etcdfs.consistency.audit_index import Staging
+from etcdfs.consistency.audit_index import COUNT_S, HeldKeys, Staging
 from etcdfs.errors import CompactedError, NotFoundError, StoreUnavailableError
 from etcdfs.keyspace.store import Delete, KeyValue, Put, Revision, Transaction
 from etcdfs.mirror.mirror import Mirror
@@ -95,6 +95,28 @@ async def test_only_what_the_kernel_knows_is_invalidated(
         listing = CachedAttributes(directory.inode, Dentry(mount.tree.root.inode, b"d"))
         assert mount.kernel.invalidated[1:] == [listing]
         assert (await mount.kernel.stat((b"d",))).mtime_ns > directory.mtime_ns
+
+
+async def test_keys_and_bytes_are_counted_when_something_has_changed(
+    autojump_clock: MockClock, store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.put_now(b"/d/f", b"12345")
+    async with open_mount(store) as mount:
+
+        def counted() -> tuple[int, int]:
+            found = mount.mirror.statistics()
+            return found.keys, found.bytes
+
+        await trio.sleep(1)
+        assert counted() == (1, 5)
+        store.put_now(b"/d/", b"")
+        store.put_now(b"/d/f", b"123")
+        await write(mount, (b"g",), b"4567")
+        store.delete_now(b"/d/f")
+        await trio.sleep(COUNT_S)
+        assert counted() == (2, 4), "the marker, and what was written here"
+        monkeypatch.setattr(HeldKeys, "slices", None)
+        await trio.sleep(10 * COUNT_S)  # nothing is gone through for nothing
 
 
 async def test_open_handle_keeps_its_version(autojump_clock: MockClock, store: FakeStore) -> None:

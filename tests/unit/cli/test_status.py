@@ -42,8 +42,18 @@ async def test_each_line_has_something_to_say(cache: bool) -> None:
     shown = dict(lines(document(cache=cache)))
     assert all(shown.values())
     wanted = {"mount", "daemon", "prefix", "etcd", "state", "revision", "values", "requests"}
-    wanted |= {"invalidations", "files"}
+    wanted |= {"invalidations", "files", "inotify"}
     assert shown.keys() == (wanted | {"keys", "audits", "of attributes"} if cache else wanted)
+
+
+async def test_a_snapshot_is_shown_with_what_is_wrong_with_it() -> None:
+    found = document()
+    kept = {"keys": 3, "revision": 7, "age_s": 90.0, "size": 2048, "offline": False, "error": ""}
+    found["snapshot"] = kept
+    assert dict(lines(found))["snapshot"] == "3 keys of revision 7, 1 min old; 2 KiB"
+    found["snapshot"] = kept | {"offline": True, "error": "disk full"}
+    said = dict(lines(found))["snapshot"]
+    assert said.endswith("; shown, as etcd does not answer; it cannot be written: disk full")
 
 
 async def test_requests_are_counted_and_then_per_second() -> None:
