@@ -22,8 +22,9 @@ Concurrency: trio thread. Nobody waits for a replay.
 
 import errno
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, Protocol, final
@@ -33,9 +34,10 @@ from cachetools import LRUCache
 
 from etcdfs.fuse.notify import REPLAY_THREAD
 from etcdfs.fuse.replay import Replay, Step
+from etcdfs.tree.changes import Part
 from etcdfs.tree.inodes import Dentry, Directory, File, Inode, Node
 from etcdfs.tree.tree import Tree
-from etcdfs.tree.update import NameChange
+from etcdfs.tree.update import NameChange, changes_of_part
 
 log = logging.getLogger(__name__)
 
@@ -116,6 +118,10 @@ class _Waiting:
                 yield node.inode
 
 
+_Way = tuple[dict[Dentry, Directory], tuple[bytes, ...]]
+"""The directories from the root down to one, each by its place, and their names."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Place:
     """A name, and the way to it as it was before the change."""
@@ -167,6 +173,8 @@ class Inotify:
         self._parked: dict[Inode, list[Dentry]] = {}  # by the directory whose replay is stuck
         self._watched: frozenset[int] = frozenset()
         self._looked_at = float("-inf")
+        self._taking: deque[Iterator[None]] = deque()  # what is not among them yet
+        self._held_back = Counter[Dentry]()  # of which directories nothing may be cached
         self._last: LRUCache[Dentry, float] = LRUCache(WAITING_MAX)
         self._running = 0
         self._stir = trio.Event()
@@ -177,14 +185,20 @@ class Inotify:
 
     # --- hearing of changes -----------------------------------------------------------------
 
-    def observe(self, changes: Iterable[NameChange]) -> Callable[[], None] | None:
+    def observe(
+        self, changes: Iterable[NameChange], parts: Collection[Part] = ()
+    ) -> Callable[[], None] | None:
         """Note what other clients change; call what is returned once it is visible.
 
         That is when the kernel has let go of all that was before. None: nobody can be watching.
+
+        Args:
+            changes: Names that change.
+            parts: Of a large batch, many more: nothing can be done here for each of them.
         """
         if self._tasks is None or self._is_closed:
             return None
-        ways: dict[Directory, tuple[dict[Dentry, Directory], tuple[bytes, ...]]] = {}
+        ways: dict[Directory, _Way] = {}
         noted = []
         for change in changes:
             directory = change.directory
@@ -196,11 +210,59 @@ class Inotify:
             if change.after is None:
                 self._tree.withheld.add(place.entry)
             noted.append((place, change))
-        return partial(self._note, noted) if noted else None
+        known = {
+            directory for part in parts for directory in part.directories() if directory.lookups
+        }
+        ways |= {directory: _way_to(directory) for directory in known}
+        self._withhold(known, 1)
+        return (
+            partial(self._note, self._take_in(noted, tuple(parts), known, ways)) if ways else None
+        )
 
-    def _note(self, changes: list[tuple[_Place, NameChange]]) -> None:
-        for place, change in changes:
+    def _withhold(self, directories: Iterable[Directory], times: int) -> None:
+        """Let nothing that is gone from some directories be cached, or once less often."""
+        for directory in directories:
+            entry = Dentry(directory.inode, b"")
+            self._held_back[entry] += times
+            if self._held_back[entry]:
+                self._tree.withheld.add(entry)
+            else:
+                del self._held_back[entry]
+                self._tree.withheld.discard(entry)
+
+    def _note(self, taking: Iterator[None]) -> None:
+        self._taking.append(taking)
+        if len(self._taking) == 1:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Take in what was noted, in its order, until others should have their turn."""
+        while self._taking and not self._is_closed:
+            for _ in self._taking[0]:
+                with suppress(trio.RunFinishedError):
+                    trio.lowlevel.current_trio_token().run_sync_soon(self._go_on)
+                return
+            self._taking.popleft()
+
+    def _take_in(
+        self,
+        noted: Iterable[tuple[_Place, NameChange]],
+        parts: Iterable[Part],
+        known: set[Directory],
+        ways: Mapping[Directory, _Way],
+    ) -> Iterator[None]:
+        """Have all changes wait for their replay; yield after each part of a large batch."""
+        for place, change in noted:
             self._add(place, change)
+        for part in parts:
+            for change in changes_of_part(part):
+                if change.directory in known:
+                    place = _Place(change.directory, change.name, *ways[change.directory])
+                    if change.after is None:
+                        self._tree.withheld.add(place.entry)
+                    self._add(place, change)
+            yield
+        self._withhold(known, -1)
 
     def _add(self, place: _Place, change: NameChange) -> None:
         entry = place.entry
@@ -255,6 +317,7 @@ class Inotify:
         Call it while requests are still answered, which a replay may wait for.
         """
         self._is_closed = True
+        self._taking.clear()
         self._tree.withheld.clear()
         with trio.move_on_after(CLOSE_S):
             while self._running:
@@ -425,8 +488,7 @@ class Inotify:
             await trio.sleep(max(LOOK_S, LOOK_SHARE * cost_s))
 
 
-def _way_to(directory: Directory) -> tuple[dict[Dentry, Directory], tuple[bytes, ...]]:
-    """Return the directories from the root down to one, each by its place, and their names."""
+def _way_to(directory: Directory) -> _Way:
     way: list[tuple[Dentry, Directory]] = []
     at = directory
     while at.directory is not None:

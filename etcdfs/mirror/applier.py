@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import chain, count, groupby, islice
+from itertools import count, groupby, islice
 from operator import attrgetter
 from typing import Final, final
 
@@ -43,13 +43,13 @@ from etcdfs.keyspace.store import Event, KeyValue, Revision
 from etcdfs.mirror.invalidator import Invalidator, KernelCache
 from etcdfs.tree.changes import Part, Plan
 from etcdfs.tree.inodes import Cached, Dentry, File
-from etcdfs.tree.update import NameChange, Update, changes_of_others, changes_of_part
+from etcdfs.tree.update import NameChange, Update, changes_of_others
 from etcdfs.tree.value_cache import ValueCache
 
 log = logging.getLogger(__name__)
 
-Observer = Callable[[Iterable[NameChange]], Callable[[], None] | None]
-"""Is told what other clients change right before that becomes visible.
+Observer = Callable[[Iterable[NameChange], Collection[Part]], Callable[[], None] | None]
+"""Is told what other clients change right before that becomes visible; in parts, what are very many.
 
 It may return what is to be called when the kernel, too, has let go of what was before."""
 
@@ -350,12 +350,11 @@ class Applier:
         self._count(batch)
         self._finish(batch)
 
-    def _observed(self, plan: Plan, parts: Iterable[Part] = ()) -> Callable[[], None] | None:
+    def _observed(self, plan: Plan, parts: Collection[Part] = ()) -> Callable[[], None] | None:
         """Tell whoever observes what other clients' changes are about to become visible."""
         if self.observe is None:
             return None
-        others = changes_of_others(plan, self._update.locked)
-        return self.observe(chain(*map(changes_of_part, parts), others))
+        return self.observe(changes_of_others(plan, self._update.locked), parts)
 
     def _count(self, batch: _Batch) -> None:
         self.batches += 1

@@ -147,6 +147,11 @@ class Part:
     gone: dict[Directory, list[tuple[bytes, File, bytes]]] = field(default_factory=dict)
     made: list[tuple[Directory, bytes, Node]] = field(default_factory=list)
 
+    def directories(self) -> set[Directory]:
+        """Return those of the files that come, go or change."""
+        of_renewed = {file.directory for file in self.plan.renewed if file.directory is not None}
+        return self.gone.keys() | {directory for directory, _, _ in self.made} | of_renewed
+
 
 @final
 class Planner:

@@ -125,7 +125,7 @@ class Tree:
         # While a batch is planned in parts, nodes and names that change; None: of directories.
         self.disturbed: set[Node | Dentry | None] | None = None
         self.own_records = Counter[tuple[bytes, bytes | None]]()  # being written: key, value
-        self.withheld: set[Dentry] = set()  # gone, but not to be cached: who watches comes first
+        self.withheld = set[Dentry]()  # gone (b"": all that is), but not to be cached yet (inotify)
         # Whether something went wrong with the tree, so that it must be made anew (`take_over`).
         self.doubtful = False
         # Directories of which the kernel may have older names for as long as somebody holds their
@@ -316,7 +316,7 @@ class Tree:
     def tell_negative(self, directory: Directory, name: bytes, lifetime_ns: int) -> bool:
         """Note that the kernel is told a name is missing; False: it must not cache that."""
         entry = Dentry(directory.inode, name)
-        if not self.may_cache(entry) or entry in self.withheld:
+        if not self.may_cache(entry) or self.withheld & {entry, (entry.directory, b"")}:
             return False
         now = self._monotonic()
         negatives = self._negatives

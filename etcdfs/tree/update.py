@@ -512,13 +512,17 @@ def _has_others(node: Node, stored_record: StoredRecord | None) -> bool:
 
 
 def changes_of_part(part: Part) -> Iterator[NameChange]:
-    """Yield what part of a large batch changes: nothing of it comes from this mount."""
+    """Yield what part of a large batch changes: nothing of it comes from this mount.
+
+    It may be called when the part is visible, too: going through very many names takes long.
+    """
     for directory, name, node in part.made:
         yield NameChange(directory=directory, name=name, before=None, after=node)
     for directory, files in part.gone.items():
         for name, file, _ in files:
             yield NameChange(directory=directory, name=name, before=file, after=None)
-    yield from _renewals(part.plan)
+    made = {node for _, _, node in part.made}
+    yield from (change for change in _renewals(part.plan) if change.after not in made)
 
 
 def _renewals(plan: Plan) -> Iterator[NameChange]:

@@ -8,7 +8,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 
 import pytest
@@ -21,6 +21,9 @@ from etcdfs.fuse.replay import Replay, Step
 from etcdfs.keyspace.attribute_records import record_key
 from etcdfs.keyspace.store import Delete, Put, Transaction
 from etcdfs.mirror import applier as applier_module
+from etcdfs.tree.changes import Part
+from etcdfs.tree.inodes import Directory
+from etcdfs.tree.update import NameChange
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore
 
@@ -77,7 +80,7 @@ class Rig:
 
     async def idle(self) -> None:
         await wait_all_tasks_blocked(0.005)
-        await self.until(lambda: self.inotify.statistics().waiting == 0)
+        await self.until(lambda: not self.inotify.statistics().waiting + self.inotify._running)
         await wait_all_tasks_blocked(0.005)
 
 
@@ -321,3 +324,38 @@ async def test_a_large_batch_is_replayed_name_by_name(
         assert rig.replays.named(b"d/0") == [(Step.REMOVE,)]
         assert rig.replays.named(b"d/old") == [(Step.CHANGE,)]
         assert len(rig.replays.done) == 7
+
+
+async def test_a_large_batch_is_taken_in_part_by_part(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others have their turn in between; until then nothing that is gone may be cached."""
+    monkeypatch.setattr(applier_module, "LARGE", 2)
+    monkeypatch.setattr(applier_module, "PART_KEYS", 1)
+    names = [b"%d" % number for number in range(5)]
+    for name in names:
+        store.put_now(b"/d/" + name, b"1")
+    async with rigged(store) as rig:
+        told: list[tuple[int, list[bool]]] = []
+        directory = rig.mount.tree.root.children[b"d"]
+        assert isinstance(directory, Directory)
+
+        def observe(
+            changes: Iterable[NameChange], parts: Collection[Part]
+        ) -> Callable[[], None] | None:
+            seen = rig.inotify.observe(changes, parts)
+            assert seen is not None
+            return lambda: note(seen)
+
+        def note(seen: Callable[[], None]) -> None:
+            seen()
+            may_cache = [rig.mount.tree.tell_negative(directory, name, 10**9) for name in names]
+            told.append((rig.inotify.statistics().waiting, may_cache))
+
+        rig.mount.mirror.tell(observe)
+        await store.commit(Transaction(then=tuple(Delete(b"/d/" + name) for name in names)))
+        await rig.until(lambda: told)
+        assert told == [(1, [False] * 5)]
+        await rig.until(lambda: len(rig.replays.done) == 5)
+        await rig.idle()
+        assert all(rig.mount.tree.tell_negative(directory, name, 10**9) for name in names)
