@@ -121,6 +121,59 @@ def test_b89_a_service_starts_with_its_last_state_while_etcd_is_away(
     machine.run(f"systemctl stop {UNIT}")
 
 
+_PATH_UNITS = """
+[Path]
+{kind}=/mnt/etcd/app/{name}
+Unit=reload@{kind}.service
+[Unit]
+DefaultDependencies=no
+"""
+
+_RELOADER = """
+[Unit]
+DefaultDependencies=no
+StartLimitIntervalSec=0
+[Service]
+Type=oneshot
+ExecStart=/bin/sh -c 'cat /mnt/etcd/app/* >/run/reloaded-%i'
+"""
+
+
+@pytest.mark.parametrize("name", ["conf", ""], ids=["file", "directory"])
+def test_b125_path_units_start_what_waits_for_a_change(
+    machine: PrivateRoot, shared_etcd: EtcdProcess, name: str
+) -> None:
+    configure(machine, endpoints=shared_etcd.client_url)
+    shared_etcd.etcdctl("put", "/app/conf", "0")
+    shared_etcd.etcdctl("put", "/.etcdfs/attrs//app/conf", '{"mode":"0644","uid":1}')
+    kinds = ("PathChanged", "PathModified")
+    machine.run(f"systemctl start {UNIT}")
+    for kind in kinds:
+        unit = _PATH_UNITS.format(kind=kind, name=name)
+        machine.run(f'echo "$1" >/etc/systemd/system/on-{kind}.path', unit)
+    machine.run(
+        """
+        echo "$1" >/etc/systemd/system/reload@.service
+        systemctl daemon-reload; systemctl start on-PathChanged.path on-PathModified.path
+        """,
+        _RELOADER,
+    )
+    try:
+        for value in ("1", "22", "333"):
+            shared_etcd.etcdctl("put", "/app/conf", value)
+            for kind in kinds:
+                until(
+                    lambda kind=kind, value=value: (
+                        machine.run(  # type: ignore[misc]
+                            f"cat /run/reloaded-{kind} || true"
+                        )
+                        == value
+                    )
+                )
+    finally:
+        machine.run(f"systemctl stop on-PathChanged.path on-PathModified.path {UNIT}")
+
+
 def test_b91_the_journal_has_events_with_their_figures(
     machine: PrivateRoot, shared_etcd: EtcdProcess
 ) -> None:

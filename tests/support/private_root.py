@@ -53,7 +53,11 @@ exec env -i container=private-root NOTIFY_SOCKET="$0/notify" \
 
 @final
 class PrivateRoot:
-    """Namespaces for mounts and processes. A context manager; owned by the test that made it."""
+    """Namespaces for mounts and processes. A context manager; owned by the test that made it.
+
+    Attributes:
+        home: A directory that goes with the machine, for what cannot be on an overlay.
+    """
 
     def __init__(self, *, network: bool = False, boots: bool = False) -> None:
         """Make them.
@@ -63,15 +67,15 @@ class PrivateRoot:
             boots: Whether systemd runs there, with no unit at first.
         """
         # An overlay's upper directory cannot be on an overlay, which /tmp of a container is.
-        self._home = Path(tempfile.mkdtemp(prefix="etcdfs-test-root-", dir="/dev/shm"))
+        self.home = Path(tempfile.mkdtemp(prefix="etcdfs-test-root-", dir="/dev/shm"))
         command = ["unshare", "--mount", "--propagation=private", "--pid", "--fork", "--kill-child"]
         command += ["--net"] if network else []
         command += ["--cgroup", "--ipc", "--uts"] if boots else []
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.bind(str(self._home / "notify"))
+            notify.bind(str(self.home / "notify"))
             notify.settimeout(_TIMEOUT_S)
             self._holder = subprocess.Popen(
-                [*command, "sh", "-euc", _SETUP + (_BOOT if boots else _STAY), str(self._home)],
+                [*command, "sh", "-euc", _SETUP + (_BOOT if boots else _STAY), str(self.home)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -81,7 +85,7 @@ class PrivateRoot:
             if self._holder.stdout.readline() != "ready\n":
                 self._holder.kill()
                 _, said = self._holder.communicate(timeout=_TIMEOUT_S)
-                shutil.rmtree(self._home, ignore_errors=True)
+                shutil.rmtree(self.home, ignore_errors=True)
                 pytest.skip(f"no namespaces here: {said.strip()}")
             try:
                 while boots and b"READY=1" not in notify.recv(4096).split(b"\n"):
@@ -127,4 +131,4 @@ class PrivateRoot:
         """End all that runs there, and forget all that was written."""
         self._holder.kill()
         self._holder.communicate()
-        shutil.rmtree(self._home, ignore_errors=True)
+        shutil.rmtree(self.home, ignore_errors=True)
