@@ -160,6 +160,7 @@ class Applier:
 
     Attributes:
         observe: Who is told of changes; None: nobody.
+        unseen: What was to be called for a batch that then could not be applied.
         revision: The revision that readers see.
         batches: Batches applied.
         events: Events that came with them.
@@ -182,6 +183,7 @@ class Applier:
         self._failed = failed
         self.observe: Observer | None = None
         # --- mutable state
+        self.unseen: Callable[[], None] | None = None
         self.revision = 0
         self.batches = self.events = self.collapsed = self.early = 0
         self._now: _Batch | None = None
@@ -347,6 +349,7 @@ class Applier:
         self._let_go_past(before)
         self._update.tree.being_changed.clear()
         self.invalidator.submit(late | self._update.tree.held.excess(), seen)
+        self.unseen = None
         self._count(batch)
         self._finish(batch)
 
@@ -354,7 +357,8 @@ class Applier:
         """Tell whoever observes what other clients' changes are about to become visible."""
         if self.observe is None:
             return None
-        return self.observe(changes_of_others(plan, self._update.locked), parts)
+        self.unseen = self.observe(changes_of_others(plan, self._update.locked), parts)
+        return self.unseen
 
     def _count(self, batch: _Batch) -> None:
         self.batches += 1
@@ -442,6 +446,7 @@ class Applier:
         # What is asked for last is done when all before it is.
         last = {tree.listing_of(tree.root)} if seen is not None and self._is_early else set()
         self.invalidator.submit(last, seen)
+        self.unseen = None
         waste = (tree.being_changed, self._asked)
         tree.being_changed, self._asked = set(), set()
         self._count(batch)

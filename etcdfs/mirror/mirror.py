@@ -29,7 +29,7 @@ from etcdfs.mirror.attribute_mirror import AttributeMirror
 from etcdfs.mirror.driver import Driver
 from etcdfs.mirror.invalidator import KernelCache, StuckDirectories
 from etcdfs.mirror.messages import Stage
-from etcdfs.tree.bulk_load import date, load, rebuild
+from etcdfs.tree.bulk_load import changes_by_rebuilding, date, load, rebuild
 from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node
 from etcdfs.tree.node_attributes import bind_all, stored_record_of
 from etcdfs.tree.tree import Tree
@@ -445,7 +445,12 @@ class Mirror(Driver):
                     )
         date(fresh)
         bind_all(fresh)
+        observe = self._applier.observe
+        seen = None if observe is None else observe(changes_by_rebuilding(tree, fresh), ())
         rebuild(tree, fresh)
+        for each in (self._applier.unseen, seen):
+            self._invalidator.submit((), each)
+        self._applier.unseen = None
         self._fresh = None
         self._applier.adopt(revision)
         self.auditor.hurry()

@@ -11,7 +11,7 @@ the listing, too, keeps its inode, and so does a file that is still the same ver
 Concurrency: synchronous; used on the trio thread only.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
@@ -20,6 +20,7 @@ from etcdfs.keyspace.store import KeyValue, Revision
 from etcdfs.tree.inodes import Directory, File, Inode, KeyState, Node, key_state_of
 from etcdfs.tree.node_attributes import stored_record_of, type_of
 from etcdfs.tree.tree import Tree
+from etcdfs.tree.update import NameChange
 
 _make_key_state = partial(tuple.__new__, KeyState)  # what `KeyState._make` does, less a call
 
@@ -182,6 +183,22 @@ def rebuild(tree: Tree, fresh: Tree) -> None:
             tree.stand_in(node, there)
         else:
             tree.attach(directory_at(tree, names[:-1]), names[-1], node)
+
+
+def changes_by_rebuilding(tree: Tree, fresh: Tree) -> Iterator[NameChange]:
+    """Yield what `rebuild` is about to change in directories that the kernel holds."""
+    pending = [(tree.root, fresh.root)]
+    while pending:
+        old, new = pending.pop()
+        for name in old.children.keys() | new.children.keys():
+            before, after = old.children.get(name), new.children.get(name)
+            if before is not None and before.directory is not old:
+                before = None  # it is not believed to be here itself
+            if isinstance(before, Directory) and isinstance(after, Directory):
+                if before.lookups:
+                    pending.append((before, after))
+            elif before is None or not _may_stay(before, after):
+                yield NameChange(directory=old, name=name, before=before, after=after)
 
 
 def _kept(tree: Tree) -> dict[Names, Node]:

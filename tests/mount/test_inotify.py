@@ -19,6 +19,7 @@ from tests.support.churn import until
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import Mounted
 from tests.support.nobody import needs_root
+from tests.support.proxy import Proxy
 from tests.support.stuck_reader import StuckReader
 from tests.support.watcher import Watcher
 
@@ -340,6 +341,39 @@ def test_b127_nothing_is_unmounted_for_an_event(own_etcd: EtcdProcess, pool: Poo
                 mounted.put("/d/e/f", b"2")
         finally:
             subprocess.run(["umount", on], check=True)
+
+
+@pytest.mark.parametrize("compacted", [False, True], ids=["resumed", "listed again"])
+def test_b127_what_changed_while_etcd_was_away_is_heard_of(
+    own_etcd: EtcdProcess, pool: Pool, *, compacted: bool
+) -> None:
+    """The whole prefix vanished and came back, too, and another is gone."""
+    with (
+        Proxy(own_etcd.endpoint) as proxy,
+        pool.private(own_etcd, "--cache", via=str(proxy.endpoint)) as mounted,
+        closing(Client(own_etcd.endpoint)) as client,
+    ):
+        mounted.expect_log("etcdfs.mirror.watch_session", "etcdfs.etcd")
+        for key in (b"/d/f", b"/d/gone", b"/e/f"):
+            client.put(key, b"1")
+        mounted.wait(client.revision())
+        with watching(mounted, mounted.path / "d", mounted.path / "e", mounted.path) as watcher:
+            proxy.swallow = True
+            client.delete(b"/d/f")
+            client.delete(b"/d/gone")
+            client.delete(b"/e/f")
+            client.put(b"/d/f", b"2")
+            client.put(b"/d/new", b"2")
+            if compacted:
+                client.compact(client.revision())
+            proxy.cut()
+            proxy.swallow = False
+            heard = watcher.until(
+                "CLOSE_WRITE f", "DELETE gone", "CLOSE_WRITE new", "DELETE,ISDIR e", "DELETE_SELF"
+            )
+        assert (mounted.path / "d/f").read_bytes() == b"2"
+        assert (mounted.statistics()["mirror"]["listed_keys"] > 0) == compacted
+        assert "DELETE,ISDIR d" not in heard
 
 
 # --- nobody waits ---------------------------------------------------------------------------

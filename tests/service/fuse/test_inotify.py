@@ -24,10 +24,12 @@ from etcdfs.mirror import applier as applier_module
 from etcdfs.tree.changes import Part
 from etcdfs.tree.inodes import Directory
 from etcdfs.tree.update import NameChange
+from tests.service.mirrors import AGAIN
 from tests.support.fake_kernel import FakeMount, open_mount
 from tests.support.fake_store import FakeStore
 
 BOUND_S = 20.0
+BROKEN = "a batch could not be applied; this is a bug of etcdfs"
 LOST = "who watches is not told of a change: %s"
 HELD = "somebody has not let go of a lock for %.1f s"
 
@@ -225,6 +227,40 @@ async def test_what_is_out_of_date_is_left_to_what_came_after(store: FakeStore) 
         await rig.idle()
         assert rig.replays.done == [(b"d/new", (Step.MAKE,))], "nobody has heard of it before"
         assert rig.inotify.statistics().outdated == 1
+
+
+@pytest.mark.expect_log(AGAIN, BROKEN)
+@pytest.mark.parametrize("calls_before", [0, 1])
+async def test_what_a_tree_made_anew_changes_is_heard_of(
+    store: FakeStore, monkeypatch: pytest.MonkeyPatch, calls_before: int
+) -> None:
+    """A batch fails half-way, and what is listed then has more that is new."""
+    for name in (b"a", b"b", b"same"):
+        store.put_now(b"/d/" + name, b"1")
+    async with rigged(store) as rig:
+        tree, left = rig.mount.tree, iter(range(calls_before))
+        detach = tree.detach
+
+        def failing(*args: object, **kwargs: object) -> object:
+            if next(left, None) is None:
+                monkeypatch.undo()
+                store.put_now(b"/d/old", b"2")
+                raise RecursionError("planted")
+            return detach(*args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(tree, "detach", failing)
+        gone = [Delete(b"/d/a"), Delete(b"/d/b")]
+        await store.commit(Transaction(then=(*gone, Put(b"/d/new", b""), Put(b"/e/f", b""))))
+        with trio.fail_after(BOUND_S):
+            await rig.mount.mirror.reached(store.revision)
+        await rig.idle()
+        assert dict(rig.replays.done) == {
+            b"d/a": (Step.REMOVE,),
+            b"d/b": (Step.REMOVE,),
+            b"d/new": (Step.MAKE,),
+            b"d/old": (Step.CHANGE,),
+            b"e": (Step.MAKE,),
+        }
 
 
 @pytest.mark.expect_log(LOST)
