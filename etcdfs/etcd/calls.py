@@ -247,7 +247,8 @@ async def call(method: Method, request: Message, timeout_s: float, metadata: Met
         return trio.lowlevel.Abort.SUCCEEDED
 
     await trio.lowlevel.wait_task_rescheduled(abort)
-    brought = {operation.type(): operation for operation in ended[0].batch_operations}
+    # Taken out: the event leads back to `resume`, and so the answer would wait for the collector.
+    brought = {operation.type(): operation for operation in ended.pop().batch_operations}
     code, details = _status(brought[_KIND.receive_status_on_client])
     if code is not grpc.StatusCode.OK:
         raise CallError(code, details)
