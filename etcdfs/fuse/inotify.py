@@ -30,10 +30,10 @@ from functools import partial
 from typing import Final, Protocol, final
 
 import trio
-from cachetools import LRUCache
+from cachetools import TTLCache
 
 from etcdfs.fuse.notify import REPLAY_THREAD
-from etcdfs.fuse.replay import Replay, Step
+from etcdfs.fuse.replay import Replay, Step, kind
 from etcdfs.tree.changes import Part
 from etcdfs.tree.inodes import Dentry, Directory, File, Inode, Node
 from etcdfs.tree.tree import Tree
@@ -84,7 +84,7 @@ class InotifyStatistics:
         unwatched: Changes that nobody watched.
         outdated: Replays given up as something newer had happened.
         dropped: Replays that could not be made; the log says why.
-        waiting: Names that wait.
+        waiting: Names that wait, or are being replayed.
         stuck: Replays that wait for a lock that is not let go.
         looks: Times that was looked who watches.
     """
@@ -175,7 +175,7 @@ class Inotify:
         self._looked_at = float("-inf")
         self._taking: deque[Iterator[None]] = deque()  # what is not among them yet
         self._held_back = Counter[Dentry]()  # of which directories nothing may be cached
-        self._last: LRUCache[Dentry, float] = LRUCache(WAITING_MAX)
+        self._last: TTLCache[Dentry, float] = TTLCache(WAITING_MAX, PACE_S, trio.current_time)
         self._running = 0
         self._stir = trio.Event()
         self._doubt = trio.Event()
@@ -333,7 +333,7 @@ class Inotify:
             unwatched=self._unwatched,
             outdated=self._outdated,
             dropped=self._dropped,
-            waiting=len(self._waiting),
+            waiting=len(self._waiting) + self._running,
             stuck=len(self._parked),
             looks=self._looks,
         )
@@ -508,15 +508,9 @@ def _steps(waiting: _Waiting) -> tuple[Step, ...]:
             removed.insert(0, Step.ORPHAN)
         return (*removed, *superseded, *([] if now is None else [Step.MAKE]))
     dressed = (Step.DRESS,) if waiting.has_attributes else ()
-    if _kind(was) == _kind(now) == "file":
+    if kind(was) == kind(now) == "file":
         has_content = waiting.has_content or was is not now
         return (*superseded, *([Step.CHANGE] if has_content else []), *dressed)
     if was is now:  # a directory or a FIFO has no content that changes
         return dressed
     return (Step.REMOVE, Step.MAKE)
-
-
-def _kind(node: Node) -> str:
-    if isinstance(node, Directory):
-        return "directory"
-    return "file" if node.stored_record is None else node.stored_record.record.type or "file"

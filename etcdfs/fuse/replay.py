@@ -319,6 +319,8 @@ class Replayer:
         is_replayed = (parent, name) == (replayed.directory.inode, replayed.name)
         if node is None or not is_replayed or replayed.step is not Step.MAKE:
             raise FUSEError(errno.ESTALE)
+        if replayed.now is None or kind(node) != kind(replayed.now):
+            raise FUSEError(errno.ESTALE)  # Linux would say EIO, as to a broken filesystem
         return node
 
     def _remove(self, replayed: Replay, parent: int, name: bytes) -> None:
@@ -333,6 +335,13 @@ class Replayer:
 
 _BY_HANDLE: Final = frozenset(("write", "flush", "release", "fsync"))
 """Requests that do not say which thread made them, or may come when it has gone on."""
+
+
+def kind(node: Node) -> str:
+    """Return "directory", "file", or what else an attribute record makes of a key."""
+    if isinstance(node, Directory):
+        return "directory"
+    return "file" if node.stored_record is None else node.stored_record.record.type or "file"
 
 
 # --- the calls -------------------------------------------------------------------------------
@@ -376,16 +385,14 @@ def _change(_root: int, directory: int, replayed: Replay) -> None:
 
 def _make(_root: int, directory: int, replayed: Replay) -> None:
     name, now = replayed.name, replayed.now
-    if isinstance(now, Directory):
-        os.mkdir(name, dir_fd=directory)
-        return
     assert now is not None
-    kind = None if now.stored_record is None else now.stored_record.record.type
-    match kind:
-        case None:
+    match kind(now):
+        case "directory":
+            os.mkdir(name, dir_fd=directory)
+        case "file":
             file = _open_beneath(directory, name, _FILE | os.O_CREAT | os.O_EXCL, 0o600)
             try:
-                if now.key_state is not None and now.key_state.size:
+                if isinstance(now, File) and now.key_state is not None and now.key_state.size:
                     os.pwrite(file, b"\0", 0)
             finally:
                 os.close(file)
@@ -393,7 +400,7 @@ def _make(_root: int, directory: int, replayed: Replay) -> None:
             os.symlink(b"/", name, dir_fd=directory)
         case "fifo":
             os.mkfifo(name, dir_fd=directory)
-        case "socket":
+        case _:
             os.mknod(name, stat.S_IFSOCK | 0o600, dir_fd=directory)
 
 

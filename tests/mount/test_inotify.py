@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from etcdfs.fuse.procfs import sees_all_watches
 from etcdfs.process.mountpoint import find_mounted
 from tests.mount.client import Client
 from tests.mount.lab import Lab, Pool, memory_directory
+from tests.mount.posix.calls import renameat2
 from tests.mount.test_faults import daemon
 from tests.support.churn import until
 from tests.support.etcd_process import EtcdProcess
@@ -26,6 +28,7 @@ from tests.support.watcher import Watcher
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 END = "CLOSE_WRITE end"
+RENAME_EXCHANGE = 2
 
 
 def inotify(mounted: Mounted) -> Any:
@@ -230,10 +233,10 @@ def test_b127_a_burst_is_heard_of_at_its_end(cached: Lab) -> None:
         while (cached.path / "f").read_bytes() != b"last":
             watcher.until("CLOSE_WRITE f")
         all_until_now(cached, watcher)
+    until(lambda: not inotify(cached.mounted)["waiting"])
     after = inotify(cached.mounted)
     assert after["replayed"] - before["replayed"] <= 302
     assert after["dropped"] == before["dropped"]
-    assert after["waiting"] == 0
 
 
 def test_b127_whoever_reads_meanwhile_reads_whole_versions(cached: Lab) -> None:
@@ -265,6 +268,20 @@ def test_b127_whoever_reads_meanwhile_reads_whole_versions(cached: Lab) -> None:
         for reader in readers:
             reader.join()
     assert not torn
+
+
+def test_b127_a_name_that_is_a_file_and_a_directory_in_turn(cached: Lab, other: Lab) -> None:
+    """What is replayed may be of another type by then, and Linux takes no such answer."""
+    (other.path / "d").mkdir()
+    (other.path / "f").write_bytes(b"1")
+    until((cached.path / "f").exists)
+    before = inotify(cached.mounted)
+    with watching(cached.mounted, cached.path) as watcher:
+        for _ in range(100):
+            renameat2(other.path / "d", other.path / "f", RENAME_EXCHANGE)
+            os.listdir(cached.path)
+        all_until_now(cached, watcher)
+    assert inotify(cached.mounted)["dropped"] == before["dropped"]
 
 
 def test_b127_nothing_else_comes_of_an_event(cached: Lab) -> None:
@@ -336,7 +353,7 @@ def test_b127_nothing_is_unmounted_for_an_event(own_etcd: EtcdProcess, pool: Poo
         try:
             with watching(mounted, mounted.path):
                 mounted.delete("/d/e/f")
-                until(lambda: inotify(mounted)["dropped"] == 1)
+                until(lambda: inotify(mounted)["dropped"] >= 1)
                 assert find_mounted(str(on)) is not None, "a look at it would unmount it, too"
                 mounted.put("/d/e/f", b"2")
         finally:
@@ -443,8 +460,11 @@ def _fails_to_make(path: Path) -> None:
 # --- auto, on, off --------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(
+    not sees_all_watches(allow_other=False), reason="in a container all are taken to watch"
+)
 def test_b129_only_what_somebody_watches_is_replayed(own_etcd: EtcdProcess, pool: Pool) -> None:
-    with pool.private(own_etcd, "--cache") as mounted:
+    with pool.private(own_etcd, "--cache", "--inotify", "auto") as mounted:
         mounted.put("/d/f", b"0")
         (mounted.path / "d/f").read_bytes()
         for number in range(5):

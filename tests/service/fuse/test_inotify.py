@@ -82,7 +82,7 @@ class Rig:
 
     async def idle(self) -> None:
         await wait_all_tasks_blocked(0.005)
-        await self.until(lambda: not self.inotify.statistics().waiting + self.inotify._running)
+        await self.until(lambda: not self.inotify.statistics().waiting)
         await wait_all_tasks_blocked(0.005)
 
 
@@ -290,7 +290,7 @@ async def test_no_more_names_wait_than_may(
         for number in range(5):
             store.put_now(b"/d/%d" % number, b"")
         await wait_all_tasks_blocked()
-        assert rig.inotify.statistics().waiting == 3
+        assert rig.inotify.statistics().waiting == 3 + 1, "one of them is being replayed"
         assert rig.inotify.statistics().dropped == 2
 
 
