@@ -222,6 +222,7 @@ test-on:
 .PHONY: nightly
 nightly:
 	HYPOTHESIS_PROFILE=nightly $(MAKE) --no-print-directory coverage
+	MOUNT_OPTIONS="--inotify on" $(BIN)/python -m pytest --numprocesses $(WORKERS) $(PARALLEL) tests/mount
 	for suite in bookworm trixie forky; do $(MAKE) --no-print-directory test-on DEBIAN=$$suite || exit 1; done
 
 .PHONY: clean

@@ -50,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # As the daemon has it (`etcdfs.process.spawn`): a test that forks has gRPC's threads beside it.
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     faulthandler.register(signal.SIGUSR2, all_threads=True)
+    # nohup(1), and a shell's `&`, leave these ignored, and so would be what the tests start.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):  # one of several processes (pytest-xdist)
         with contextlib.suppress(PermissionError):
             begin_own_mounts()

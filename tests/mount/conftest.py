@@ -71,6 +71,12 @@ def watched(request: pytest.FixtureRequest, pool: Pool) -> Iterator[None]:
         yield
 
 
+def options_for(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """Return the options that a test's marks ask for."""
+    counts = request.node.get_closest_marker("counts_requests") is not None
+    return ("--inotify", "off") if counts else ()
+
+
 @pytest.fixture
 def shared_etcd(pool: Pool, etcd_binary: Path, watched: None) -> EtcdProcess:
     return pool.etcd(etcd_binary)
@@ -99,14 +105,16 @@ def place(
 def lab(
     request: pytest.FixtureRequest, pool: Pool, etcd_binary: Path, watched: None
 ) -> Iterator[Lab]:
-    mounted = pool.mounted(etcd_binary, request.param)
+    mounted = pool.mounted(etcd_binary, request.param, *options_for(request))
     with pool.lab(pool.etcd(etcd_binary), mounted) as lab:
         yield lab
 
 
 @pytest.fixture
-def cached(pool: Pool, etcd_binary: Path, watched: None) -> Iterator[Lab]:
-    mounted = pool.mounted(etcd_binary, "--cache")
+def cached(
+    request: pytest.FixtureRequest, pool: Pool, etcd_binary: Path, watched: None
+) -> Iterator[Lab]:
+    mounted = pool.mounted(etcd_binary, "--cache", *options_for(request))
     with pool.lab(pool.etcd(etcd_binary), mounted) as lab:
         yield lab
 

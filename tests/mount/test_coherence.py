@@ -260,6 +260,7 @@ def test_b38_mtime_changes_exactly_with_the_content(lab: Lab) -> None:
 # --- the mirror -----------------------------------------------------------------------------
 
 
+@pytest.mark.counts_requests
 @pytest.mark.oldest_and_newest_etcd
 def test_b41_what_is_known_costs_no_request(cached: Lab) -> None:
     file = cached.path / "file"

@@ -22,7 +22,7 @@ needs_fast_path = pytest.mark.skipif(
     importlib.util.find_spec("etcdfs.fuse._fastpath") is None and not os.environ.get("CI"),
     reason="the library of the fast path is not compiled here",
 )
-pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
+pytestmark = [pytest.mark.etcd, pytest.mark.fuse, pytest.mark.counts_requests]
 
 ALL = [str(feature.name) for feature in Feature]
 MANY = 1000  # more names than one answer holds

@@ -28,7 +28,7 @@ from etcdfs.files.handles import STORE_MAX
 from tests.mount.lab import Lab
 from tests.support.etcd_process import EtcdProcess
 
-pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
+pytestmark = [pytest.mark.etcd, pytest.mark.fuse, pytest.mark.counts_requests]
 
 TIMES = 10_000
 CHUNK = 100  # puts in a transaction; etcd takes 128

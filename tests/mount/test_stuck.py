@@ -82,7 +82,7 @@ def test_b104_a_directory_that_is_held_stops_no_other(
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can free those who wait in a mount")
 def test_b105_a_daemon_ends_although_a_directory_is_held(own_etcd: EtcdProcess, pool: Pool) -> None:
     with shared(pool, own_etcd, "--cache") as mounted:
-        mounted.expect_log(STUCK, LEFT)
+        mounted.expect_log(STUCK, LEFT, "has not let go of a lock")
         mounted.put("/held/f", b"1")
         mounted.put("/held/gone", b"1")
         assert read(mounted, "held/f", "held/gone") == [b"1", b"1"]

@@ -46,6 +46,8 @@ def run_etcdfs(*arguments: str, **environment: str) -> "subprocess.CompletedProc
 class Mounted:
     """One mount of one etcd. A context manager; owned by the test that made it.
 
+    The environment's MOUNT_OPTIONS are options of each, before a test's own.
+
     Attributes:
         path: The mountpoint.
         log_file: What the daemon logs.
@@ -79,6 +81,7 @@ class Mounted:
                 str(self.log_file),
                 "--log-level",
                 "info",
+                *os.environ.get("MOUNT_OPTIONS", "").split(),
                 *options,
                 **environment,
             )
