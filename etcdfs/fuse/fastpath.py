@@ -1,11 +1,17 @@
-"""The features that a library in C gives a mount, between pyfuse3 and libfuse (`_fastpath.c`).
+"""What makes requests cheaper than pyfuse3 makes them by itself.
 
-Knows: which features there are, and whether the library could be had. Does not know: what follows
-from each.
+Knows: which features a library in C gives a mount, between pyfuse3 and libfuse (`_fastpath.c`), and
+whether it could be had; and how pyfuse3's tasks take turns. Does not know: what follows from each.
 
 It is loaded before pyfuse3, which the dynamic linker binds to what is there already; hence the
 package itself imports this module. Without a compiler, etcdfs is installed without the library;
 then nothing here is in use.
+
+A request is cheap to answer, and each turn of trio's loop costs as much again. By itself, pyfuse3
+takes two for each: a task that has read a request hands the lock for reading to the next task,
+which has to run to wait for the kernel. But mostly the request is answered at once, and the first
+could have gone on. So here the lock is handed to nobody before whoever had it waits for something
+else (`few_turns`).
 
 Concurrency: of a request, ask as the first thing that its handler does: from its first `await` on
 another one may be the last that the library has seen.
@@ -17,8 +23,14 @@ import importlib
 import logging
 import os
 import sys
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntFlag
+from types import SimpleNamespace, TracebackType
 from typing import Any, Final, final
+
+import trio
 
 from etcdfs.errors import FuseRefusedError
 from etcdfs.options import MountOptions
@@ -122,3 +134,65 @@ def fast_path_of(options: MountOptions) -> FastPath:
     if options.kernel_lifetime_s:  # else each answer must be asked for
         wanted |= Feature.LISTINGS | Feature.SYMLINKS
     return FastPath(wanted, required=options.fast_path == "on")
+
+
+# --- turns of the loop ------------------------------------------------------------------------
+
+TASKS_MIN: Final = 16
+"""Tasks that are kept while they have nothing to do; pyfuse3's default, one, makes a new one for
+each request that waits for etcd."""
+
+
+@final
+class _ReadLock(trio.abc.Instrument):
+    """Says which task reads from the kernel. Free when that one handles what it has read."""
+
+    def __init__(self) -> None:
+        self._is_free = True
+        self._waiting: deque[trio.lowlevel.Task] = deque()
+
+    async def __aenter__(self) -> None:
+        if self._is_free:
+            self._is_free = False
+            return
+        task = trio.lowlevel.current_task()
+        self._waiting.append(task)
+
+        def abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+            self._waiting.remove(task)
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        await trio.lowlevel.wait_task_rescheduled(abort)  # it has the lock then
+
+    async def __aexit__(
+        self,
+        _kind: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self._is_free = True
+
+    def after_task_step(self, _task: trio.lowlevel.Task) -> None:
+        """Hand the lock on if who had it waits, or has ended, and did not come back for it."""
+        if self._is_free and self._waiting:
+            self._is_free = False
+            trio.lowlevel.reschedule(self._waiting.popleft())
+
+
+_lock: Final = _ReadLock()
+
+
+@contextmanager
+def few_turns() -> Iterator[None]:
+    """Have pyfuse3's loop take few turns of trio's for as long as the context lasts.
+
+    pyfuse3 lets whoever comes replace the module `trio` that it uses; its own `pyfuse3.asyncio`
+    does.
+    """
+    ours = SimpleNamespace(**{**vars(trio), "Lock": lambda: _lock})
+    setattr(sys.modules["pyfuse3"], "trio", ours)  # noqa: B010 -- its types do not have it
+    trio.lowlevel.add_instrument(_lock)
+    try:
+        yield
+    finally:
+        trio.lowlevel.remove_instrument(_lock)

@@ -44,7 +44,7 @@ from etcdfs.admission import Admission, Request, current
 from etcdfs.errors import EtcdfsError, FuseRefusedError, NoAttributeError
 from etcdfs.files.handles import Handles
 from etcdfs.fuse.control_directory import ControlDirectory, is_control_inode
-from etcdfs.fuse.fastpath import NO_FAST_PATH, FastPath
+from etcdfs.fuse.fastpath import NO_FAST_PATH, TASKS_MIN, FastPath, few_turns
 from etcdfs.fuse.procfs import Openers, describe_shortage, is_shortage
 from etcdfs.vfs.attributes import BLOCK_SIZE, Attributes, Caller, Change
 from etcdfs.vfs.filesystem import Filesystem
@@ -491,7 +491,8 @@ class FuseMount:
 
     async def run(self) -> None:
         """Serve requests until unmounted or stopped."""
-        await pyfuse3.main(max_tasks=MAX_TASKS)
+        with few_turns():
+            await pyfuse3.main(min_tasks=TASKS_MIN, max_tasks=MAX_TASKS)
 
     def abandon(self) -> None:
         """Leave the session as it is: a thread that cannot end goes on using it."""
