@@ -205,20 +205,21 @@ class EtcdWatch:
 
     async def _response(self) -> wire.Message:
         """Return the next raw response; what a cancelled receiver waited for comes first."""
-        bound = (
-            trio.CancelScope() if self._responses.opened else trio.move_on_after(self._timeout_s)
-        )
         try:
-            with bound:
-                response = await self._stream.read()
-                if response is None:
-                    raise self._lost("etcd ended the watch without a word")
-                return response
+            if self._responses.opened:
+                return self._said(await self._stream.read())
+            with trio.move_on_after(self._timeout_s):
+                return self._said(await self._stream.read())
         except grpc.RpcError as exc:
             if self._stream.cancelled:
                 raise self._lost("the watch was closed") from exc
             raise wire.stream_error(exc, self._endpoint) from exc
         raise self._lost("the watch was not opened in time")
+
+    def _said(self, response: wire.Message | None) -> wire.Message:
+        if response is None:
+            raise self._lost("etcd ended the watch without a word")
+        return response
 
     def _lost(self, what: str) -> WatchLostError:
         return WatchLostError(f"{self._endpoint}: {what}")

@@ -232,13 +232,12 @@ class Handles:
                 blind=not opened.readable and not is_mapped,
             )
             buffer.unreported.add(handle)
-        self._view.invalidate(self._unseen(opened))
+        if opened.is_direct:
+            self._view.invalidate(self._unseen(opened))
         return len(data)
 
     def _unseen(self, opened: OpenFile) -> set[Cached]:
         """Return what the kernel does not know that a write through a handle has changed."""
-        if not opened.is_direct:
-            return set()
         listing = self._view.update.tree.listing_of(opened.file)
         return {listing._replace(pages=True)}
 
@@ -298,7 +297,8 @@ class Handles:
                     buffer.unreported.discard(handle)
             raise
         self._drop_clean_buffer(opened.file)
-        await self._view.invalidate_first(self._unseen(opened))
+        if opened.is_direct:
+            await self._view.invalidate_first(self._unseen(opened))
 
     def may_wait_to_release(self, handle: int) -> bool:
         """Say whether a release may have something to publish."""

@@ -57,22 +57,13 @@ class NodeLocks:
         self._busy: Counter[Directory] = Counter()  # where a change of names is under way
         self._changed = trio.Event()
 
-    @asynccontextmanager
-    async def held(self, node: Node) -> AsyncIterator[None]:
+    def held(self, node: Node) -> "_Held":
         """Hold a node's lock for a change that needs no key: a write to its write buffer.
 
         Raises:
             BusyError: It would have to wait, and too many do.
         """
-        lock = self._locks.setdefault(node, trio.Lock())
-        try:
-            if lock.locked():
-                about_to_wait()
-            async with lock:
-                yield
-        finally:
-            if not lock.locked():
-                self._locks.pop(node, None)
+        return _Held(self._locks, node)
 
     @asynccontextmanager
     async def settled(self, node: Node) -> AsyncIterator[None]:
@@ -148,3 +139,27 @@ class NodeLocks:
     def is_held(self, node: Node) -> bool:
         """Say whether somebody holds a node's lock."""
         return node in self._locks
+
+
+@final
+class _Held:
+    """A node's lock while it is held. Where nobody has it, that takes no turn of trio's loop."""
+
+    __slots__ = ("_lock", "_locks", "_node")
+
+    def __init__(self, locks: dict[Node, trio.Lock], node: Node) -> None:
+        self._locks = locks
+        self._node = node
+        self._lock = locks.setdefault(node, trio.Lock())
+
+    async def __aenter__(self) -> None:
+        if not self._lock.locked():
+            self._lock.acquire_nowait()
+            return
+        about_to_wait()
+        await self._lock.acquire()
+
+    async def __aexit__(self, *_exc: object) -> None:
+        self._lock.release()
+        if not self._lock.locked():
+            self._locks.pop(self._node, None)

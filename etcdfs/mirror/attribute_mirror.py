@@ -163,7 +163,8 @@ class AttributeMirror(Driver):
         """
         if not self._is_asking:
             return ()
-        await trio.lowlevel.checkpoint()  # there may be very many
+        if len(events) > MAX_GETS:
+            await trio.lowlevel.checkpoint()  # there may be very many
         sizes = Counter(event.mod_revision for event in events)
         made = {
             event.key

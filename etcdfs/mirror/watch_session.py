@@ -145,25 +145,29 @@ class WatchSession:
         Raises:
             StoreError: The watch has ended, or etcd does not answer.
         """
-        with trio.move_on_after(self._silence_s):
-            return await self._listen(watch)
+        message = await self._listen(watch, self._silence_s)
+        if message is not None or self._told is not None:
+            return message
         self._staleness.asked()
         await watch.request_progress()
-        with trio.move_on_after(self._answer_timeout_s):
-            return await self._listen(watch)
+        message = await self._listen(watch, self._answer_timeout_s)
+        if message is not None or self._told is not None:
+            return message
         newest = await self._ask_directly()
         if newest <= self._reached:
             self._staleness.heard()
             return None
         # It may be on its way just now.
-        with trio.move_on_after(self._answer_timeout_s):
-            return await self._listen(watch)
+        message = await self._listen(watch, self._answer_timeout_s)
+        if message is not None or self._told is not None:
+            return message
         raise WatchLostError(
             f"the watch is silent at revision {self._reached}, and etcd is at {newest}"
         )
 
-    async def _listen(self, watch: Watch) -> WatchMessage | None:
-        with trio.CancelScope() as self._interruptible:
+    async def _listen(self, watch: Watch, bound_s: float) -> WatchMessage | None:
+        """Return what the watch says in time; None if it says nothing, or `tell` is faster."""
+        with trio.move_on_after(bound_s) as self._interruptible:
             message = await watch.receive()
             self._staleness.heard()
             return message
