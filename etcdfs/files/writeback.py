@@ -45,7 +45,6 @@ from etcdfs.keyspace.store import (
     unchanged,
 )
 from etcdfs.keyspace.transaction_results import events_of
-from etcdfs.keyspace.transactions import put_and_read
 from etcdfs.tree.changes import Intent
 from etcdfs.tree.inodes import Cached, Dentry, File, KeyState, key_state_of
 from etcdfs.tree.value_cache import ValueCache
@@ -141,6 +140,8 @@ class Writeback:
             StoreError: etcd refused it, or could not be asked. The write buffer stays, and so does
                 the published value; the path shows the published value again.
         """
+        if not self.locks.is_held(file) and not _is_dirty(file):
+            return
         async with self.locks.settled(file):
             buffer = file.buffer
             if not isinstance(buffer, WriteBuffer) or not buffer.is_dirty:
@@ -263,11 +264,11 @@ class Writeback:
         then it is added to what is there.
         """
         value = intent.value = buffer.value
-        operations = (*put_and_read(Put(key, value)), *put_attributes.changed)
-        put = Transaction((absent(key),), operations, (Get(key),))
+        put = Transaction((absent(key),), (Put(key, value), *put_attributes.changed), (Get(key),))
         committed = await self._send(buffer, put, value)
         if committed.succeeded:
-            return _done(committed, value)
+            made = committed.revision
+            return _done(committed, KeyState(made, made, 1, 0, len(value)), value)
         (found,) = committed.entries
         if file.name == MARKER_NAME:  # it is there with its directory, and means no file then
             buffer.is_bare = buffer.is_added = False
@@ -323,13 +324,18 @@ class Writeback:
                 intent.file = None
             put = Put(key, value, key_state.lease, keep_lease=True)
             known = unchanged(key, key_state.mod_revision)
-            operations = (*put_and_read(put), *put_attributes.changed)
+            operations = (put, *put_attributes.changed)
             committed = await self._send(
                 buffer, Transaction((known,), operations, (Get(key),)), value
             )
             if committed.succeeded:
                 self._rebased += merged
-                return _done(committed, value, merged=merged)
+                done = key_state._replace(
+                    mod_revision=committed.revision,
+                    version=key_state.version + 1,
+                    size=len(value),
+                )
+                return _done(committed, done, value, merged=merged)
             current = committed.entries
             if not current or current[0].create_revision != key_state.create_revision:
                 return None
@@ -408,6 +414,10 @@ class Writeback:
         await self._view.invalidate_first(stale)
 
 
+def _is_dirty(file: File) -> bool:
+    return isinstance(file.buffer, WriteBuffer) and file.buffer.is_dirty
+
+
 def _check_whole(buffer: WriteBuffer, key: bytes) -> None:
     if buffer.is_torn:
         msg = f"{key!r}: a write did not fit, and half a value is not written back"
@@ -447,10 +457,13 @@ def _check_may_go_over(buffer: WriteBuffer, found: KeyValue) -> None:
         raise WriteConflictError(msg)
 
 
-def _done(committed: Committed, value: bytes, *, merged: bool = False) -> _Done:
-    own, *stored_records = events_of(committed)
-    assert isinstance(own, KeyValue), "the put comes first"
-    return _Done(key_state_of(own), value, merged=merged, stored_records=tuple(stored_records))
+def _done(
+    committed: Committed, key_state: KeyState, value: bytes, *, merged: bool = False
+) -> _Done:
+    """Return what a put came to: its conditions name the version that it was put over."""
+    along = [op for op in committed.operations if isinstance(op, Transaction)]
+    stored_records = tuple(event for op in along for event in events_of(committed[op]))
+    return _Done(key_state, value, merged=merged, stored_records=stored_records)
 
 
 def _event(key: bytes, done: _Done) -> KeyValue:

@@ -200,6 +200,7 @@ class Applier:
         self._unanswered: set[Cached] = set()
         self._is_early = False
         self._past: LRUCache[bytes, int] = LRUCache(PAST_MAX)
+        self._taken: set[int] = set()  # revisions that the watch will bring yet
         self._is_broken = False  # nothing is taken until everything is listed again
         self._advanced = trio.Event()
 
@@ -220,10 +221,35 @@ class Applier:
         was_idle = self._now is None
         self._merge(events, stored_records)
         self._begin()
-        if was_idle:
+        if was_idle and self._now is not None:
             with trio.move_on_after(GRACE_S):
                 await self.idle()
                 await trio.lowlevel.checkpoint()  # readers go first
+
+    def take_own(self, put: KeyValue) -> bool:
+        """Take all that a revision of this mount's is before the watch brings it, if it may.
+
+        That is if readers see the very revision before it: there is nothing then that they would
+        have to see first.
+
+        Returns:
+            Whether it is taken.
+        """
+        is_idle = self._now is None and not self._waiting and not self._is_broken
+        if put.mod_revision != self.revision + 1 or not is_idle:
+            return False
+        self._taken.add(put.mod_revision)
+        self._merge((put,), ())
+        self._begin()
+        return True
+
+    def not_taken(self, events: Sequence[Event]) -> Sequence[Event]:
+        """Return those of the watch's events that were not taken when this mount made them."""
+        if not self._taken:
+            return events
+        fresh = [event for event in events if event.mod_revision not in self._taken]
+        self._taken -= {event.mod_revision for event in events}
+        return fresh
 
     async def show(self, events: Sequence[Event], *, force: bool = False) -> None:
         """Make further events visible, in one step, after what was taken; return when they are."""
@@ -251,6 +277,7 @@ class Applier:
         """Show exactly what a new listing says, once nothing else is under way."""
         await self.idle()
         self._is_broken = False
+        self._taken.clear()
         batch = _Batch(revision=revision, force=True, is_closed=True)
         batch.add_all(events, ())
         self._waiting.append(batch)
@@ -260,6 +287,7 @@ class Applier:
     def adopt(self, revision: int) -> None:
         """Go on with a tree that was made anew; nothing else is under way."""
         self._is_broken = False
+        self._taken.clear()
         self._update.relisted()
         self.revision = revision
         self._wake()

@@ -206,6 +206,7 @@ class Mirror(Driver):
         """See `View.wait_until_visible`: wait for the watch, so that revisions are seen in order."""
         self.update.tree.revisions.learn(revision, self.update.tree.clock())
         with self.holding(locked), trio.move_on_after(self._settle_timeout_s):
+            self._take_own(events)
             if self.stored_records is None or any(not is_record_key(event.key) for event in events):
                 await self.reached(revision)
             if self.stored_records is not None and any(
@@ -226,6 +227,13 @@ class Mirror(Driver):
             if isinstance(event, KeyValue) and not is_record_key(event.key):
                 self._value_cache.put(event.key, event.mod_revision, event.value)
         self._invalidator.submit(self.update.apply_ahead(events, remember=True))
+
+    def _take_own(self, events: Sequence[Event]) -> None:
+        """Show a single put of this mount at once, if the watch has nothing to bring before it."""
+        match events:
+            case (KeyValue() as put,) if self.staleness.connected and not is_record_key(put.key):
+                if self._applier.take_own(put):
+                    self.auditor.saw(events)
 
     async def reached(self, revision: int) -> None:
         """See `View.reached`; the caller bounds it."""
@@ -459,7 +467,9 @@ class Mirror(Driver):
     async def _apply(self, events: Sequence[Event], revision: Revision) -> None:
         """Have a batch made visible, with the attributes of what is new in it."""
         del revision  # the applier knows
-        await self._applier.take(events, await self._stored_records_of(events))
+        events = self._applier.not_taken(events)
+        if events:
+            await self._applier.take(events, await self._stored_records_of(events))
 
     async def _stored_records_of(self, events: Sequence[Event]) -> Sequence[Event]:
         return (

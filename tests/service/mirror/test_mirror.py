@@ -293,6 +293,83 @@ async def test_own_change_is_visible_when_the_call_returns(
         assert not mount.mirror._invalidator._held  # nothing of what was changed is kept
 
 
+async def test_own_put_is_shown_before_the_watch_brings_it(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """If what is shown is the revision before it, nobody would have to see anything first."""
+    store.put_now(b"/f", b"old")
+    async with open_mount(store) as mount:
+        inode = (await mount.kernel.stat((b"f",))).inode
+        store.hold_watches()
+        began = trio.current_time()
+        for value in (b"mine", b"and again"):
+            await write(mount, (b"f",), value)
+            assert mount.mirror.revision == store.revision
+            assert await content(mount, (b"f",)) == value
+        assert trio.current_time() == began
+        store.release_watches()
+        await quiet(mount)
+        assert await content(mount, (b"f",)) == b"and again"
+        assert (await mount.kernel.stat((b"f",))).inode == inode
+        statistics = mount.mirror.statistics()
+        assert (statistics.ahead, statistics.events) == (0, 2)
+        store.put_now(b"/f", b"foreign")
+        await quiet(mount)
+        assert await content(mount, (b"f",)) == b"foreign"
+
+
+async def test_own_put_is_not_shown_before_what_others_did_first(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    store.put_now(b"/f", b"old")
+    async with open_mount(store, settle_timeout_s=60.0) as mount:
+        store.hold_watches()
+        store.put_now(b"/other", b"first")
+        seen: list[bytes | None] = []
+
+        async def writer() -> None:
+            await write(mount, (b"f",), b"mine")
+            seen.append(await content(mount, (b"other",)))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(writer)
+            await trio.testing.wait_all_tasks_blocked()
+            assert mount.mirror.revision < store.revision
+            store.release_watches()
+        assert seen == [b"first"]
+
+
+@pytest.mark.expect_log(AGAIN)
+async def test_own_put_is_not_shown_at_once_while_the_watch_is_lost(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """What etcd answers then may be of another history, in which the revision means nothing."""
+    store.put_now(b"/f", b"old")
+    async with open_mount(store) as mount:
+        store.hold_watches()
+        store.break_watches()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not mount.mirror.staleness.connected
+        await write(mount, (b"f",), b"mine")
+        assert mount.mirror.statistics().ahead == 1
+
+
+async def test_attributes_of_what_this_mount_has_made_are_not_read(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """Of a key that another client makes they are, lest it be shown open to all."""
+    async with open_mount(store, prefix=b"/a/") as mount:
+        store.hold_watches()
+        await write(mount, (b"f",), b"mine")
+        before = len(store.commit_calls)
+        store.release_watches()
+        await quiet(mount)
+        assert len(store.commit_calls) == before
+        store.put_now(b"/a/g", b"foreign")
+        await quiet(mount)
+        assert len(store.commit_calls) == before + 1
+
+
 @pytest.mark.expect_log(LATE)
 async def test_late_watch_is_not_waited_for_for_ever(
     autojump_clock: MockClock, store: FakeStore, caplog: pytest.LogCaptureFixture
@@ -301,6 +378,7 @@ async def test_late_watch_is_not_waited_for_for_ever(
     async with open_mount(store, settle_timeout_s=2.0) as mount:
         inode = (await mount.kernel.stat((b"f",))).inode
         store.hold_watches()
+        store.put_now(b"/other", b"")
         began = trio.current_time()
         await write(mount, (b"f",), b"mine")
         assert trio.current_time() - began == pytest.approx(2.0)
@@ -363,6 +441,7 @@ async def test_what_is_applied_ahead_is_invalidated_too(
         await quiet(mount)
         assert await content(mount, (b"f",)) == b"foreign"
         store.hold_watches()
+        store.put_now(b"/other", b"")
         await mount.kernel.close(handle)
         assert mount.mirror.statistics().ahead == 1
         await quiet(mount)
@@ -413,6 +492,7 @@ async def test_batch_that_needs_the_lock_of_a_waiting_call(
         assert await content(mount, (b"x",)) == b"1"
         store.hold_watches()
         async with trio.open_nursery() as nursery:
+            store.put_now(b"/x", b"between")
             nursery.start_soon(mount.kernel.mkdir, (b"d",))
             await trio.testing.wait_all_tasks_blocked()
             store.put_now(b"/x", b"2")
