@@ -9,7 +9,7 @@ Concurrency: plain blocking calls, each bounded.
 import itertools
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import grpc
@@ -28,6 +28,7 @@ ETCD_ARGUMENTS: Final = (f"--max-txn-ops={PUTS_AT_ONCE}",)
 """What an etcd that is filled by `fill` must be started with."""
 
 _TIMEOUT_S: Final = 30.0
+_ATTEMPTS: Final = 3
 _CHANNEL_OPTIONS: Final = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.max_send_message_length", -1),
@@ -84,13 +85,14 @@ def read_all(endpoint: Endpoint, prefix: bytes) -> dict[bytes, bytes]:
 
 
 def delete_all(endpoint: Endpoint, prefix: bytes) -> int:
-    """Delete every key below a prefix in one revision, and return it."""
+    """Delete every key below a prefix in one revision; return that, or a later one."""
+    request = rpc.DeleteRangeRequest(key=prefix, range_end=prefix_end(prefix))
     with _kv(endpoint) as kv:
-        answer = kv.DeleteRange(
-            rpc.DeleteRangeRequest(key=prefix, range_end=prefix_end(prefix)), timeout=_TIMEOUT_S
-        )
-        revision: int = answer.header.revision
-        return revision
+        # A busy etcd goes on with what takes too long, but gives no answer to it.
+        for _ in range(_ATTEMPTS - 1):
+            with suppress(grpc.RpcError):
+                return int(kv.DeleteRange(request, timeout=_TIMEOUT_S).header.revision)
+        return int(kv.DeleteRange(request, timeout=_TIMEOUT_S).header.revision)
 
 
 def etcdctl_command(etcd: EtcdProcess) -> list[str]:

@@ -65,8 +65,12 @@ BATCH_BYTES: Final = 4 << 20
 LARGE: Final = 2 * BATCH_KEYS
 """Keys of a batch from which on it is planned in parts."""
 
-PART_KEYS: Final = 250
-"""Keys of a part; about five milliseconds."""
+PART_KEYS: Final = 100
+"""Keys of a part; about a millisecond."""
+
+PASSES_MAX, IDLE_PASSES = 16, 3
+"""Passes of the event loop that are left to others between two parts, while they have something to
+do: a request takes several. Trio's order in a pass is by chance, so that one says too little."""
 
 FEW_PARTS: Final = 4
 """Parts that may be planned again in the very step that makes all visible."""
@@ -199,6 +203,7 @@ class Applier:
         self._turns: Iterator[set[Cached]] | None = None
         self._unanswered: set[Cached] = set()
         self._is_early = False
+        self._passes = self._idle_passes = 0  # left to others so far, and those without a task
         self._past: LRUCache[bytes, int] = LRUCache(PAST_MAX)
         self._taken: set[int] = set()  # revisions that the watch will bring yet
         self._is_broken = False  # nothing is taken until everything is listed again
@@ -217,7 +222,8 @@ class Applier:
         while len(self._waiting) >= WAITING_MAX and self._waiting[-1].is_full:
             await self._advanced.wait()
         if len(events) > LARGE:
-            await trio.lowlevel.checkpoint()  # what came before it took a while, too
+            for _ in range(PASSES_MAX):
+                await trio.lowlevel.checkpoint()  # what came before it took a while, too
         was_idle = self._now is None
         self._merge(events, stored_records)
         self._begin()
@@ -438,7 +444,18 @@ class Applier:
                 self._unanswered = set()
                 self._wait_for(waits_for)
             else:
-                _soon(self._turn)
+                _soon(self._give_turns)
+
+    def _give_turns(self) -> None:
+        """Go on with the large batch when others have nothing to do, or had some passes."""
+        self._passes += 1
+        is_busy = trio.lowlevel.current_statistics().tasks_runnable > 0
+        self._idle_passes = 0 if is_busy else self._idle_passes + 1
+        if self._passes < PASSES_MAX and self._idle_passes < IDLE_PASSES:
+            _soon(self._give_turns)
+            return
+        self._passes = self._idle_passes = 0
+        self._turn()
 
     def _end_turns(self) -> None:
         self._turns = None

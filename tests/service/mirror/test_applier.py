@@ -184,6 +184,7 @@ async def test_after_a_failure_nothing_is_shown_before_a_new_listing(
 # --- large batches --------------------------------------------------------------------------
 
 MANY = 3 * LARGE
+PASSES = 8  # of the event loop, that a request takes
 
 
 def many(revision: int, *, deleted: bool = False) -> list[Event]:
@@ -243,6 +244,10 @@ async def test_b48_others_have_their_turn_while_a_large_revision_is_worked_on(
         nursery.cancel_scope.cancel()
     assert planned >= MANY
     assert max(steps) <= 2 * PART_KEYS
+    of_requests = [sum(steps[first : first + PASSES]) for first in range(len(steps))]
+    assert sum(of_requests) / len(of_requests) < PART_KEYS, (
+        "a request waits for one part, not for many"
+    )
     seen.append(versions_of_many(rig))
     assert all(versions in ({1}, {0 if deleted else 2}) for versions in seen)
     assert (rig.applier.revision, rig.applier.batches) == (2, 1)
