@@ -51,7 +51,7 @@ EXPIRY_S: Final = 30 * 86_400.0
 SLOW_S: Final = 0.1
 """What a read of one key takes at most where etcd is well and near."""
 
-_MAY_LOSE_DATA: Final = ("3.5.0", "3.5.1", "3.5.2")  # https://github.com/etcd-io/etcd/issues/13766
+MAY_LOSE_DATA: Final = ("3.5.0", "3.5.1", "3.5.2")  # https://github.com/etcd-io/etcd/issues/13766
 _OLDEST: Final = (3, 4)
 _SLASH: Final = ord("/")
 
@@ -120,7 +120,7 @@ async def _check_member(store: Store, endpoint: Endpoint) -> AsyncIterator[tuple
         return Finding(level, "etcd", f"{endpoint}: {message}"), status.cluster
 
     yield found(Level.OK, f"etcd {status.version} answers, with a leader and a majority")
-    if status.version in _MAY_LOSE_DATA:
+    if status.version in MAY_LOSE_DATA:
         yield found(Level.PROBLEM, f"etcd {status.version} may lose data (etcd issue 13766)")
     elif _release(status.version) < _OLDEST:
         yield found(Level.PROBLEM, f"etcd {status.version} is too old; 3.4 is the oldest")
