@@ -36,6 +36,14 @@ def test_the_dockerfile_is_well_formed() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_the_image_is_built_from_all_that_makes_the_package() -> None:
+    """Without setup.py it has no fast path and no manual pages, and nothing says so."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    assert lines[0] == "*"
+    let_in = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert {"etcdfs", "pyproject.toml", "setup.py", "README.md", "constraints.txt"} <= let_in
+
+
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
 def test_the_manifests_are_what_kubernetes_takes(path: Path) -> None:
     for document in documents(path):
