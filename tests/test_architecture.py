@@ -173,6 +173,21 @@ def test_links_between_documents_lead_somewhere(page: Path) -> None:
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
+def test_the_layers_are_drawn_as_they_are() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    (contract,) = [c for c in project["tool"]["importlinter"]["contracts"] if c["id"] == "layers"]
+    layers = [line.replace(" :", ",") for line in contract["layers"]]
+    assert "```text\n" + "\n".join(layers) + "\n```" in ARCHITECTURE
+
+
+def test_the_events_of_the_log_are_in_their_table() -> None:
+    modules = (path.read_text() for path in (ROOT / "etcdfs").rglob("*.py"))
+    logged = {event for text in modules for event in re.findall(r'"event": "(\w+)"', text)}
+    text = (ROOT / "docs/operations.md").read_text().partition("## The log")[2]
+    rows = re.findall(r"^\| (`.+?`) \|", text.partition("\n## ")[0], re.MULTILINE)
+    assert {event for row in rows for event in re.findall(r"`(\w+)`", row)} == logged
+
+
 def test_the_table_of_what_to_open_names_what_is_there() -> None:
     table = re.search(
         r"^## To change something.*?\n(.*?)^## ", ARCHITECTURE, re.MULTILINE | re.DOTALL
