@@ -133,6 +133,8 @@ class Filling:
                 fault = await self._snapshots.load(self._mirror, cluster=0)
                 if fault:
                     raise EtcdUnreachableError(f"{unreachable}; the snapshot is of no use: {fault}")
+            if self._snapshots is not None:
+                self._snapshots.is_offline = True
             log.warning(
                 "etcd does not answer, and a snapshot is shown: %s",
                 unreachable,
@@ -153,6 +155,8 @@ class Filling:
             except StoreError as exc:
                 log.debug("the mount is not live yet: %s", exc)
                 await trio.sleep(RETRY_S)
+        if self._snapshots is not None:
+            self._snapshots.is_offline = False
         log.info(
             "etcd answers: the mount is live, at revision %d",
             self._mirror.revision,

@@ -87,6 +87,7 @@ class Snapshots:
     Attributes:
         keys: Who is told of the keys.
         attributes: Who is told of the attribute records.
+        is_offline: Whether it is shown although etcd has not confirmed all of it.
     """
 
     def __init__(self, file: SnapshotFile, options: MountOptions, clock: Clock) -> None:
@@ -97,6 +98,7 @@ class Snapshots:
         # --- mutable state
         self.keys = StreamRecorder()
         self.attributes = StreamRecorder()
+        self.is_offline = False
         self._streams = {Stream.KEYS: self.keys, Stream.ATTRIBUTES: self.attributes}
         self._identity = identity_of(options)
         self._threads = trio.CapacityLimiter(2)
@@ -104,7 +106,6 @@ class Snapshots:
         self._reading = trio.Lock()
         self._beaten = float("-inf")  # trio's time of the last write
         self._relisted = float("-inf")  # and of when a listing was last asked for
-        self._is_offline = False
         self._size = file.size()
         self._writes = self._failures = 0
         self._error = self._refused = ""
@@ -140,7 +141,6 @@ class Snapshots:
         known = cluster if fault or manifest is None else manifest.identity.cluster
         self._identity = replace(self._identity, cluster=known)
         if manifest is not None and not fault and not cluster:
-            self._is_offline = True
             mirror.staleness.last_heard(self._age_s(manifest, mirror.staleness.max_stale_s))
         return fault
 
@@ -302,7 +302,6 @@ class Snapshots:
 
     async def recognize(self, mirror: Mirror, cluster: int) -> None:
         """Note which cluster it is that answers, after a mount that began without."""
-        self._is_offline = False
         if cluster != self._identity.cluster:
             self._identity = replace(self._identity, cluster=cluster)
             await self.forget(f"etcd is another cluster now ({cluster:x})")
@@ -334,7 +333,7 @@ class Snapshots:
         keys = None if manifest is None else manifest.streams.get(Stream.KEYS)
         age_ns = 0 if manifest is None else self._clock() - manifest.heard_ns
         return SnapshotStatistics(
-            offline=self._is_offline,
+            offline=self.is_offline,
             keys=0 if keys is None else keys.rows,
             revision=0 if keys is None else keys.position.revision,
             size=self._size,

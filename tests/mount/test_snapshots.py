@@ -14,14 +14,16 @@ from pathlib import Path
 import pytest
 
 from etcdfs.keyspace.attribute_records import record_key
+from etcdfs.options import Endpoint
 from etcdfs.snapshots.snapshot_file import NAME
 from tests.mount.client import Client
 from tests.mount.lab import Pool
 from tests.mount.test_outages import eventually, fails, shows, writes
 from tests.support.bent_etcd import Bend, BentEtcd, Message
-from tests.support.etcd_process import EtcdProcess
+from tests.support.etcd_process import EtcdProcess, free_port
 from tests.support.mounted import Mounted, run_etcdfs
 from tests.support.profile import NIGHTLY
+from tests.support.proxy import Proxy
 from tests.support.secured import add_user, switch_users_on
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
@@ -163,6 +165,43 @@ def test_b81_a_mount_is_ready_when_it_shows_what_changed_since(
                 assert mounted.statistics()["state_machine"]["lists"] == 0
             finally:
                 is_asked.set()
+
+
+def test_b81_a_watch_that_brings_nothing_is_as_an_etcd_that_does_not_answer(
+    pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
+) -> None:
+    with mounted_with(pool, own_etcd, state):
+        client.put(b"/file", b"old")
+    client.put(b"/file", b"new")
+    go_on = threading.Event()
+
+    def hold_back(_request: Message, response: Message) -> list[Message]:
+        if response.events:
+            go_on.wait(PATIENCE_S)
+        return [response]
+
+    place = state.parent / "mnt"
+    place.mkdir()
+    with BentEtcd(own_etcd.endpoint) as bent:
+        bent.bend = Bend("Watch", hold_back)
+        try:
+            done = run_etcdfs(
+                *("mount", str(place), "--endpoints", str(bent.endpoint), "--cache"),
+                *(f"--state-dir={state}", "--timeout=1"),
+            )
+            assert (done.returncode, done.stderr.count("\n")) == (20, 1), done.stderr
+            assert "the watch does not go on: it is at revision " in done.stderr
+            with mounted_with(
+                pool, own_etcd, state, "--offline-start", via=str(bent.endpoint)
+            ) as mounted:
+                mounted.expect_log("a snapshot is shown")
+                assert (mounted.path / "file").read_bytes() == b"old"
+                assert snapshot(mounted)["offline"] is True
+                go_on.set()
+                eventually(shows(mounted.path / "file", b"new"))
+                eventually(lambda: snapshot(mounted)["offline"] is False)
+        finally:
+            go_on.set()
 
 
 def test_b81_what_was_compacted_meanwhile_is_listed(
@@ -367,21 +406,22 @@ def test_b84_another_history_is_found_out_when_etcd_answers(
 def test_b85_what_a_role_may_no_longer_read_is_not_shown_any_more(
     pool: Pool, etcd_binary: Path, watched: None, state: Path
 ) -> None:
-    with EtcdProcess(etcd_binary, "--bcrypt-cost=4") as etcd:
+    with EtcdProcess(etcd_binary, "--bcrypt-cost=4") as etcd, Proxy(etcd.endpoint) as proxy:
         add_user(etcd, "app", "word", ("read", b"/app/"), ("read", b"/.etcdfs/attrs//app/"))
         etcd.etcdctl("put", "/app/file", "a secret")
         switch_users_on(etcd)
-        as_app = ("--prefix=/app", "--user=app:word")
-        with mounted_with(pool, etcd, state, *as_app) as mounted:
+        as_app, via = ("--prefix=/app", "--user=app:word"), str(proxy.endpoint)
+        with mounted_with(pool, etcd, state, *as_app, via=via) as mounted:
             assert (mounted.path / "file").read_bytes() == b"a secret\n"[:8]
         assert b"a secret" in as_bytes(state)
-        etcd.kill()
-        with mounted_with(pool, etcd, state, *as_app, "--offline-start") as mounted:
+        proxy.target = Endpoint("127.0.0.1", free_port())
+        proxy.cut()
+        with mounted_with(pool, etcd, state, *as_app, "--offline-start", via=via) as mounted:
             mounted.expect_log(*OFFLINE, "nothing is shown any more", "no longer lets", "")
             file = mounted.path / "file"
             assert file.read_bytes() == b"a secret"
-            etcd.start()
             etcd.etcdctl("role", "revoke-permission", "--prefix=true", "app", "/app/")
+            proxy.target = etcd.endpoint
             eventually(fails(file.read_bytes, errno.EACCES))
             eventually(fails(lambda: os.listdir(mounted.path), errno.EACCES))
             eventually(lambda: b"a secret" not in as_bytes(state))
