@@ -221,6 +221,7 @@ test-on:
 # was run, other machines.
 .PHONY: nightly
 nightly:
+	@$(MAKE) --no-print-directory packages PACKAGES="buildah debootstrap"
 	HYPOTHESIS_PROFILE=nightly $(MAKE) --no-print-directory coverage
 	MOUNT_OPTIONS="--inotify on" $(BIN)/python -m pytest --numprocesses $(WORKERS) $(PARALLEL) tests/mount
 	for suite in bookworm trixie forky; do $(MAKE) --no-print-directory test-on DEBIAN=$$suite || exit 1; done
