@@ -18,8 +18,8 @@ One revision may have very many keys, and is never cut. So a large batch is plan
 other calls have their turn in between. Each part depends on little, and is planned again if that
 has changed meanwhile (`Tree.disturbed`); when all parts hold, they become visible in one step.
 
-A batch that would wait for a lock which a call of this mount holds (`invalidator`) is published at
-once, and the kernel let go after.
+What takes no lock the kernel is told at once, and it is visible in the same step. A batch that would
+wait for a lock which a call of this mount holds is published, and the kernel let go after.
 
 Concurrency: synchronous, on the trio thread: a batch goes on when the kernel has let go, or
 when a call begins to hold a lock. Only who hands batches on waits.
@@ -233,13 +233,9 @@ class Applier:
                 await trio.lowlevel.checkpoint()  # readers go first
 
     def take_own(self, put: KeyValue) -> bool:
-        """Take all that a revision of this mount's is before the watch brings it, if it may.
+        """Take all that a revision of ours is before the watch brings it; say whether it is taken.
 
-        That is if readers see the very revision before it: there is nothing then that they would
-        have to see first.
-
-        Returns:
-            Whether it is taken.
+        Only if readers see the very revision before it: nothing must be seen first then.
         """
         is_idle = self._now is None and not self._waiting and not self._is_broken
         if put.mod_revision != self.revision + 1 or not is_idle:
@@ -360,6 +356,10 @@ class Applier:
             self._update.note_not_invalidated(plan)
         if not stale or self._rounds == SWITCH_ROUNDS:
             self._apply_batch(batch, plan, late=stale)
+            return
+        if self.invalidator.at_once(stale, {file.inode for file in plan.renewed}):
+            self._note_asked(plan, stale)
+            self._apply_batch(batch, plan, late=set())
             return
         self._note_asked(plan, stale)
         self._wait_for(stale)

@@ -29,8 +29,11 @@ import trio
 
 from etcdfs.consistency.staleness import Staleness
 from etcdfs.errors import StaleError
-from etcdfs.tree.inodes import Cached, Dentry, Inode
+from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Inode
 from etcdfs.tree.tree import Tree
+
+AT_ONCE_MAX: Final = 16
+"""Things that the kernel is told from the trio thread; about 5 us each."""
 
 
 class KernelCache(Protocol):
@@ -38,6 +41,13 @@ class KernelCache(Protocol):
 
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         """Have the kernel forget; never blocks; call `done` on the trio thread afterwards."""
+        ...
+
+    def at_once(self, cached: Collection[Cached]) -> bool:
+        """Have the kernel forget attributes, and contents that nobody has open; return whether it has.
+
+        If not, nothing is lost: `submit` it.
+        """
         ...
 
     def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
@@ -85,6 +95,17 @@ class Invalidator:
 
         self._wanted.update(locks)
         self._kernel.submit(stale, finish)
+
+    def at_once(self, stale: Collection[Cached], unopened: Collection[Inode]) -> bool:
+        """Have the kernel forget now, if that takes nobody's lock; return whether it has.
+
+        No READ is under way of a file that nobody has open, so that its pages are not locked.
+        """
+        takes_no_lock = len(stale) <= AT_ONCE_MAX and all(
+            isinstance(each, CachedAttributes) and (not each.pages or each.inode in unopened)
+            for each in stale
+        )
+        return takes_no_lock and self._kernel.at_once(stale)
 
     async def first(self, stale: Collection[Cached], *, timeout_s: float) -> None:
         """Have the kernel forget; return when it has, at once if a call of ours is in its way."""

@@ -189,6 +189,19 @@ class FakeKernel:
         self.is_idle = False
         self._wake.set()
 
+    def at_once(self, cached: Collection[Cached]) -> bool:
+        """See `etcdfs.fuse.notify.KernelCache.at_once`."""
+        if self._jobs or not self.is_idle or self._deaf is not None:
+            return False
+        for what in cached:
+            assert isinstance(what, CachedAttributes), f"{what} takes a lock"
+            inode = self.inodes.get(what.inode)
+            assert not (what.pages and inode and inode.opens), f"{what} is open"
+            if not self._invalidate_inode(what.inode, pages=what.pages):
+                return False
+            self.invalidated.append(what)
+        return True
+
     def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
         """See `etcdfs.fuse.notify.KernelCache.listen`; a test plays the kernel that is stuck."""
         self.stick = listener

@@ -32,6 +32,9 @@ class SlowKernel:
         elif done is not None:
             done()
 
+    def at_once(self, cached: Collection[Cached]) -> bool:
+        return False
+
     def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
         raise NotImplementedError
 

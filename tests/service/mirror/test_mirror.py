@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from etcdfs.errors import CompactedError, NotFoundError, StoreUnavailableError
 from etcdfs.keyspace.store import Delete, KeyValue, Put, Revision, Transaction
 from etcdfs.mirror.mirror import Mirror
 from etcdfs.tree.bulk_load import load
-from etcdfs.tree.inodes import CachedAttributes, Dentry
+from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry
 from etcdfs.tree.tree import ROOT_INODE
 from tests.service.mirrors import AGAIN, BOUND_S, content, quiet
 from tests.support.fake_kernel import FakeMount, Path, open_mount
@@ -483,27 +484,59 @@ async def test_event_that_deletes_what_was_just_published(
         assert not mount.tree.root.children
 
 
+async def test_a_value_of_a_file_that_nobody_has_open_is_visible_at_once(
+    autojump_clock: MockClock, store: FakeStore
+) -> None:
+    """The kernel is told in the same step; the thread that tells it of names is not woken."""
+    for name in (b"/x", b"/open"):
+        store.put_now(name, b"1")
+    async with open_mount(store) as mount:
+        assert await content(mount, (b"x",)) == b"1"
+        inode = (await mount.kernel.stat((b"x",))).inode
+        handle = await mount.kernel.open((b"open",), os.O_RDONLY)
+        mount.kernel.submit = _refuse  # type: ignore[method-assign]
+        store.put_now(b"/x", b"2")
+        await trio.testing.wait_all_tasks_blocked()
+        assert mount.mirror.revision == store.revision
+        assert mount.kernel.invalidated[-1].inode == inode  # type: ignore[union-attr]
+        assert await content(mount, (b"x",)) == b"2"
+        del mount.kernel.submit
+        store.put_now(b"/open", b"2")
+        await quiet(mount)
+        assert await mount.kernel.read(handle, 0, 9) == b"1"
+        assert await content(mount, (b"open",)) == b"2"
+        await mount.kernel.close(handle)
+
+
+def _refuse(cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
+    """Stand for a thread that nobody may wake."""
+    assert not cached
+    assert done is not None
+    done()
+
+
 async def test_batch_that_needs_the_lock_of_a_waiting_call(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
-    """MKDIR holds the directory and waits for its own batch; one before it wants that lock."""
+    """MKDIR holds the directory and waits for its own batch; one with it wants that lock."""
     store.put_now(b"/x", b"1")
     async with open_mount(store, settle_timeout_s=60.0) as mount:
         assert await content(mount, (b"x",)) == b"1"
+        assert await content(mount, (b"y",)) is None  # cached as missing
         store.hold_watches()
         async with trio.open_nursery() as nursery:
             store.put_now(b"/x", b"between")
             nursery.start_soon(mount.kernel.mkdir, (b"d",))
             await trio.testing.wait_all_tasks_blocked()
-            store.put_now(b"/x", b"2")
+            store.put_now(b"/y", b"2")
             began = trio.current_time()
             store.release_watches()
         assert trio.current_time() == began, "it was stuck until a timeout"
         assert mount.mirror.statistics().early == 1
         assert mount.mirror.statistics().ahead == 0
         await quiet(mount)
-        assert await content(mount, (b"x",)) == b"2"
-        assert sorted(await mount.kernel.listdir(())) == [b"d", b"x"]
+        assert await content(mount, (b"y",)) == b"2"
+        assert sorted(await mount.kernel.listdir(())) == [b"d", b"x", b"y"]
 
 
 async def test_batch_before_its_own_needs_the_lock(

@@ -59,6 +59,7 @@ def drop_notification(module: Any) -> None:
         original(self, () if cached and now() else cached, done)
 
     replace(module.KernelCache, "submit", submit)
+    replace(module.KernelCache, "at_once", lambda *_: False)
 
 
 @defect("early-publish", "etcdfs.fuse.notify")
@@ -72,6 +73,7 @@ def early_publish(module: Any) -> None:
         original(self, cached, None)
 
     replace(module.KernelCache, "submit", submit)
+    replace(module.KernelCache, "at_once", lambda *_: False)
 
 
 @defect("negative-entries", "etcdfs.tree.update")

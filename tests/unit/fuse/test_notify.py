@@ -255,3 +255,41 @@ async def test_nobody_waits_for_a_thread_that_cannot_end(
         assert is_done(), "nobody waits any longer"
         assert submit(kernel, *names(3))()
     assert locks.told == names(1), "nothing is told to a kernel that may be gone"
+
+
+# --- on the trio thread -----------------------------------------------------------------------
+
+CONTENT = CachedAttributes(Inode(7), None, pages=True)
+
+
+async def test_what_takes_no_lock_is_told_at_once(locks: Locks) -> None:
+    async with started(locks) as (kernel, _):
+        threads = threading.active_count()
+        assert kernel.at_once({CONTENT})
+        assert locks.told == [CONTENT._replace(pages=False)]
+        assert kernel.statistics().invalidated == 1
+        assert threading.active_count() == threads
+
+
+async def test_nothing_goes_before_what_is_under_way(locks: Locks) -> None:
+    """Nor before what a thread does just now: pages may be given to the kernel so."""
+    async with started(locks) as (kernel, _):
+        locks.hold(1)
+        is_done = submit(kernel, Dentry(Inode(1), b"a"))
+        assert not kernel.at_once({CONTENT})
+        assert await trio.to_thread.run_sync(locks.entered[1].wait, PATIENCE_S)
+        assert not kernel.at_once({CONTENT})
+        assert CONTENT._replace(pages=False) not in locks.told
+        locks.invalidate(1)
+        with trio.fail_after(PATIENCE_S):
+            while not (is_done() and kernel.at_once({CONTENT})):
+                await trio.lowlevel.checkpoint()
+        assert locks.told == [Dentry(Inode(1), b"a"), CONTENT._replace(pages=False)]
+
+
+@pytest.mark.parametrize(
+    "other", [Dentry(Inode(1), b"a"), CachedAttributes(UNKNOWN, Dentry(Inode(1), b"a"))]
+)
+async def test_what_may_take_a_lock_is_left_to_the_thread(locks: Locks, other: Cached) -> None:
+    async with started(locks) as (kernel, _):
+        assert not kernel.at_once({other})

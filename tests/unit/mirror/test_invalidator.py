@@ -12,6 +12,9 @@ class DeafKernel:
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         pass
 
+    def at_once(self, cached: Collection[Cached]) -> bool:
+        return False
+
     def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
         raise NotImplementedError
 
