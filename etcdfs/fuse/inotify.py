@@ -516,6 +516,7 @@ def _steps(waiting: _Waiting) -> tuple[Step, ...]:
     if kind(was) == kind(now) == "file":
         has_content = waiting.has_content or was is not now
         return (*superseded, *([Step.CHANGE] if has_content else []), *dressed)
-    if was is now:  # a directory or a FIFO has no content that changes
+    leads_elsewhere = kind(now) == "symlink" and waiting.has_content
+    if was is now and not leads_elsewhere:  # a directory or a FIFO has no content that changes
         return dressed
     return (Step.REMOVE, Step.MAKE)

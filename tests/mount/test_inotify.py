@@ -97,6 +97,33 @@ def test_b125_links_fifos_and_sockets_come_and_go(cached: Lab, other: Lab) -> No
             assert watcher.until(f"DELETE {name}") == [f"DELETE {name}"]
 
 
+def test_b125_what_another_mount_renames_goes_and_comes(cached: Lab, other: Lab) -> None:
+    """The last is how Kubernetes replaces what is in a volume."""
+    cached.put("f", b"1")
+    cached.put("draft", b"2")
+    cached.put("d/x", b"1")
+    os.symlink("first", other.path / "..data")
+    until(lambda: os.path.islink(cached.path / "..data"))
+    with watching(cached.mounted, cached.path) as watcher:
+        (other.path / "draft").rename(other.path / "f")
+        assert sorted(watcher.until("DELETE draft", "CLOSE_WRITE f")) == [
+            *("CLOSE_WRITE f", "DELETE draft", "MODIFY f"),
+        ]
+        assert (cached.path / "f").read_bytes() == b"2"
+        (other.path / "d").rename(other.path / "e")
+        heard = watcher.until("DELETE,ISDIR d", "CREATE,ISDIR e")
+        assert len(heard) == 2
+        os.symlink("second", other.path / "..tmp")
+        watcher.until("CREATE ..tmp")
+        assert os.readlink(cached.path / "..data") == "first"
+        (other.path / "..tmp").rename(other.path / "..data")
+        heard = watcher.until("DELETE ..tmp", "CREATE ..data")
+        assert "DELETE ..data" in heard
+        for _ in range(2):
+            assert os.readlink(cached.path / "..data") == "second"
+            assert os.lstat(cached.path / "..data").st_nlink == 1
+
+
 def test_b125_other_attributes_are_heard_of_where_they_belong(cached: Lab, other: Lab) -> None:
     cached.put("d/f", b"1")
     cached.put("end", b"")
