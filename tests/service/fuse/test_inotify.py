@@ -198,7 +198,7 @@ async def test_names_keep_their_pace(store: FakeStore, monkeypatch: pytest.Monke
         store.put_now(b"/d/other", b"")
         await rig.until(lambda: rig.replays.named(b"d/other"))
         assert len(rig.replays.named(b"d/old")) == 1
-        assert rig.inotify.statistics().waiting == 1
+        await rig.until(lambda: rig.inotify.statistics().waiting == 1)
 
 
 async def test_a_directory_goes_after_what_was_in_it(store: FakeStore) -> None:
