@@ -50,13 +50,12 @@ buildah from --pull-never --cap-add CAP_SYS_ADMIN --device /dev/fuse etcdfs
 """
 
 MOUNT = """
-etcdfs mount /mnt/etcdfs/etcd >&2
-getfattr() { python -c 'import os, sys; print(os.getxattr(*sys.argv[1:]).decode())' "$@"; }
-getfattr /mnt/etcdfs/etcd user.etcdfs.statistics | tr -d '\\n'; echo
-ls /opt/etcdfs/share/man/man1/etcdfs-mount.1
-read -r _
+mkdir -p /mnt/etcdfs/etcd
+etcdfs mount /mnt/etcdfs/etcd
+cat /mnt/etcdfs/etcd/greeting /mnt/etcdfs/etcd/.etcdfs/status /opt/etcdfs/share/man/man1/etcdfs.1
 etcdfs umount /mnt/etcdfs/etcd
 """
+"""What is seen of it outside is another test's: buildah does without propagation."""
 
 
 def run(script: str, *arguments: object, **more: object) -> str:
@@ -79,18 +78,8 @@ def home() -> Iterator[Path]:
     rmtree(made, ignore_errors=True)
 
 
-@pytest.fixture
-def shared(home: Path) -> Iterator[Path]:
-    """A directory whose mounts are seen by whoever is given it, and the other way round."""
-    place = home / "shared"
-    (place / "etcd").mkdir(parents=True)
-    run('mount --bind "$1" "$1"; mount --make-shared "$1"', place)
-    yield place
-    run('umount -l "$1/etcd" 2>/dev/null || true; umount -l "$1"', place)
-
-
 @pytest.mark.timeout(1500)
-def test_the_image_is_built_and_mounts(etcd_binary: Path, home: Path, shared: Path) -> None:
+def test_the_image_is_built_and_mounts(etcd_binary: Path, home: Path) -> None:
     dockerfile = (ROOT / "Dockerfile").read_text()
     (base,) = set(re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE))
     environment = os.environ | {
@@ -98,7 +87,6 @@ def test_the_image_is_built_and_mounts(etcd_binary: Path, home: Path, shared: Pa
         "BUILDAH_ISOLATION": "chroot",
         "PYTHON": sys.executable,
         "ROOT": str(ROOT),
-        "STORAGE_DRIVER": "vfs",
         "SUITE": SUITES[sys.version_info[:2]],
         "XDG_RUNTIME_DIR": str(home),
     }
@@ -112,20 +100,10 @@ def test_the_image_is_built_and_mounts(etcd_binary: Path, home: Path, shared: Pa
     assert said.strip() == "[etcdfs mount --foreground] [/mnt/etcdfs/etcd]"
     with EtcdProcess(etcd_binary) as etcd:
         etcd.etcdctl("put", "/greeting", "hello")
-        options = ["--network=host", "-v", f"{shared}:/mnt/etcdfs:rshared"]
-        options += ["--env", f"ETCDFS_ENDPOINTS={etcd.client_url}"]
-        with subprocess.Popen(
-            ["buildah", "run", *options, container, "sh", "-euc", MOUNT],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as running:
-            assert running.stdout is not None
-            status = running.stdout.readline()
-            assert '"fast_path": ["EXACT"' in status, status
-            assert '"mode": "cache"' in status
-            assert (shared / "etcd" / "greeting").read_text() == "hello", "it is seen outside"
-            _, _ = running.communicate("go on\n", timeout=100)
-            assert running.returncode == 0
-        assert not (shared / "etcd" / "greeting").exists()
+        options = ["--network=host", "--env", f"ETCDFS_ENDPOINTS={etcd.client_url}"]
+        command = ["buildah", "run", *options, container, "sh", "-euc", MOUNT]
+        said = run('exec "$@"', *command, env=environment)
+    assert said.startswith("hello{")
+    assert '"mode": "cache"' in said
+    assert '"EXACT"' in said, "the fast path is in use"
+    assert ".TH" in said, "the manual pages are there"
