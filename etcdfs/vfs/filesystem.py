@@ -20,7 +20,6 @@ from typing import Any, Final, final
 
 from etcdfs.consistency.staleness import Liveness
 from etcdfs.errors import (
-    CallerError,
     InvalidRequestError,
     IsADirectoryFileError,
     NameReservedError,
@@ -544,7 +543,9 @@ class Filesystem:
             bare = self._removal(directory, name, key)
             committed = await self._remove(bare, key, file)
             if not committed.succeeded:
-                raise _not_removed(key, committed)
+                if committed.entries and not has_keys_below(self._tree.names(directory, name)):
+                    raise IsADirectoryFileError(f"{key!r} is a directory")
+                raise NotFoundError(f"{key!r} was deleted by another client")
             await self._wait_until_visible(committed, locked)
 
     async def rmdir(self, parent: int, name: bytes) -> None:
@@ -687,9 +688,3 @@ _TYPES: Final[dict[int, Type | None]] = {
     stat.S_IFIFO: "fifo",
     stat.S_IFSOCK: "socket",
 }
-
-
-def _not_removed(key: bytes, committed: Committed) -> CallerError:
-    if any(entry.key == key for entry in committed.entries):
-        return IsADirectoryFileError(f"{key!r} is a directory")
-    return NotFoundError(f"{key!r} was deleted by another client")

@@ -358,6 +358,7 @@ async def test_revisions_outside_of_the_prefix_are_not_waited_for(
         await audited(mount)
         assert found(mount) == (1, 0, 0)
         assert mount.mirror.auditor.statistics().keys == 1
+        assert mount.mirror.auditor.statistics().seconds == 0, "nothing differs: why wait?"
 
 
 async def test_own_changes_are_no_difference(autojump_clock: MockClock, store: FakeStore) -> None:

@@ -747,6 +747,26 @@ async def test_append_that_arrives_late_is_not_applied_twice(
         assert held(store) == b"oldmine"
 
 
+async def test_whole_value_that_arrives_late_is_recognised(
+    autojump_clock: MockClock, store: FakeStore, cache: bool
+) -> None:
+    store.put_now(KEY, b"old")
+    async with open_mount(store, cache=cache) as mount:
+        handle = await mount.kernel.open(PATH, os.O_WRONLY | os.O_TRUNC)
+        await mount.kernel.write(handle, 0, b"mine")
+        store.fail_next("commit", OutcomeUnknownError("lost"))
+        assert await errno_of(mount.kernel.flush(handle)) == errno.ETIMEDOUT
+        late, before = store.commit_calls[-1], store.revision
+        number = await during_commit(
+            store, lambda: mount.kernel.flush(handle), lambda: store.commit_now(late)
+        )
+        assert number == 0
+        assert held(store) == b"mine"
+        assert store.revision == before + 1
+        assert mount.writeback.statistics().resolved == 1
+        await mount.kernel.close(handle)
+
+
 async def test_what_was_written_after_a_lost_answer_is_published(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:

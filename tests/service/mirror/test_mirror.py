@@ -701,9 +701,12 @@ async def test_another_history_is_listed_and_compared(
         assert sorted(await mount.kernel.listdir(())) == [b"changed", b"kept"]
         assert await content(mount, (b"changed",)) == b"other"
         await quiet(mount)
+        now_ns = int(trio.current_time() * 1e9)
         store.put_now(b"/ahead", b"new history")
         await quiet(mount)
         assert await content(mount, (b"ahead",)) == b"new history"
+        stat = await mount.kernel.stat((b"ahead",))
+        assert stat.mtime_ns >= now_ns, "when another revision of that number was made says nothing"
 
 
 def replace_history(store: FakeStore, other: FakeStore) -> None:

@@ -334,18 +334,39 @@ async def test_unlink_that_lost_the_race(
         await quiet(mount)
 
 
-async def test_unlink_of_what_became_a_directory(
+@pytest.mark.parametrize("value", [b"1", None])
+async def test_b26_unlink_of_what_became_a_directory(
+    autojump_clock: MockClock, store: FakeStore, cache: bool, value: bytes | None
+) -> None:
+    store.put_now(b"/f", b"1")
+
+    def make_directory() -> None:
+        store.put_now(b"/f/x", b"2")
+        if value is None:
+            store.delete_now(b"/f")
+
+    async with open_mount(store, cache=cache) as mount:
+        number = await racing(store, lambda: mount.kernel.unlink((b"f",)), make_directory)
+        assert number == errno.EISDIR
+        await quiet(mount)
+        assert await content(mount, (b"f", b"x")) == b"2"
+        names = {b"x"} if value is None else {b"x", b"%value"}
+        assert set(await mount.kernel.listdir((b"f",))) == names
+
+
+async def test_b26_unlink_of_a_directorys_value_that_is_gone(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
     store.put_now(b"/f", b"1")
+    store.put_now(b"/f/x", b"2")
     async with open_mount(store, cache=cache) as mount:
         number = await racing(
-            store, lambda: mount.kernel.unlink((b"f",)), lambda: store.put_now(b"/f/x", b"2")
+            store,
+            lambda: mount.kernel.unlink((b"f", b"%value")),
+            lambda: store.delete_now(b"/f"),
         )
-        assert number == errno.EISDIR
-        assert keys(store) == {b"/f": b"1", b"/f/x": b"2"}
-        await quiet(mount)
-        assert await content(mount, (b"f", b"%value")) == b"1"
+        assert number == errno.ENOENT
+        assert keys(store) == {b"/f/x": b"2"}
 
 
 @pytest.mark.parametrize("other", [b"/f/", b"/f/x"])

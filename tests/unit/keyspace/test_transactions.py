@@ -3,11 +3,20 @@
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from etcdfs.errors import TransactionAbortedError
-from etcdfs.keyspace.store import Committed, KeyValue, Page, Put, Revision, Transaction
+from etcdfs.keyspace.store import (
+    Committed,
+    Delete,
+    KeyValue,
+    Page,
+    Put,
+    Revision,
+    Transaction,
+    range_end,
+)
 from etcdfs.keyspace.transactions import (
     MAX_KEYS,
     WIDTH,
@@ -19,6 +28,7 @@ from etcdfs.keyspace.transactions import (
     parent_prefix,
     remove_directory,
     remove_file,
+    stay_without,
 )
 from tests.support.fake_store import FakeStore
 from tests.support.fake_transaction import MAX_OPERATIONS, _check_operations
@@ -168,6 +178,28 @@ def test_clear_marker() -> None:
     assert found.value == b""
     assert not store.commit_now(clear_marker(b"/b/")).succeeded
     assert keys_of(store) == {b"/a/"}
+
+
+@given(_some, _directories)
+@example({b"/a//", b"/a/b/c"}, b"/a/b")
+@example({b"/a/", b"/a//b"}, b"/a/")
+def test_a_directory_stays_when_all_below_another_leaves_it(
+    existing: set[bytes], directory: bytes
+) -> None:
+    store, prefix = store_of(existing), directory + b"/"
+    parent = parent_prefix(prefix, ROOT)
+    leaving = [Delete(prefix, range_end(prefix))]
+    gone = below(existing, directory)
+    if not directory.endswith(b"/"):  # that would be the parent's marker
+        leaving.append(Delete(directory))
+        gone |= {directory}
+    store.commit_now(Transaction((), (*leaving, *stay_without(parent, prefix))))
+    left = existing - gone
+    assert keys_of(store) == left | staying(left, parent)
+    for key in left:
+        entry = store.current(key)
+        assert entry is not None
+        assert entry.value == b"value of " + key
 
 
 def moving(count: int, *, found: int | None = None) -> Rewriting:

@@ -149,6 +149,19 @@ def test_below_a_detached_directory_nothing_is_attached() -> None:
     node = at(tree, b"a", b"b", b"c")
     tree.detach(tree.root, b"a", gone=True)
     assert not tree.is_attached(node)
+    assert isinstance(node, File)
+    assert node.gone
+
+
+def test_a_number_leads_to_what_is_attached_only() -> None:
+    """Whether the kernel holds it or not: it may come back with a handle from a file."""
+    tree = tree_of(b"/a/b", b"/c")
+    below, other = at(tree, b"a", b"b"), at(tree, b"c")
+    assert tree.numbered(below.inode) is below
+    tree.detach(tree.root, b"a", gone=True)
+    with pytest.raises(StaleError):
+        tree.numbered(below.inode)
+    assert tree.numbered(other.inode) is other
 
 
 # --- what the kernel knows ------------------------------------------------------------------

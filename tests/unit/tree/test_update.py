@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from etcdfs.keyspace.attribute_records import record_key
@@ -10,7 +10,17 @@ from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Delete, Event, KeyValue, Put, Revision, Tombstone, Transaction
 from etcdfs.tree.bulk_load import load
 from etcdfs.tree.changes import Intent, Relocation
-from etcdfs.tree.inodes import CachedAttributes, Dentry, Directory, Expiry, File, Node, key_state_of
+from etcdfs.tree.inodes import (
+    NOT_IN_ETCD,
+    CachedAttributes,
+    Dentry,
+    Directory,
+    Expiry,
+    File,
+    KeyState,
+    Node,
+    key_state_of,
+)
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
 from tests.support.fake_store import FakeStore
@@ -136,6 +146,7 @@ def test_a_batch_in_parts_makes_the_tree_what_a_listing_would(
 
 
 @given(before=_changes, batch=_changes)
+@example(before=[[(b"/a", b"v"), (b"/a/b", b"v")]], batch=[[(b"/a/b", None)]])
 def test_the_kernel_is_told_exactly_of_what_changed(
     before: list[list[tuple[bytes, bytes | None]]], batch: list[list[tuple[bytes, bytes | None]]]
 ) -> None:
@@ -200,6 +211,21 @@ def test_deep_directory_goes_with_its_last_key() -> None:
     assert at(tree, b"a") is directory
     assert isinstance(directory, Directory)
     assert not directory.children
+
+
+def test_what_no_key_is_of_keeps_no_directory() -> None:
+    """Part of a long name that was made here; what has a marker in etcd stays."""
+    for is_part in (True, False):
+        store, tree, update = made(b"/a/f")
+        above = at(tree, b"a")
+        assert isinstance(above, Directory)
+        below = tree.new_directory()
+        below.marker = NOT_IN_ETCD if is_part else KeyState(Revision(1), Revision(1), 1, 0, 0)
+        update.add_local(above, b"part", below)
+        revision = store.revision
+        store.delete_now(b"/a/f")
+        apply(update, since(store, revision))
+        assert set(tree.root.children) == (set() if is_part else {b"a"})
 
 
 def test_older_events_are_ignored_unless_by_force() -> None:
