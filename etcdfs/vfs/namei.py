@@ -105,8 +105,8 @@ class Namei:
     async def changing(self, *places: tuple[Directory, bytes]) -> AsyncIterator[list[Dentry]]:
         """Mark names that the kernel holds locked for us until this call returns.
 
-        If the call fails, the kernel keeps what it had cached of them, which may be what
-        another client has changed by now: it is told to ask again.
+        If the call fails, the kernel keeps what it had cached of them and of their directories,
+        which may be what another client has changed by now: it is told to ask again.
         """
         entries = [Dentry(directory.inode, name) for directory, name in places]
         for directory, _ in places:
@@ -119,7 +119,7 @@ class Namei:
             with self._locks.busy([directory for directory, _ in places]):
                 yield entries
         except (CallerError, StoreError):
-            self._view.invalidate(entries)
+            self._view.invalidate([*entries, *(self._tree.listing_of(d) for d, _ in places)])
             raise
         finally:
             for entry in entries:

@@ -1444,6 +1444,12 @@ def make_a_file_where_another_client_deletes(machine: FilesystemMachine) -> None
     machine.holds()
 
 
+def lose_a_name_that_is_being_removed(machine: FilesystemMachine) -> None:
+    machine.begin(keys=[b"/p/foo", b"/p/foo-bar"], in_parts=False)
+    machine.listdir(choice=0, path=())
+    machine.unlink(choice=1, path=(), race=[("delete", b"/p/foo-bar")], early=False)
+
+
 @pytest.mark.parametrize("machine", [FilesystemMachine, DirectMachine])
 @pytest.mark.parametrize(
     "steps",
@@ -1454,6 +1460,7 @@ def make_a_file_where_another_client_deletes(machine: FilesystemMachine) -> None
         append_to_what_another_client_made,
         go_over_what_came_after_a_failure,
         make_a_file_where_another_client_deletes,
+        lose_a_name_that_is_being_removed,
     ],
 )
 def test_what_it_has_found(machine: type[FilesystemMachine], steps: Steps) -> None:
