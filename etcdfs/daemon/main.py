@@ -32,7 +32,13 @@ from etcdfs.components import Components
 from etcdfs.consistency.snapshot import NO_SNAPSHOT
 from etcdfs.daemon.embedded_etcd import default_data_dir, describe, open_embedded
 from etcdfs.daemon.first_state import Filling, Patience, store_errors
-from etcdfs.daemon.kernel_threads import InotifyEvents, close_threads, leave_kernel
+from etcdfs.daemon.kernel_threads import (
+    InotifyEvents,
+    UnseenOpens,
+    close_threads,
+    leave_kernel,
+    may_look,
+)
 from etcdfs.daemon.metrics_server import serving_metrics
 from etcdfs.daemon.signals import ServiceManager, Serving, Signals, find_service_manager
 from etcdfs.daemon.status import Section, Status
@@ -115,7 +121,8 @@ class ServedComponents(Components):
             self.files,
             self.filesystem.xattrs,
             store=self.kernel.store if options.cache else None,
-            fast_path=fast_path_of(options),
+            fast_path=fast_path_of(options, may_look=may_look()),
+            unopened=None if self.mirror is None else self.mirror.unopened,
             control=None
             if options.no_control_dir
             else ControlDirectory(
@@ -123,6 +130,14 @@ class ServedComponents(Components):
             ),
         )
         self.inotify = InotifyEvents(options, self.tree, self.mirror, self.filesystem)
+        self.unseen_opens = UnseenOpens(
+            self.tree,
+            self.mirror,
+            self.value_cache,
+            self.filesystem,
+            self.kernel,
+            self.operations,
+        )
 
     def _sections(self) -> dict[str, Section]:
         """Return who is asked for each section of the status document."""
@@ -144,6 +159,7 @@ class ServedComponents(Components):
         mirror = self.mirror
         if mirror is not None:
             sections["mirror"] = mirror.statistics
+            sections["unopened"] = mirror.unopened.statistics
             sections["staleness"] = mirror.staleness.statistics
             sections["audit"] = mirror.auditor.statistics
             sections["state_machine"] = lambda: mirror.state_machine.statistics()  # noqa: PLW0108
@@ -236,6 +252,7 @@ async def serve(
                 if _forbids_links(options):
                     forbid_links(options.mountpoint)
                 components.kernel.start(tasks)
+                components.unseen_opens.start(tasks, mounted)
                 note = components.inotify.start(tasks, mounted, components.operations)
                 go_on = partial(tasks.start_soon, manager.run, components.status.line)
                 tasks.start_soon(_announce, components, reporter, client_url, note, go_on)
@@ -248,6 +265,7 @@ async def serve(
                 await components.flush()
                 await leave_kernel(components.kernel, components.inotify, mount, mounted)
                 mount.unmounts = mounted is not None and is_there(mounted)
+            components.unseen_opens.close()
             log.info("unmounted %s", options.mountpoint, extra={"event": "unmounted"})
             components.check_published()
         nursery.cancel_scope.cancel()

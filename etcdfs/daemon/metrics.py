@@ -181,6 +181,15 @@ TABLE: Final[tuple[Metric, ...]] = (
     ),
     _gauge("open_files", "open_files", "Open file handles."),
     _unshown("fast_path", "What the fast path has the kernel do; nothing without it."),
+    # --- files that the kernel opens without asking
+    _gauge("unopened.held", "superseded_held", "Old versions of files that the kernel holds."),
+    _gauge("unopened.behind", "superseded_open", "Those of them that are taken to be open."),
+    _counter("unopened.looks", "superseded_looks_total", "Times that was looked who has one open."),
+    _counter(
+        "unopened.followed",
+        "superseded_followed_total",
+        "Old versions that became the newest one, as nobody had them open any more.",
+    ),
     # --- inotify
     _counter("inotify.replayed", "inotify_replays_total", "Changes that raised inotify events."),
     _counter(

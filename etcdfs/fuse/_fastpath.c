@@ -2,8 +2,9 @@
  *
  * A request that reaches a FUSE daemon costs a wake-up, whatever it is written in; what the kernel
  * answers from its caches costs nothing. Linux would keep directory listings and symbolic links,
- * never ask for an opendir, and send no FLUSH for readers, if it were told that it may. pyfuse3
- * has no way to say so, and drops what says exactly what a caller wants:
+ * never ask for an opendir, nor for an open where nothing is written, and send no FLUSH for
+ * readers, if it were told that it may. pyfuse3 has no way to say so, and drops what says exactly
+ * what a caller wants:
  *
  *   opendir's and open's flags     https://github.com/libfuse/pyfuse3/issues/60
  *   the inode of a READ, READDIR   its handlers hand on the file handle only
@@ -29,7 +30,11 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
+#include <stdint.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define VISIBLE __attribute__((visibility("default")))
 
@@ -38,13 +43,17 @@ enum {
     NOFLUSH = 2,  /* no FLUSH when what was opened for reading is closed */
     LISTINGS = 4, /* no OPENDIR, RELEASEDIR; listings stay until the directory's mtime changes */
     SYMLINKS = 8, /* targets of symbolic links stay, too */
+    NO_OPEN = 16, /* no OPEN, FLUSH, RELEASE; a READ has its inode. For what is read only */
 };
+
+#define OUR_HANDLE UINT64_MAX /* etcdfs/fuse/replay.py, HANDLE */
 
 static struct {
     int wanted; /* until a session is made */
     int in_use;
     struct fuse_lowlevel_ops real; /* pyfuse3's */
     int flags; /* of the last SETATTR or SETXATTR */
+    uid_t reader; /* who made the last READ; with it comes a handle, and here that says nothing */
 } door;
 
 /* --- operations ------------------------------------------------------------------------------ */
@@ -57,6 +66,9 @@ static void wrap_init(void *userdata, struct fuse_conn_info *conn)
         door.in_use &= ~LISTINGS;
     if (!(conn->capable & FUSE_CAP_CACHE_SYMLINKS))
         door.in_use &= ~SYMLINKS;
+    /* Pages stay from one open to the next, for as long as size and mtime are the same. */
+    if (!(conn->capable & FUSE_CAP_NO_OPEN_SUPPORT) || !(conn->want & FUSE_CAP_AUTO_INVAL_DATA))
+        door.in_use &= ~NO_OPEN;
     if (door.in_use & SYMLINKS)
         conn->want |= FUSE_CAP_CACHE_SYMLINKS;
 }
@@ -87,12 +99,61 @@ static void wrap_getxattr(fuse_req_t req, fuse_ino_t inode, const char *name, si
 
 static void wrap_open(fuse_req_t req, fuse_ino_t inode, struct fuse_file_info *fi)
 {
+    if (door.in_use & NO_OPEN) {
+        fuse_reply_err(req, ENOSYS); /* never again, and keep the pages (fs/fuse/file.c) */
+        return;
+    }
 #if FUSE_VERSION >= FUSE_MAKE_VERSION(3, 11)
     /* pyfuse3 answers with a copy of this, and leaves what it does not know as it is. */
     if (door.in_use & NOFLUSH && (fi->flags & (O_ACCMODE | O_TRUNC)) == O_RDONLY)
         fi->noflush = 1;
 #endif
     door.real.open(req, inode, fi);
+}
+
+static void wrap_read(fuse_req_t req, fuse_ino_t inode, size_t size, off_t offset,
+                      struct fuse_file_info *fi)
+{
+    door.reader = fuse_req_ctx(req)->uid;
+    if (door.in_use & NO_OPEN)
+        fi->fh = inode; /* as for READDIRPLUS below */
+    door.real.read(req, inode, size, offset, fi);
+}
+
+/* With NO_OPEN no handle says what a WRITE is. Only we can have a file open for writing there (see
+ * etcdfs/fuse/replay.py), but for who has mounted a copy of ours anew. */
+static int may_write(fuse_req_t req, struct fuse_file_info *fi)
+{
+    if (!(door.in_use & NO_OPEN) || fi->fh != 0)
+        return 1;
+    fi->fh = OUR_HANDLE;
+    return syscall(SYS_tgkill, getpid(), fuse_req_ctx(req)->pid, 0) == 0; /* a thread of ours */
+}
+
+static void wrap_write(fuse_req_t req, fuse_ino_t inode, const char *data, size_t size,
+                       off_t offset, struct fuse_file_info *fi)
+{
+    if (may_write(req, fi))
+        door.real.write(req, inode, data, size, offset, fi);
+    else
+        fuse_reply_err(req, EROFS);
+}
+
+static void wrap_write_buf(fuse_req_t req, fuse_ino_t inode, struct fuse_bufvec *data,
+                           off_t offset, struct fuse_file_info *fi)
+{
+    if (may_write(req, fi))
+        door.real.write_buf(req, inode, data, offset, fi);
+    else
+        fuse_reply_err(req, EROFS);
+}
+
+static void wrap_flush(fuse_req_t req, fuse_ino_t inode, struct fuse_file_info *fi)
+{
+    if (door.in_use & NO_OPEN)
+        fuse_reply_err(req, ENOSYS); /* never again: nothing is written here */
+    else
+        door.real.flush(req, inode, fi);
 }
 
 static void wrap_opendir(fuse_req_t req, fuse_ino_t inode, struct fuse_file_info *fi)
@@ -125,6 +186,12 @@ static int wrap(const struct fuse_lowlevel_ops *operations, size_t size,
     wrapped->setxattr = wrap_setxattr;
     wrapped->getxattr = wrap_getxattr;
     wrapped->open = wrap_open;
+    wrapped->read = wrap_read;
+    wrapped->flush = wrap_flush;
+    if (door.real.write != NULL)
+        wrapped->write = wrap_write;
+    if (door.real.write_buf != NULL)
+        wrapped->write_buf = wrap_write_buf;
     wrapped->opendir = wrap_opendir;
     wrapped->readdirplus = wrap_readdirplus;
     door.in_use = door.wanted;
@@ -192,15 +259,54 @@ static PyObject *features(PyObject *module, PyObject *unused)
     return PyLong_FromLong(door.in_use);
 }
 
+static PyObject *forgo(PyObject *module, PyObject *features)
+{
+    long unwanted = PyLong_AsLong(features);
+    if (unwanted == -1 && PyErr_Occurred())
+        return NULL;
+    door.in_use &= ~(int)unwanted;
+    Py_RETURN_NONE;
+}
+
 static PyObject *flags(PyObject *module, PyObject *unused)
 {
     return PyLong_FromLong(door.flags);
 }
 
+static PyObject *reader(PyObject *module, PyObject *unused)
+{
+    return PyLong_FromUnsignedLong(door.reader);
+}
+
+/* Whether a descriptor is the only one of its file, maps included, in any process: then the kernel
+ * would give it a lease for writing (fcntl(2)). That is given back at once: whoever opens the file
+ * meanwhile has to wait, or gets EAGAIN with O_NONBLOCK. Hence in C, where nothing comes between. */
+enum { SHARED, ALONE, WRITTEN };
+
+static PyObject *look_at(PyObject *module, PyObject *descriptor)
+{
+    int found = SHARED;
+    int fd = (int)PyLong_AsLong(descriptor);
+    if (fd == -1 && PyErr_Occurred())
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    fcntl(fd, F_SETSIG, SIGURG); /* SIGIO, which says that somebody waits, would end the process */
+    if (fcntl(fd, F_SETLEASE, F_WRLCK) == 0)
+        found = ALONE;
+    else if (errno == EAGAIN && fcntl(fd, F_SETLEASE, F_RDLCK) == -1 && errno == EAGAIN)
+        found = WRITTEN; /* by ourselves: nobody else can (etcdfs/fuse/replay.py) */
+    fcntl(fd, F_SETLEASE, F_UNLCK);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(found);
+}
+
 static PyMethodDef methods[] = {
     {"wrap_next_session", wrap_next_session, METH_O, "Have these features in the next session."},
     {"features", features, METH_NOARGS, "Return those of the session; 0 if it is not wrapped."},
+    {"forgo", forgo, METH_O, "Do without some features; before the first request."},
     {"flags", flags, METH_NOARGS, "Return the flags of the request whose handler begins."},
+    {"reader", reader, METH_NOARGS, "Return the user who made the READ whose handler begins."},
+    {"look_at", look_at, METH_O, "Say who has the file of a descriptor open."},
     {NULL, NULL, 0, NULL},
 };
 

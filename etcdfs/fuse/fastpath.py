@@ -26,12 +26,13 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import IntFlag
+from enum import IntEnum, IntFlag
 from types import SimpleNamespace, TracebackType
 from typing import Any, Final, final
 
 import trio
 
+from etcdfs.consistency.staleness import UNLIMITED
 from etcdfs.errors import FuseRefusedError
 from etcdfs.options import MountOptions
 
@@ -48,6 +49,15 @@ class Feature(IntFlag):
     NOFLUSH = 2
     LISTINGS = 4
     SYMLINKS = 8
+    NO_OPEN = 16
+
+
+class Use(IntEnum):
+    """How a file is used by others than who asks; the values are those of `_fastpath.c`."""
+
+    SHARED = 0
+    ALONE = 1
+    WRITTEN = 2
 
 
 def _load() -> tuple[Any, str]:
@@ -75,6 +85,11 @@ def libfuse_release() -> str | None:
     release = ctypes.CDLL(name).fuse_pkgversion
     release.restype = ctypes.c_char_p
     return str(release().decode())
+
+
+def look_at(fd: int) -> Use:
+    """Say whether anybody else has the file of a descriptor open; without a library, somebody has."""
+    return Use.SHARED if _library is None else Use(_library.look_at(fd))
 
 
 @final
@@ -115,6 +130,22 @@ class FastPath:
         return self._has(Feature.LISTINGS)
 
     @property
+    def opens_unseen(self) -> bool:
+        """Whether files are not opened; what is said to be the handle of a READ is the inode then."""
+        return self._has(Feature.NO_OPEN)
+
+    def forgo(self, feature: Feature) -> None:
+        """Do without a feature; before the kernel has made its first request."""
+        self._wanted &= ~feature
+        if _library is not None:
+            _library.forgo(int(feature))
+
+    @property
+    def reader(self) -> int | None:
+        """The user who made a READ that comes with no handle, which would tell."""
+        return int(_library.reader()) if self._has(Feature.NO_OPEN) else None
+
+    @property
     def flags(self) -> int | None:
         """The flags of a SETATTR or SETXATTR, None if they are not known."""
         return int(_library.flags()) if self._has(Feature.EXACT) else None
@@ -126,13 +157,19 @@ class FastPath:
 NO_FAST_PATH: Final = FastPath()
 
 
-def fast_path_of(options: MountOptions) -> FastPath:
-    """Return what the kernel is to be told beyond what pyfuse3 can tell it."""
+def fast_path_of(options: MountOptions, *, may_look: bool) -> FastPath:
+    """Return what the kernel is to be told beyond what pyfuse3 can tell it.
+
+    Files that nobody writes need no open, if it can be found out otherwise who has one open
+    (`may_look`). With `--max-stale` each open asks whether there is anything to be shown.
+    """
     if options.fast_path == "off":
         return NO_FAST_PATH
     wanted = Feature.EXACT | Feature.NOFLUSH
     if options.kernel_lifetime_s:  # else each answer must be asked for
         wanted |= Feature.LISTINGS | Feature.SYMLINKS
+        if options.read_only and may_look and options.max_stale_s == UNLIMITED:
+            wanted |= Feature.NO_OPEN
     return FastPath(wanted, required=options.fast_path == "on")
 
 

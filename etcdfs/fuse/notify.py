@@ -6,7 +6,8 @@ forgotten.
 `invalidate_entry` waits for the directory's lock, which any LOOKUP, CREATE or READDIR in flight
 holds; called on the trio thread it would wait for a handler that only the trio thread can finish. So
 a thread of our own makes the calls, in order. A file that is open is never invalidated in place:
-what another client writes has an inode of its own then.
+what another client writes has an inode of its own then. Where we are not asked to open files, the
+thread looks whether one is open (`etcdfs.daemon.kernel_threads`).
 
 When the kernel is slow, what waits does not grow with what happens: something that is waiting to be
 forgotten already is not queued again, so that at most everything the kernel knows waits once.
@@ -36,7 +37,7 @@ import queue
 import struct
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -46,7 +47,8 @@ from typing import Final, final
 import pyfuse3
 import trio
 
-from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Expiry, Inode
+from etcdfs.fuse.procfs import Opens
+from etcdfs.tree.inodes import Cached, CachedAttributes, Content, Dentry, Expiry, Inode
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +62,9 @@ machine, costs one of them, and makes nothing stuck."""
 
 STUCK_MAX: Final = 64
 """Directories that may be stuck, each with a thread; a thread takes about 30 KiB."""
+
+WAITING_MAX: Final = 4096
+"""Things that may wait to be told to the kernel before it is given what it has not asked for."""
 
 CLOSE_S: Final = 1.0
 """How long threads may take to end when the mount is taken down."""
@@ -84,7 +89,7 @@ class KernelStatistics:
         finished: Those that are done, but for what was stuck.
         invalidated: Entries and attributes that were invalidated.
         waiting: Those that it still has to.
-        pages_pushed: Values that it was given when their file was opened.
+        stored: Values that it was given before it asked for them.
         stuck: Directories whose lock somebody holds, so that nothing in them can be invalidated.
         stuck_ever: Times that one was stuck.
     """
@@ -105,21 +110,29 @@ class _Mark:
     done: Callable[[], None] | None
 
 
+@dataclass(eq=False, slots=True)
+class _Given:
+    """A content that the kernel is to have."""
+
+    inode: Inode
+    value: bytes
+
+
 @final
 class _Work:
     """What the threads have to do, in order."""
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Cached | _Mark | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Cached | _Mark | _Given | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._begun = self._ended = 0
 
-    def put(self, task: Cached | _Mark | None) -> None:
+    def put(self, task: Cached | _Mark | _Given | None) -> None:
         """Add something (on the trio thread)."""
         self._begun += 1
         self._queue.put(task)
 
-    def get(self) -> Cached | _Mark | None:
+    def get(self) -> Cached | _Mark | _Given | None:
         """Wait for what is next, in a thread, which must say when it is `done`."""
         return self._queue.get()
 
@@ -128,10 +141,9 @@ class _Work:
         with self._lock:
             self._ended += 1
 
-    @property
-    def is_over(self) -> bool:
-        """Whether all of it is done."""
-        return self._begun == self._ended
+    def __len__(self) -> int:
+        """Count what is not done."""
+        return self._begun - self._ended
 
 
 @dataclass(eq=False, slots=True)
@@ -155,6 +167,7 @@ class KernelCache:
 
     def __init__(self) -> None:
         # --- dependencies
+        self.openings: Opens | None = None
         self._listener: Callable[[Inode | None, float | None], None] = _nobody
         # --- mutable state, of the trio thread
         self._bell = -1  # rung when something is done; open until the process ends
@@ -174,6 +187,7 @@ class KernelCache:
         self._stuck: dict[int, deque[Cached]] = {}  # by lock: what is left to its thread
         self._invalidated = 0
         self._is_closed = False
+        self.unopened: set[Inode] = set()
 
     def listen(self, listener: Callable[[Inode | None, float | None], None]) -> None:
         """Have `listener` told, on the trio thread, since when a directory is stuck.
@@ -243,7 +257,7 @@ class KernelCache:
         Returns:
             Whether all of it is done.
         """
-        if self._main is None or self._is_closed or not self._work.is_over:
+        if self._main is None or self._is_closed or self._work:
             return False
         try:
             for each in cached:
@@ -269,6 +283,17 @@ class KernelCache:
             log.debug("the kernel did not take inode %d: %s", inode, exc)
             return
         self._stored += 1
+
+    def hand_over(self, contents: Sequence[tuple[Inode, bytes]]) -> None:
+        """Give the kernel contents of files that somebody may be reading, when all before is done.
+
+        What becomes untrue is to be submitted after: it is done in this order.
+        """
+        if self._main is None or self._is_closed or len(self._work) > WAITING_MAX:
+            return
+        self._stored += len(contents)
+        for inode, value in contents:
+            self._work.put(_Given(inode, value))
 
     def statistics(self) -> KernelStatistics:
         """Count what was submitted, and what became of it."""
@@ -361,6 +386,8 @@ class KernelCache:
         while not worker.stuck and (task := self._work.get()) is not None:
             if isinstance(task, _Mark):
                 self._ring(partial(self._finish, task))
+            elif isinstance(task, _Given):
+                self._give(worker, task)
             else:
                 self._tell(worker, task)
             self._work.done()
@@ -386,6 +413,22 @@ class KernelCache:
         self._ring(partial(self._free, worker.stuck))
         return None
 
+    def _give(self, worker: _Worker, given: _Given) -> None:
+        """Give the kernel a content; this waits for a READ of the same page, if there is one."""
+        lock = _pages_of(given.inode)
+        with self._lock:
+            if self._is_closed or lock in self._stuck:
+                return
+            worker.lock = lock
+            worker.turn += 1
+        try:
+            pyfuse3.notify_store(pyfuse3.InodeT(given.inode), 0, given.value)
+        except OSError as exc:  # it has forgotten the inode, or has no memory; then it asks
+            log.debug("the kernel did not take inode %d: %s", given.inode, exc)
+        finally:
+            with self._lock:
+                worker.lock = 0
+
     def _tell(self, worker: _Worker, cached: Cached) -> None:
         if self._is_closed:
             return
@@ -403,14 +446,24 @@ class KernelCache:
                 self._call(worker, cached, cached.directory, partial(invalidate_entry, cached))
             case Expiry(within):
                 self._call(worker, cached, within.directory, partial(expire_entry, within))
-            case CachedAttributes():
-                self._invalidate_inode(worker, cached)
+            case CachedAttributes(inode, within, pages):
+                call = partial(invalidate_attributes, inode, pages=pages)
+                # Attributes alone wait for nobody.
+                self._invalidate_inode(
+                    worker, cached, within, _pages_of(inode) if pages else 0, call
+                )
+            case Content(inode, within):
+                call = partial(self._let_go_unless_open, inode)
+                self._invalidate_inode(worker, cached, within, _pages_of(inode), call)
 
-    def _invalidate_inode(self, worker: _Worker, cached: CachedAttributes) -> None:
-        invalidate = partial(invalidate_attributes, cached.inode, pages=cached.pages)
-        # Attributes alone wait for nobody.
-        lock = _pages_of(cached.inode) if cached.pages else 0
-        within = cached.within
+    def _invalidate_inode(
+        self,
+        worker: _Worker,
+        cached: Cached,
+        within: Dentry | None,
+        lock: int,
+        invalidate: Callable[[], bool],
+    ) -> None:
         # Not an inode yet: a LOOKUP answered with the old attributes may still be on its way into
         # the caches. Its name waits for it.
         if self._call(worker, cached, lock, invalidate) is not False or within is None:
@@ -418,6 +471,31 @@ class KernelCache:
         if self._call(worker, cached, within.directory, partial(expire_entry, within)) is not None:
             # Whoever looked it up may be about to use it.
             self._call(worker, cached, lock, invalidate)
+
+    def _let_go_unless_open(self, inode: Inode) -> bool:
+        """Have the kernel forget a file's attributes, and its pages unless somebody has it open.
+
+        Whoever opens it once its attributes are forgotten has us asked for them first, and waits
+        (`Applier.decided`). Pages that somebody read until then, and closed the file, go with all.
+
+        Returns:
+            Whether the kernel has it.
+        """
+        assert self.openings is not None, "the kernel opens files without asking"
+        self.unopened.discard(inode)
+        try:
+            opening = self.openings.open(inode)  # before: this would have to ask for attributes
+        except OSError as exc:
+            log.debug("inode %d may be open: %s", inode, exc)
+            return invalidate_attributes(inode, pages=False)
+        with opening:
+            is_held = invalidate_attributes(inode, pages=False)
+            is_alone = opening.is_alone()
+        if is_held and is_alone:
+            invalidate_attributes(inode, pages=True)
+        if is_held == opening.is_there and is_alone:
+            self.unopened.add(inode)
+        return is_held
 
     def _call(
         self, worker: _Worker, cached: Cached, lock: int, call: Callable[[], bool | None]

@@ -66,8 +66,12 @@ if that found none, or one. Both calls are for the same request, so that its con
 apart from calls of their own. What was found has to be so still when it is changed in etcd."""
 
 
-class Replays(Protocol):
-    """Requests that are no user's, and are answered apart from all others (`etcdfs.fuse.replay`)."""
+class OwnRequests(Protocol):
+    """Requests that are no user's, and are answered apart from all others.
+
+    Of replays (`etcdfs.fuse.replay`), and of who looks whether a file is open
+    (`etcdfs.daemon.kernel_threads`).
+    """
 
     def answers(self, name: str, arguments: tuple[Any, ...]) -> bool:
         """Say whether a request is one of them."""
@@ -75,6 +79,14 @@ class Replays(Protocol):
 
     def answer(self, name: str, arguments: tuple[Any, ...]) -> object:
         """Answer it, or raise `FUSEError`."""
+        ...
+
+
+class ReadsUnopened(Protocol):
+    """See `UnopenedFiles`."""
+
+    async def read(self, inode: int, offset: int, size: int) -> bytes:
+        """Read a file that the kernel has opened without asking."""
         ...
 
 
@@ -90,14 +102,17 @@ def handler(
 
     @functools.wraps(function)
     async def wrapped(self: "Operations", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        is_replay = self.replays is not None and self.replays.answers(name, args)
-        if not is_replay:
+        own = next((own for own in self.own if own.answers(name, args)), None)
+        if own is None:
             self.requests[name] += 1
-        request = Request(self.admission, lambda: self.user_of(name, args))
+        reader = self.fast_path.reader if name == "read" else None
+        request = Request(
+            self.admission, lambda: self.user_of(name, args) if reader is None else reader
+        )
         before = current.set(request)
         try:
-            if self.replays is not None and is_replay:
-                return cast("R", self.replays.answer(name, args))
+            if own is not None:
+                return cast("R", own.answer(name, args))
             if self._control is not None and (answering := self._control.answering(name, args)):
                 answer: R = await answering(*args)
                 return answer
@@ -133,6 +148,7 @@ class Operations(pyfuse3.Operations):
         store: Callable[[int, bytes], None] | None,
         control: ControlDirectory | None = None,
         fast_path: FastPath = NO_FAST_PATH,
+        unopened: ReadsUnopened | None = None,
     ) -> None:
         """Serve `filesystem`, and beside it `control`.
 
@@ -145,11 +161,12 @@ class Operations(pyfuse3.Operations):
         self._files = files
         self._xattrs = xattrs
         self._control = control
+        self._unopened = unopened
         self.fast_path = fast_path
         # --- constants
         self._keep_cache = store is not None
         self._store = store
-        self.replays: Replays | None = None
+        self.own: list[OwnRequests] = []
         # --- mutable state
         self.requests: Counter[str] = Counter()
         self.openers = Openers()
@@ -358,6 +375,8 @@ class Operations(pyfuse3.Operations):
 
     @handler
     async def read(self, fh: FileHandleT, off: int, size: int) -> bytes:
+        if self._unopened is not None and self.fast_path.opens_unseen:
+            return await self._unopened.read(fh, off, size)
         return self._files.read(fh, off, size)
 
     @handler

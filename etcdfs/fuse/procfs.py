@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
-from typing import Final, final
+from typing import Final, Protocol, Self, final
 
 MAX_FDS: Final = 256
 """Descriptors of a process that are looked at when it closes a file it has not written to."""
@@ -87,6 +87,31 @@ def _mounts_of(process: Path, device: str) -> set[bytes]:
     """Return the numbers of a device's mounts, as a process sees them."""
     lines = (line.split(b" ", 3) for line in (process / "mountinfo").read_bytes().splitlines())
     return {line[0] for line in lines if line[2] == device.encode()}
+
+
+class Opening(Protocol):
+    """One open descriptor of a file, or that the kernel has none; closed by its context."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the kernel has the file."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def is_alone(self) -> bool:
+        """Say whether nobody else has the file open."""
+        ...
+
+
+class Opens(Protocol):
+    """See `Openings`."""
+
+    def open(self, inode: int) -> Opening:
+        """Open a file, in a thread, to find out who else has; `OSError` if that cannot be."""
+        ...
 
 
 _STATM: Final = Path("/proc/self/statm")

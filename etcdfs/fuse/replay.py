@@ -67,6 +67,9 @@ _FILE: Final = (
     os.O_WRONLY | os.O_DIRECT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_NOCTTY | os.O_CLOEXEC
 )
 
+_LEASES_MAX: Final = 100
+"""Times that one is opened which has a lease for a microsecond (`etcdfs.daemon.kernel_threads`): EAGAIN."""
+
 
 class Step(Enum):
     """One thing to be done once more."""
@@ -366,13 +369,17 @@ def _descend(root: int, path: tuple[bytes, ...]) -> int:
 def _open_beneath(directory: int, path: bytes, flags: int, mode: int = 0) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     how = _OPEN_HOW.pack(flags, mode, _RESOLVE)
-    opened = libc.syscall(
-        _SYS_OPENAT2, directory, ctypes.c_char_p(path), how, ctypes.c_size_t(len(how))
-    )
-    if opened < 0:
+    failure = 0
+    for _ in range(_LEASES_MAX):
+        opened = libc.syscall(
+            _SYS_OPENAT2, directory, ctypes.c_char_p(path), how, ctypes.c_size_t(len(how))
+        )
+        if opened >= 0:
+            return int(opened)
         failure = ctypes.get_errno()
-        raise OSError(failure, os.strerror(failure))
-    return int(opened)
+        if failure != errno.EAGAIN:
+            break
+    raise OSError(failure, os.strerror(failure))
 
 
 def _change(_root: int, directory: int, replayed: Replay) -> None:

@@ -18,6 +18,11 @@ One revision may have very many keys, and is never cut. So a large batch is plan
 other calls have their turn in between. Each part depends on little, and is planned again if that
 has changed meanwhile (`Tree.disturbed`); when all parts hold, they become visible in one step.
 
+Where the kernel opens files without asking, a file that it holds follows its key only if nobody
+has it open; else the name gets another inode. To find that out takes a moment, in which it must stay
+so: what the kernel asks of its attributes waits (`decided`), and it asks before anybody who
+opens the file then can read. What is read all the same makes it open (`etcdfs.files.unopened`).
+
 What takes no lock the kernel is told at once, and it is visible in the same step. A batch that would
 wait for a lock which a call of this mount holds is published, and the kernel let go after.
 
@@ -28,7 +33,7 @@ when a call begins to hold a lock. Only who hands batches on waits.
 import gc
 import logging
 from collections import deque
-from collections.abc import Callable, Collection, Container, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count, groupby, islice
@@ -38,11 +43,14 @@ from typing import Final, final
 import trio
 from cachetools import LRUCache
 
+from etcdfs.admission import about_to_wait
+from etcdfs.errors import StaleError
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.store import Event, KeyValue, Revision
 from etcdfs.mirror.invalidator import Invalidator, KernelCache
+from etcdfs.mirror.messages import BATCH_KEYS, Batch
 from etcdfs.tree.changes import Part, Plan
-from etcdfs.tree.inodes import Cached, Dentry, File
+from etcdfs.tree.inodes import Cached, Dentry, File, Inode, contents_in
 from etcdfs.tree.update import NameChange, Update, changes_of_others
 from etcdfs.tree.value_cache import ValueCache
 
@@ -56,11 +64,6 @@ It may return what is to be called when the kernel, too, has let go of what was 
 SWITCH_ROUNDS: Final = 8
 """Rounds of invalidation before a batch is applied. The second round finds what a change of
 this mount added meanwhile; more are not expected, and a batch must not wait for ever."""
-
-BATCH_KEYS: Final = 500
-"""Keys of a merged batch; about ten milliseconds of planning. One revision is never cut."""
-
-BATCH_BYTES: Final = 4 << 20
 
 LARGE: Final = 2 * BATCH_KEYS
 """Keys of a batch from which on it is planned in parts."""
@@ -88,59 +91,6 @@ _REVISION: Final = attrgetter("mod_revision")
 
 _Version = tuple[File, bytes, int]
 """A file, its key and its mod_revision."""
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Events of whole revisions, to be made visible at once.
-
-    Attributes:
-        events: The last event of each key, the oldest revision first.
-        own: Earlier events of keys that this mount is changing, which say what became of it.
-        count: How many events there were.
-        size: Bytes of the values.
-        revision: The revision that readers then see; None: as before (attributes have a watch
-            of their own).
-        force: Whether older revisions are right, too (another history).
-        is_closed: Whether nothing more may be merged with it.
-        over: Set when it is visible, or never will be.
-    """
-
-    events: dict[bytes, Event] = field(default_factory=dict)
-    own: list[Event] = field(default_factory=list)
-    count: int = 0
-    size: int = 0
-    revision: int | None = None
-    force: bool = False
-    is_closed: bool = False
-    over: trio.Event = field(default_factory=trio.Event)
-
-    @property
-    def is_full(self) -> bool:
-        return self.is_closed or len(self.events) >= BATCH_KEYS or self.size >= BATCH_BYTES
-
-    def add(self, event: Event, *, is_own: bool) -> None:
-        before = self.events.pop(event.key, None)  # so that it is put behind all others
-        if before is not None:
-            self.size -= _size(before)
-            if is_own:
-                self.own.append(before)
-        self.events[event.key] = event
-        self.size += _size(event)
-        self.count += 1
-
-    def add_all(self, events: Collection[Event], intents: Container[bytes]) -> None:
-        fresh = {event.key: event for event in events}
-        if len(fresh) == len(events) and self.events.keys().isdisjoint(fresh):
-            self.events.update(fresh)
-            self.size += sum(len(e.value) for e in events if isinstance(e, KeyValue))
-            self.count += len(events)
-            return
-        for event in events:
-            self.add(event, is_own=event.key in intents)
-
-    def all(self) -> tuple[Event, ...]:
-        return (*self.own, *self.events.values())
 
 
 @dataclass(slots=True)
@@ -183,6 +133,7 @@ class Applier:
         # --- dependencies
         self._update = update
         self._value_cache = value_cache
+        self._kernel = kernel
         self.invalidator = Invalidator(kernel, self._give_way)
         self._failed = failed
         self.observe: Observer | None = None
@@ -190,8 +141,8 @@ class Applier:
         self.unseen: Callable[[], None] | None = None
         self.revision = 0
         self.batches = self.events = self.collapsed = self.early = 0
-        self._now: _Batch | None = None
-        self._waiting: deque[_Batch] = deque()
+        self._now: Batch | None = None
+        self._waiting: deque[Batch] = deque()
         # Of the present batch: what the kernel was asked to let go of, in how many rounds, and
         # the number of the round that it has not answered yet; 0: none.
         self._asked: set[Cached] = set()
@@ -255,7 +206,7 @@ class Applier:
 
     async def show(self, events: Sequence[Event], *, force: bool = False) -> None:
         """Make further events visible, in one step, after what was taken; return when they are."""
-        batch = _Batch(force=force, is_closed=True)
+        batch = Batch(force=force, is_closed=True)
         batch.add_all(events, self._update.intents)
         self._waiting.append(batch)
         self._begin()
@@ -269,7 +220,7 @@ class Applier:
         groups = [(events[0].mod_revision, events)] if is_one else groupby(events, _REVISION)
         for revision, group in groups:
             if not self._waiting or self._waiting[-1].is_full:
-                self._waiting.append(_Batch())
+                self._waiting.append(Batch())
             batch = self._waiting[-1]
             batch.add_all((*group, *stored_records), intents)
             batch.revision = revision
@@ -280,7 +231,7 @@ class Applier:
         await self.idle()
         self._is_broken = False
         self._taken.clear()
-        batch = _Batch(revision=revision, force=True, is_closed=True)
+        batch = Batch(revision=revision, force=True, is_closed=True)
         batch.add_all(events, ())
         self._waiting.append(batch)
         self._begin()
@@ -297,6 +248,12 @@ class Applier:
     async def idle(self) -> None:
         """Return when all that was taken is visible, or has failed."""
         while self._now is not None or self._waiting:
+            await self._advanced.wait()
+
+    async def decided(self, inode: Inode) -> None:
+        """Return when it is decided which version an inode is, from then on."""
+        while inode in self._update.tree.unseen.deciding:
+            about_to_wait()
             await self._advanced.wait()
 
     async def advanced(self) -> None:
@@ -348,10 +305,15 @@ class Applier:
             log.exception("a batch could not be applied; this is a bug of etcdfs")
             self._fail(self._now)
 
-    def _step(self, batch: _Batch, *, early: bool) -> None:
+    def _step(self, batch: Batch, *, early: bool) -> None:
         # Anything may have happened to the tree since the last step: it is planned again.
+        self._judge()
         plan = self._update.plan(batch.all(), force=batch.force)
         stale = self._update.invalidations(plan) - self._asked
+        if self._rounds == SWITCH_ROUNDS and (unasked := contents_in(stale)):
+            self._update.tree.unseen.opened |= unasked
+            plan = self._update.plan(batch.all(), force=batch.force)
+            stale = self._update.invalidations(plan) - self._asked
         if early:
             self._update.note_not_invalidated(plan)
         if not stale or self._rounds == SWITCH_ROUNDS:
@@ -368,6 +330,19 @@ class Applier:
         self._update.tree.being_changed |= self._update.uncacheable(plan)
         self._update.note_invalidated(plan, stale)
         self._asked |= stale
+        if self._update.tree.unseen.is_so and (contents := contents_in(stale)):
+            self._update.tree.unseen.deciding |= contents
+            self._kernel.unopened -= contents
+
+    def _judge(self) -> None:
+        """Take for open what is not known to be closed, now that the kernel has answered."""
+        for inode in self._update.tree.unseen.judge(self._kernel.unopened):
+            with suppress(StaleError):  # forgotten meanwhile, which has disturbed it
+                self._update.tree.disturb(self._update.tree.node(inode))
+
+    def _forget_openings(self) -> None:
+        self._kernel.unopened -= self._update.tree.unseen.deciding
+        self._update.tree.unseen.decided()
 
     def _wait_for(self, stale: Collection[Cached]) -> None:
         """Go on when the kernel has let go of what is stale, and of all before it."""
@@ -376,12 +351,13 @@ class Applier:
         self.invalidator.submit(stale, lambda: self._go_on(number))
         self._give_way()
 
-    def _apply_batch(self, batch: _Batch, plan: Plan, *, late: set[Cached]) -> None:
+    def _apply_batch(self, batch: Batch, plan: Plan, *, late: set[Cached]) -> None:
         before = self._versions(plan)
         seen = self._observed(plan)
         self._update.apply(plan)
         self._let_go_past(before)
         self._update.tree.being_changed.clear()
+        self._forget_openings()
         self.invalidator.submit(late | self._update.tree.held.excess(), seen)
         self.unseen = None
         self._count(batch)
@@ -394,7 +370,7 @@ class Applier:
         self.unseen = self.observe(changes_of_others(plan, self._update.locked), parts)
         return self.unseen
 
-    def _count(self, batch: _Batch) -> None:
+    def _count(self, batch: Batch) -> None:
         self.batches += 1
         self.events += batch.count
         self.collapsed += batch.count - len(batch.events)
@@ -405,6 +381,8 @@ class Applier:
     def _let_go_past(self, before: Iterable[_Version]) -> None:
         for file, key, revision in before:
             # Or a key that is always written would fill the memory with what nobody asks for.
+            if file in self._update.tree.unseen.superseded and file.value is None:
+                file.value = self._value_cache.peek(key, Revision(revision))
             is_past = file.directory is None or revision != file.version
             if is_past and not file.handles:
                 self._invalidate(key, revision)
@@ -461,7 +439,7 @@ class Applier:
         self._turns = None
         gc.enable()
 
-    def _in_parts(self, batch: _Batch) -> Iterator[set[Cached]]:
+    def _in_parts(self, batch: Batch) -> Iterator[set[Cached]]:
         """Make a large batch visible.
 
         Yields:
@@ -494,6 +472,7 @@ class Applier:
         self.unseen = None
         waste = (tree.being_changed, self._asked)
         tree.being_changed, self._asked = set(), set()
+        self._forget_openings()
         self._count(batch)
         batch.over.set()
         self._wake()
@@ -520,16 +499,18 @@ class Applier:
         self.invalidator.submit(held.excess())
         gc.freeze()
 
-    def _until_planned(self, batch: _Batch, work: "_Work") -> Generator[set[Cached], None, Plan]:
+    def _until_planned(self, batch: Batch, work: "_Work") -> Generator[set[Cached], None, Plan]:
         """Plan again what has changed meanwhile, until the kernel has let go of all of it.
 
         Returns:
             The plan of what is in no part, just made.
         """
         while True:
+            may_wait = not self._is_early and self._rounds < SWITCH_ROUNDS
+            if not (self._unanswered and may_wait):
+                self._judge()
             again = [i for i, (part, _) in enumerate(work.parts) if not self._update.holds(part)]
             self._update.tree.disturbed = set()
-            may_wait = not self._is_early and self._rounds < SWITCH_ROUNDS
             is_few = len(again) <= FEW_PARTS or not may_wait
             for index in again:
                 events = work.parts[index][0].events.values()
@@ -542,12 +523,15 @@ class Applier:
             parts = [part for part, _ in work.parts]
             plan = self._update.plan_rest((*batch.own, *work.rest), parts, force=batch.force)
             self._ask(plan, waits=may_wait and bool(self._unanswered))
-            if not self._unanswered or not may_wait:
+            if may_wait and self._unanswered:
+                yield self._unanswered
+            elif not contents_in(self._unanswered):
                 return plan
-            yield self._unanswered
+            else:
+                self._unanswered = set()  # what it was to say is not waited for
 
     def _plan_part(
-        self, batch: _Batch, work: "_Work", events: Iterable[Event]
+        self, batch: Batch, work: "_Work", events: Iterable[Event]
     ) -> tuple[Part, list[_Version]]:
         part, others = self._update.plan_part(events, work.apart, force=batch.force)
         work.rest += others
@@ -563,7 +547,7 @@ class Applier:
             self.invalidator.submit(stale)
             self._unanswered = stale  # when it has, it has of all before
 
-    def _finish(self, batch: _Batch) -> None:
+    def _finish(self, batch: Batch) -> None:
         self._now = None
         batch.over.set()
         self._wake()
@@ -574,8 +558,9 @@ class Applier:
         self._advanced.set()
         self._advanced = trio.Event()
 
-    def _fail(self, batch: _Batch) -> None:
+    def _fail(self, batch: Batch) -> None:
         self._update.tree.being_changed.clear()
+        self._forget_openings()
         self._update.tree.disturbed = None
         self._update.tree.doubtful = True  # it may have been half-way
         self._waiting = deque(other for other in self._waiting if other.is_closed)
@@ -593,7 +578,3 @@ def _pieces(events: Iterable[Event], size: int) -> Iterator[list[Event]]:
     iterator = iter(events)
     while piece := list(islice(iterator, size)):
         yield piece
-
-
-def _size(event: Event) -> int:
-    return len(event.value) if isinstance(event, KeyValue) else 0

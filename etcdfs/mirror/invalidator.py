@@ -37,7 +37,14 @@ AT_ONCE_MAX: Final = 16
 
 
 class KernelCache(Protocol):
-    """The kernel's caches, as the mirror needs them."""
+    """The kernel's caches, as the mirror needs them.
+
+    Attributes:
+        unopened: Inodes that nobody had open when the kernel let go of their content (`Content`);
+            whoever asks for that takes them out before.
+    """
+
+    unopened: set[Inode]
 
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         """Have the kernel forget; never blocks; call `done` on the trio thread afterwards."""

@@ -1,14 +1,17 @@
-"""What the state machine is told, and what it answers: messages in, steps out.
+"""What the state machine is told, and what it answers: messages in, steps out. And its batches.
 
 Knows: what can happen to a listing or a watch, what can be done about it, and what must be read
 back after a break if the history is still the one we know. Does not know: what is done when; that
 is the state machine's.
 
-Concurrency: none; pure functions and frozen values.
+Concurrency: none; pure functions and frozen values, but for `Batch`, which is the applier's.
 """
 
-from dataclasses import dataclass
-from typing import assert_never
+from collections.abc import Collection, Container
+from dataclasses import dataclass, field
+from typing import Final, assert_never
+
+import trio
 
 from etcdfs.keyspace.store import (
     Event,
@@ -191,3 +194,72 @@ def history_checks(change: Event, revision: Revision) -> tuple[HistoryCheck, ...
             return (HistoryCheck(before, present=True), HistoryCheck(now, present=False))
         case _:
             assert_never(change)
+
+
+# --- what is to be made visible -----------------------------------------------------------------
+
+BATCH_KEYS: Final = 500
+"""Keys of a merged batch; about ten milliseconds of planning. One revision is never cut."""
+
+BATCH_BYTES: Final = 4 << 20
+
+
+@dataclass(slots=True)
+class Batch:
+    """Events of whole revisions, to be made visible at once.
+
+    Attributes:
+        events: The last event of each key, the oldest revision first.
+        own: Earlier events of keys that this mount is changing, which say what became of it.
+        count: How many events there were.
+        size: Bytes of the values.
+        revision: The revision that readers then see; None: as before (attributes have a watch
+            of their own).
+        force: Whether older revisions are right, too (another history).
+        is_closed: Whether nothing more may be merged with it.
+        over: Set when it is visible, or never will be.
+    """
+
+    events: dict[bytes, Event] = field(default_factory=dict)
+    own: list[Event] = field(default_factory=list)
+    count: int = 0
+    size: int = 0
+    revision: int | None = None
+    force: bool = False
+    is_closed: bool = False
+    over: trio.Event = field(default_factory=trio.Event)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more is merged with it."""
+        return self.is_closed or len(self.events) >= BATCH_KEYS or self.size >= BATCH_BYTES
+
+    def add(self, event: Event, *, is_own: bool) -> None:
+        """Merge an event, of a key that this mount is changing or of another."""
+        before = self.events.pop(event.key, None)  # so that it is put behind all others
+        if before is not None:
+            self.size -= _size(before)
+            if is_own:
+                self.own.append(before)
+        self.events[event.key] = event
+        self.size += _size(event)
+        self.count += 1
+
+    def add_all(self, events: Collection[Event], intents: Container[bytes]) -> None:
+        """Merge events; `intents` are the keys that this mount is changing."""
+        fresh = {event.key: event for event in events}
+        if len(fresh) == len(events) and self.events.keys().isdisjoint(fresh):
+            self.events.update(fresh)
+            self.size += sum(len(e.value) for e in events if isinstance(e, KeyValue))
+            self.count += len(events)
+            return
+        for event in events:
+            self.add(event, is_own=event.key in intents)
+
+    def all(self) -> tuple[Event, ...]:
+        """Return what is to be planned."""
+        return (*self.own, *self.events.values())
+
+
+def _size(event: Event) -> int:
+    return len(event.value) if isinstance(event, KeyValue) else 0

@@ -22,6 +22,7 @@ from etcdfs.consistency.read_barrier import ReadBarrier
 from etcdfs.consistency.snapshot import Snapshot
 from etcdfs.consistency.staleness import Staleness
 from etcdfs.errors import StorePermissionError
+from etcdfs.files.unopened import UnopenedFiles
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Store
 from etcdfs.mirror.applier import Applier, Observer
@@ -118,6 +119,7 @@ class Mirror(Driver):
             self.update, value_cache, kernel, lambda: self.doubt("a batch could not be applied")
         )
         self._invalidator = self._applier.invalidator
+        self.unopened = UnopenedFiles(self, tree, kernel, self._applier.advanced)
         kernel.listen(StuckDirectories(tree, self.staleness, self._invalidator).note)
         self.auditor = Auditor(
             store,
@@ -190,8 +192,11 @@ class Mirror(Driver):
         if node is self.update.tree.root:
             return
         self.staleness.check()
-        if self.barrier is not None and isinstance(node, File):
-            await self.barrier.file(node)
+        if isinstance(node, File):
+            await self._applier.decided(node.inode)
+            await self.unopened.decided(node.inode)
+            if self.barrier is not None:
+                await self.barrier.file(node)
 
     async def value(self, file: File) -> bytes:
         """See `View.value`."""
@@ -239,6 +244,7 @@ class Mirror(Driver):
         """See `View.reached`; the caller bounds it."""
         while self.revision < revision:
             await self._applier.advanced()
+        await self.unopened.settled(revision)
 
     async def advanced(self) -> None:
         """Return when readers see a newer revision."""

@@ -16,6 +16,8 @@ another.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final, NamedTuple, NewType, Protocol, final
 
 from cachetools import LRUCache
@@ -53,8 +55,26 @@ class CachedAttributes(NamedTuple):
     pages: bool = False
 
 
-Cached = Dentry | Expiry | CachedAttributes
+class Content(NamedTuple):
+    """All that the kernel has of an inode of a file, its name not included, if nobody has it open.
+
+    Where the kernel opens files without asking, it is found out whether somebody has: then what it
+    has is right for as long as the file is open, but for its attributes.
+    """
+
+    inode: Inode
+    within: Dentry | None
+    pages: bool = True
+    unless_open: bool = True
+
+
+Cached = Dentry | Expiry | CachedAttributes | Content
 """What the kernel is told to invalidate."""
+
+
+def contents_in(stale: Iterable[Cached]) -> set[Inode]:
+    """Return the inodes of which it is to be found out whether they are open."""
+    return {cached.inode for cached in stale if isinstance(cached, Content)}
 
 
 class KeyState(NamedTuple):  # as `KeyValue`: one per key
@@ -264,6 +284,83 @@ class Held:
         self._nodes.clear()
         self._where.clear()
         self._vanished.clear()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TreeStatistics:
+    """Sizes of the tree's tables.
+
+    Attributes:
+        inodes_known: Inodes that the kernel holds.
+        old_versions: Those of them that no path leads to any more: held, or not forgotten.
+        negatives: Missing names that the kernel may remember.
+    """
+
+    inodes_known: int
+    old_versions: int
+    negatives: int
+
+
+@final
+class UnseenOpens:
+    """What is known of who has files open, where the kernel opens them without asking.
+
+    Attributes:
+        is_so: Whether it does: whatever it holds may be open then.
+        deciding: Inodes of files that are about to follow their keys, if nobody has them open.
+        opened: Those of them that somebody has been seen to have open, or is not known not to.
+        superseded: The files that the kernel holds and that have no name. Each stays the version
+            that it is until it is known not to be open (`etcdfs.files.unopened`).
+    """
+
+    def __init__(self) -> None:
+        self.is_so = False
+        self.deciding: set[Inode] = set()
+        self.opened: set[Inode] = set()
+        # INVARIANT: each has lookups, and is in no directory
+        self.superseded: set[File] = set()
+
+    def add(self, file: File) -> None:
+        """Note that a file has lost its name."""
+        if self.is_so and file.lookups and not _has_type(file):
+            self.superseded.add(file)
+
+    def drop(self, file: File) -> None:
+        """Note that a file has a name again, or is forgotten."""
+        if file in self.superseded:
+            self.superseded.discard(file)
+            file.value = None
+
+    def keeps(self, file: File) -> bool:
+        """Say whether a file that has lost its name stays the version that it is."""
+        return self.is_so and not _has_type(file)
+
+    def judge(self, unopened: set[Inode]) -> set[Inode]:
+        """Take for open what is not known to be closed; return what was not yet."""
+        found = self.deciding - unopened - self.opened
+        self.opened |= found
+        return found
+
+    def decided(self) -> None:
+        """Note that what was to be decided is."""
+        self.deciding, self.opened = set(), set()
+
+
+def _has_type(file: File) -> bool:
+    """Tell whether what looks like a file is a link, say: nobody can have that open."""
+    return file.stored_record is not None and file.stored_record.record.type is not None
+
+
+def take_over(file: File, target: File) -> None:
+    """Make of a superseded file that nobody has open the version that has taken its place.
+
+    What the kernel had cached of it must have been invalidated.
+    """
+    file.key_state, file.stored_record = target.key_state, target.stored_record
+    file.mtime_ns, file.ctime_ns = target.mtime_ns, target.ctime_ns
+    file.value = None
+    file.pages_pushed = False
+    file.gone = False
 
 
 NAMES_MAX: Final = 65_536

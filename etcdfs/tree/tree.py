@@ -26,7 +26,6 @@ Concurrency: one owner, the trio thread; every method is synchronous and leaves 
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from itertools import count
 from typing import Final, final
 
@@ -48,6 +47,8 @@ from etcdfs.tree.inodes import (
     Node,
     StoredRecord,
     Times,
+    TreeStatistics,
+    UnseenOpens,
     is_local,
 )
 
@@ -56,21 +57,6 @@ MAX_NEGATIVES: Final = 65_536
 """Missing names remembered as told to the kernel; past it, further ones are not cached."""
 TOLD_LATER_NS: Final = 1_000_000_000
 """How much later than we the kernel may begin to count the lifetime of an answer."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TreeStatistics:
-    """Sizes of the tree's tables.
-
-    Attributes:
-        inodes_known: Inodes that the kernel holds.
-        old_versions: Those of them that no path leads to any more: held, or not forgotten.
-        negatives: Missing names that the kernel may remember.
-    """
-
-    inodes_known: int
-    old_versions: int
-    negatives: int
 
 
 @final
@@ -131,6 +117,7 @@ class Tree:
         # Directories of which the kernel may have older names for as long as somebody holds their
         # lock; None: all of them. What it asks of one meanwhile, it must not keep.
         self.stuck: set[Inode | None] = set()
+        self.unseen = UnseenOpens()
         self.revisions = RevisionTimes()
         self.times = Times()  # only in a tree that is not complete
 
@@ -190,9 +177,13 @@ class Tree:
         """
         if not isinstance(node, File) or node.directory is not None or node.removed:
             return node
-        found = None if node.lost_key is None else self.find(node.lost_key)
-        if found is None or not isinstance(found[0], File) or _type(found[0]) != _type(node):
-            return node
+        return node if self.unseen.keeps(node) else self.successor(node) or node
+
+    def successor(self, file: File) -> File | None:
+        """Return the version that has superseded a file without a name, if it can be that, too."""
+        found = None if file.lost_key is None else self.find(file.lost_key)
+        if found is None or not isinstance(found[0], File) or _type(found[0]) != _type(file):
+            return None
         return found[0]
 
     def may_follow(self, file: File) -> bool:
@@ -202,7 +193,8 @@ class Tree:
         target the kernel has: a READLINK under way would bring it back, and no open ask again.
         """
         is_kept_link = file.pages is not None and _type(file) == "symlink"
-        return not (file.handles or file.removed or file.key_state is None or is_kept_link)
+        is_open = file.handles or file.inode in self.unseen.opened
+        return not (is_open or file.removed or file.key_state is None or is_kept_link)
 
     def returning(self, directory: Directory, name: bytes) -> Node | None:
         """Return the node that the kernel holds of a name which comes back, if it can be that."""
@@ -284,6 +276,7 @@ class Tree:
             if isinstance(node, File):
                 node.pages_pushed = False
                 node.pages = None
+                self.unseen.drop(node)
             del self._known[node.inode]
             self.held.drop(node)
             if not self.complete:
@@ -356,7 +349,7 @@ class Tree:
                 cached.append(Dentry(node.directory.inode, node.name))
             if isinstance(node, Directory):
                 cached.append(self.listing_of(node)._replace(pages=True))
-            elif node.handles:
+            elif node.handles or self.unseen.is_so:
                 cached.append(CachedAttributes(node.inode, None))
         return cached
 
@@ -442,6 +435,7 @@ class Tree:
         else:
             node.lost_key = None
             node.gone = False
+            self.unseen.drop(node)
         self._negatives.pop(Dentry(directory.inode, name), None)
         if not as_version:
             self._touch(directory)
@@ -474,6 +468,7 @@ class Tree:
             node.lost_key = (key or self.key_of(node)) if node.lookups or not gone else None
             node.gone = gone
             node.ctime_ns = max(self.clock(), node.ctime_ns + 1)
+            self.unseen.add(node)
         else:
             directory.subdirectories -= 1
             if not is_moved and node.children:
@@ -504,6 +499,7 @@ class Tree:
             if file.lookups:
                 file.lost_key = key
                 file.ctime_ns = max(now_ns, file.ctime_ns + 1)
+                self.unseen.add(file)
             numbered.pop(file.inode, None)
         self._touch(directory)
 

@@ -28,6 +28,7 @@ from etcdfs.tree.changes import Intent, Part, Plan, Planner, Relocation
 from etcdfs.tree.inodes import (
     Cached,
     CachedAttributes,
+    Content,
     Dentry,
     Directory,
     Expiry,
@@ -185,9 +186,11 @@ class Update:
         """Return what the kernel has of the version that a file was, if it has anything."""
         if not file.lookups:
             return set()
-        within = self.tree.listing_of(file).within
-        listing = CachedAttributes(file.inode, within, pages=file.pages is not None)
-        return {listing} if within is None else {listing, within}
+        listing = self.tree.listing_of(file)
+        has: Cached = listing._replace(pages=file.pages is not None)
+        if self.tree.unseen.keeps(file):
+            has = Content(*listing[:2])
+        return {has} if listing.within is None else {has, listing.within}
 
     def note_invalidated(self, plan: Plan, stale: Collection[Cached]) -> None:
         """Note that the kernel is told to let go of what a plan makes untrue."""

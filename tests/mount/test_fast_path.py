@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import etcdfs
+from etcdfs.daemon.kernel_threads import may_look
 from etcdfs.fuse.fastpath import Feature
 from tests.mount.lab import Lab, Pool
 from tests.mount.machine.twins import drop_caches
@@ -25,6 +26,7 @@ needs_fast_path = pytest.mark.skipif(
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse, pytest.mark.counts_requests]
 
 ALL = [str(feature.name) for feature in Feature]
+WRITABLE = [name for name in ALL if name != "NO_OPEN"]
 MANY = 1000  # more names than one answer holds
 
 
@@ -220,8 +222,11 @@ def test_b62_conditions_on_an_attribute_are_one_request(lab: Lab) -> None:
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        (("--cache",), ALL),
-        (("--cache", "--fast-path", "on"), ALL),
+        (("--cache",), WRITABLE),
+        (("--cache", "--fast-path", "on"), WRITABLE),
+        (("--cache", "--read-only"), ALL if may_look() else WRITABLE),
+        (("--cache", "--read-only", "--inotify", "off"), ALL if may_look() else WRITABLE),
+        (("--cache", "--read-only", "--max-stale", "100"), WRITABLE),
         (("--cache", "--fast-path", "off"), []),
         (("--no-cache",), ["EXACT", "NOFLUSH"]),
         (("--cache", "--consistency", "linearizable"), ["EXACT", "NOFLUSH"]),

@@ -8,12 +8,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 
 from etcdfs.cli.install import DATA
+from etcdfs.daemon.kernel_threads import may_look
+from tests.mount.client import Client
 from tests.mount.lab import MODES
 from tests.support.etcd_process import EtcdProcess
 from tests.support.mounted import COMMAND, Mounted
@@ -127,15 +129,7 @@ def test_b89_the_unit_leaves_a_mount_the_rights_that_it_needs(
     shared_etcd: EtcdProcess,
 ) -> None:
     """Of what the unit takes away, the capabilities, and to write what is run then."""
-    unit = (DATA / "lib/systemd/system/etcdfs@.service").read_text()
-    assert "\nNoNewPrivileges=yes\n" in unit
-    assert "\nMemoryDenyWriteExecute=yes\n" in unit
-    (kept,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
-    bounds = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in kept.split())])
-    confine = (
-        *("setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set={bounds}"),
-        *(sys.executable, "-c", _DENY_WRITE_EXECUTE),
-    )
+    confine = confinement()
     with public_directory() as home:
         manager = Manager(home)
         options = ("--endpoints", shared_etcd.client_url, "--cache", "--allow-other")
@@ -149,6 +143,47 @@ def test_b89_the_unit_leaves_a_mount_the_rights_that_it_needs(
             assert os.getxattr(place / "file", "user.etcd.version") == b"1"
             daemon.send_signal(signal.SIGTERM)
             assert daemon.wait(TIMEOUT_S) == 0
+
+
+@needs_root
+@pytest.mark.programs("setpriv")
+@pytest.mark.skipif(not may_look(), reason="the kernel does not tell us who has a file open")
+def test_b211_the_unit_lets_a_read_only_mount_see_what_is_open(shared_etcd: EtcdProcess) -> None:
+    with public_directory() as home:
+        manager = Manager(home)
+        # Files of another user: a lease on one takes CAP_LEASE.
+        options = (
+            "--endpoints",
+            shared_etcd.client_url,
+            "--cache",
+            "--read-only",
+            "--uid",
+            "65534",
+        )
+        with manager.started(*options, "--file-mode", "600", confine=confinement()):
+            manager.hear("READY=1\n")
+            path = manager.mountpoint / "opened" / "by-whom"
+            inodes = set()
+            with closing(Client(shared_etcd.endpoint)) as client:
+                for value in (b"1", b"2", b"3"):
+                    revision = client.put(b"/opened/by-whom", value)
+                    os.getxattr(manager.mountpoint, f"user.etcdfs.wait.{revision}")
+                    assert path.read_bytes() == value
+                    inodes.add(path.stat().st_ino)
+            assert len(inodes) == 1, "one that is not known to be closed gets another"
+
+
+def confinement() -> tuple[str, ...]:
+    """Return what starts a program with the rights that the unit leaves it."""
+    unit = (DATA / "lib/systemd/system/etcdfs@.service").read_text()
+    assert "\nNoNewPrivileges=yes\n" in unit
+    assert "\nMemoryDenyWriteExecute=yes\n" in unit
+    (kept,) = re.findall(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
+    bounds = ",".join(["-all", *(f"+{name.removeprefix('CAP_').lower()}" for name in kept.split())])
+    return (
+        *("setpriv", "--no-new-privs", "--inh-caps=-all", f"--bounding-set={bounds}"),
+        *(sys.executable, "-c", _DENY_WRITE_EXECUTE),
+    )
 
 
 def test_b91_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from etcdfs.daemon.kernel_threads import may_look
 from tests.support.churn import until
 from tests.support.etcd_process import EtcdProcess
 from tests.support.nobody import needs_root
@@ -214,3 +215,25 @@ def test_b90_a_line_of_fstab_is_a_mount_of_systemd(
     assert (state, kind) == ("active\n", "fuse.etcdfs\n")
     assert machine.run("cat /mnt/fstab/test-systemd") == "value"
     assert machine.run("systemctl stop mnt-fstab.mount; ls /mnt/fstab") == ""
+
+
+@pytest.mark.skipif(not may_look(), reason="the kernel does not tell us who has a file open")
+def test_b211_a_read_only_service_sees_what_is_open(
+    machine: PrivateRoot, shared_etcd: EtcdProcess
+) -> None:
+    """No filter of system calls is in the way, and no right is missing for another user's file."""
+    configure(machine, endpoints=shared_etcd.client_url, read_only="true")
+    shared_etcd.etcdctl("put", "/theirs", "0")
+    shared_etcd.etcdctl("put", "/.etcdfs/attrs//theirs", '{"mode":"0600","uid":1}')
+    machine.run(f"systemctl start {UNIT}")
+    try:
+        status = json.loads(machine.run("cat /mnt/etcd/.etcdfs/status"))
+        assert "NO_OPEN" in status["fast_path"]
+        shown_by = set()
+        for value in ("1", "22", "333"):
+            shared_etcd.etcdctl("put", "/theirs", value)
+            until(lambda value=value: machine.run("cat /mnt/etcd/theirs") == value)  # type: ignore[misc]
+            shown_by.add(machine.run("stat -c %i /mnt/etcd/theirs"))
+        assert len(shown_by) == 1, "what is not known to be closed gets another inode"
+    finally:
+        machine.run(f"systemctl stop {UNIT}")

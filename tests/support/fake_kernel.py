@@ -28,7 +28,16 @@ from etcdfs.files.writeback import Writeback
 from etcdfs.keyspace.store import Clock
 from etcdfs.mirror.mirror import Mirror, watch_over
 from etcdfs.options import MountOptions
-from etcdfs.tree.inodes import Cached, CachedAttributes, Dentry, Directory, Expiry, File, Inode
+from etcdfs.tree.inodes import (
+    Cached,
+    CachedAttributes,
+    Content,
+    Dentry,
+    Directory,
+    Expiry,
+    File,
+    Inode,
+)
 from etcdfs.tree.tree import ROOT_INODE, Tree
 from etcdfs.tree.value_cache import ValueCache
 from etcdfs.uncached.uncached import Uncached
@@ -165,6 +174,7 @@ class FakeKernel:
         self._wake = trio.Event()
         self._deaf: trio.Event | None = None
         self.is_idle = True
+        self.unopened: set[Inode] = set()
         self.stick: Callable[[Inode | None, float | None], None]
 
     def mount(
@@ -240,6 +250,8 @@ class FakeKernel:
                 await self._invalidate_entry(Dentry(directory, name))
             case Expiry(within):
                 await self._invalidate_entry(within, expire_only=True)
+            case Content():
+                raise NotImplementedError("files are opened by request here")
             case CachedAttributes(number, within, pages):
                 if not self._invalidate_inode(number, pages=pages) and within is not None:
                     await self._invalidate_entry(within, expire_only=True)

@@ -10,10 +10,11 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from etcdfs.keyspace.keys import Keyspace
 from etcdfs.keyspace.store import Event, KeyValue, Revision, Tombstone
 from etcdfs.mirror import applier as applier_module
-from etcdfs.mirror.applier import BATCH_KEYS, LARGE, PART_KEYS, WAITING_MAX, Applier
+from etcdfs.mirror.applier import LARGE, PART_KEYS, WAITING_MAX, Applier
+from etcdfs.mirror.messages import BATCH_KEYS
 from etcdfs.tree.bulk_load import load
 from etcdfs.tree.changes import Intent, Planner
-from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Inode
+from etcdfs.tree.inodes import Cached, Content, Dentry, Directory, File, Inode
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update
 from etcdfs.tree.value_cache import ValueCache
@@ -25,6 +26,7 @@ class SlowKernel:
     def __init__(self) -> None:
         self.asked: list[tuple[set[Cached], Callable[[], None] | None]] = []
         self.is_slow = True
+        self.unopened: set[Inode] = set()
 
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         if cached and self.is_slow:
@@ -313,3 +315,109 @@ async def test_a_large_batch_that_fails_is_not_shown(
     assert (rig.failures, versions_of_many(rig), rig.applier.revision) == (1, {1}, 0)
     assert gc.isenabled()
     assert rig.tree.disturbed is None
+
+
+# --- files that the kernel opens without asking ---------------------------------------------
+
+
+class UnseenRig(Rig):
+    """One where it has to be found out which files are open."""
+
+    def __init__(self, *names: bytes) -> None:
+        super().__init__(*names)
+        self.tree.unseen.is_so = True
+
+    def answer(self, *unopened: bytes) -> None:
+        """Have the kernel let go, and find that nobody has some files open."""
+        self.kernel.unopened |= {self.tree.root.children[name].inode for name in unopened}
+        self.kernel.invalidate()
+
+    def inode(self, name: bytes) -> int:
+        return self.tree.root.children[name].inode
+
+
+async def test_what_nobody_has_open_follows_and_what_is_open_does_not(
+    autojump_clock: MockClock,
+) -> None:
+    rig = UnseenRig(b"idle", b"open")
+    idle, held = (rig.tree.root.children[name] for name in (b"idle", b"open"))
+    rig.value_cache.put(b"/open", Revision(1), b"1")
+    await rig.applier.take([put(b"idle", 2), put(b"open", 2)])
+    assert {type(cached) for cached in rig.kernel.asked[0][0]} == {Content}
+    rig.answer(b"idle")
+    assert rig.shown(b"idle") == 1, "the name of the other is to be let go first"
+    rig.kernel.invalidate()
+    assert (rig.shown(b"idle"), rig.shown(b"open"), rig.applier.revision) == (2, 2, 2)
+    assert rig.inode(b"idle") == idle.inode
+    assert rig.inode(b"open") != held.inode
+    assert isinstance(held, File)
+    assert (held.version, held.value) == (1, b"1")
+    assert rig.tree.unseen.superseded == {held}
+    assert rig.tree.current(held) is held
+    rig.tree.forget(held.inode, 1)
+    assert not rig.tree.unseen.superseded
+    assert held.value is None
+    assert rig.tree.unseen.deciding | rig.tree.unseen.opened | rig.kernel.unopened == set()
+
+
+async def test_what_is_read_while_it_is_decided_is_open(autojump_clock: MockClock) -> None:
+    rig = UnseenRig(b"a")
+    inode = rig.inode(b"a")
+    await rig.applier.take([put(b"a", 2)])
+    assert rig.tree.unseen.deciding == {inode}
+    rig.tree.unseen.opened.add(Inode(inode))  # as `UnopenedFiles.read` does
+    rig.answer(b"a")
+    rig.kernel.invalidate()
+    assert rig.shown(b"a") == 2
+    assert rig.inode(b"a") != inode
+
+
+async def test_attributes_are_told_when_it_is_decided(autojump_clock: MockClock) -> None:
+    rig = UnseenRig(b"a")
+    inode = rig.inode(b"a")
+    told: list[int] = []
+
+    async def ask() -> None:
+        await rig.applier.decided(Inode(inode))
+        told.append(rig.shown(b"a"))
+
+    async with trio.open_nursery() as nursery:
+        await rig.applier.take([put(b"a", 2)])
+        nursery.start_soon(ask)
+        await wait_all_tasks_blocked()
+        assert not told
+        rig.answer(b"a")
+    assert told == [2]
+
+
+async def test_what_is_not_answered_in_time_is_open(autojump_clock: MockClock) -> None:
+    rig = UnseenRig(b"a")
+    inode = rig.inode(b"a")
+    await rig.applier.take([put(b"a", 2)])
+    with rig.applier.invalidator.holding((Dentry(rig.tree.root.inode, b"b"),)):
+        assert rig.shown(b"a") == 2, "a call that holds the lock must not be waited for"
+    assert rig.inode(b"a") != inode
+
+
+@pytest.mark.parametrize("opened", [(), (7,), (3, 500, 1999)])
+async def test_a_large_batch_finds_out_too(
+    autojump_clock: MockClock, opened: tuple[int, ...]
+) -> None:
+    names = [b"%04d" % number for number in range(2000)]
+    rig = UnseenRig(*names)
+    inodes = {name: rig.inode(name) for name in names}
+    unopened = [name for number, name in enumerate(names) if number not in opened]
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rig.applier.take, [put(name, 2) for name in names])
+        await wait_all_tasks_blocked()
+        assert rig.tree.unseen.deciding == set(inodes.values())
+        rig.answer(*unopened)
+        await wait_all_tasks_blocked()
+        rig.kernel.invalidate()
+        with trio.fail_after(5):
+            await rig.applier.idle()
+    assert {rig.shown(name) for name in names} == {2}
+    changed = {name for name in names if rig.inode(name) != inodes[name]}
+    assert changed == set(names) - set(unopened)
+    assert {f.inode for f in rig.tree.unseen.superseded} == {inodes[name] for name in changed}
+    assert rig.tree.unseen.deciding | rig.tree.unseen.opened | rig.kernel.unopened == set()

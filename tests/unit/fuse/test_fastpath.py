@@ -1,12 +1,14 @@
 """Whether the library of the fast path is there, and what follows when it is not."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from etcdfs.errors import FuseRefusedError
 from etcdfs.fuse import fastpath
-from etcdfs.fuse.fastpath import NO_FAST_PATH, FastPath, Feature
+from etcdfs.fuse.fastpath import NO_FAST_PATH, FastPath, Feature, fast_path_of
+from etcdfs.options import MountOptions
 
 
 class Library(SimpleNamespace):
@@ -23,6 +25,12 @@ class Library(SimpleNamespace):
 
     def flags(self) -> int:
         return 8
+
+    def reader(self) -> int:
+        return 7
+
+    def forgo(self, features: int) -> None:
+        self.in_use &= ~features
 
 
 ALL = Feature.EXACT | Feature.NOFLUSH | Feature.LISTINGS
@@ -77,3 +85,35 @@ def test_b94_what_cannot_be_had_is_said_once_or_refuses_the_mount(
     required.prepare()
     with pytest.raises(FuseRefusedError, match=f"--fast-path on: {said}"):
         required.check()
+
+
+@pytest.mark.parametrize(
+    ("may_look", "options", "wanted"),
+    [
+        (True, {"cache": True, "read_only": True}, True),
+        (False, {"cache": True, "read_only": True}, False),
+        (True, {"cache": True}, False),
+        (True, {"read_only": True}, False),
+        (True, {"cache": True, "read_only": True, "max_stale_s": 1.0}, False),
+        (True, {"cache": True, "read_only": True, "consistency": "linearizable"}, False),
+        (True, {"cache": True, "read_only": True, "kernel_timeout_s": 0.0}, False),
+        (True, {"cache": True, "read_only": True, "fast_path": "off"}, False),
+    ],
+)
+def test_files_are_opened_unseen_where_that_can_be_right(
+    monkeypatch: pytest.MonkeyPatch, may_look: bool, options: dict[str, Any], wanted: bool
+) -> None:
+    monkeypatch.setattr(fastpath, "_library", Library(wraps=True))
+    made = MountOptions(mountpoint="/mnt", endpoints=(), **options)
+    fast_path = fast_path_of(made, may_look=may_look)
+    fast_path.prepare()
+    assert fast_path.opens_unseen == wanted
+    assert fast_path.reader == (7 if wanted else None)
+    fast_path.forgo(Feature.NO_OPEN)
+    assert not fast_path.opens_unseen
+    assert fast_path.reader is None
+
+
+def test_without_the_library_a_file_may_be_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastpath, "_library", None)
+    assert fastpath.look_at(-1) is fastpath.Use.SHARED

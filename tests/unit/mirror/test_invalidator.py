@@ -9,6 +9,9 @@ from etcdfs.tree.inodes import Cached, Dentry, Inode
 class DeafKernel:
     """Never lets go of anything."""
 
+    def __init__(self) -> None:
+        self.unopened: set[Inode] = set()
+
     def submit(self, cached: Collection[Cached], done: Callable[[], None] | None = None) -> None:
         pass
 
