@@ -932,7 +932,7 @@ class FilesystemMachine(RuleBasedStateMachine):
             # It hits the commit, and there may be none: a clean or a dropped write buffer needs none.
             others = [o for o in outcomes if o[1] is None or fault == "applied"]
             if fault == "applied" and version.adds and not version.is_bare:
-                others = [(errno.ETIMEDOUT, value) for _, value in others]
+                others = [(errno.ETIMEDOUT if o[1] is not None else o[0], o[1]) for o in others]
             outcomes = [(FAULTS[fault][1], None), *others]
         got = (call.errno or 0, put)
         assert got in outcomes, f"flush of {version.key!r}: {got}, expected one of {outcomes}"
@@ -1444,6 +1444,14 @@ def make_a_file_where_another_client_deletes(machine: FilesystemMachine) -> None
     machine.holds()
 
 
+def lose_no_answer_where_nothing_is_sent(machine: FilesystemMachine) -> None:
+    machine.begin(keys=[b"/p/foo"], in_parts=False)
+    opening(machine, (b"foo",), os.O_RDWR)
+    machine.unlink(choice=1, path=(), race=None, early=False)
+    machine.write(choice=0, where=9, size=2)
+    flushing(machine, "applied")
+
+
 def lose_a_name_that_is_being_removed(machine: FilesystemMachine) -> None:
     machine.begin(keys=[b"/p/foo", b"/p/foo-bar"], in_parts=False)
     machine.listdir(choice=0, path=())
@@ -1461,6 +1469,7 @@ def lose_a_name_that_is_being_removed(machine: FilesystemMachine) -> None:
         go_over_what_came_after_a_failure,
         make_a_file_where_another_client_deletes,
         lose_a_name_that_is_being_removed,
+        lose_no_answer_where_nothing_is_sent,
     ],
 )
 def test_what_it_has_found(machine: type[FilesystemMachine], steps: Steps) -> None:
