@@ -502,7 +502,7 @@ class MountOptions:
         Panel.ADVANCED,
         "Let the kernel keep more than pyfuse3 can tell it: if possible, or else no mount (on).",
         more="Listings and links, and less is asked when files are closed, written, and given "
-        "attributes. It needs a library that is compiled at the installation (B94).",
+        "attributes. It needs a library that is compiled at the installation (B97).",
         choices=("auto", "on", "off"),
     )
 

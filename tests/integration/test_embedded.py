@@ -66,7 +66,7 @@ async def test_data_is_kept_between_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-async def test_b118_it_listens_in_its_private_directory_and_nowhere_else(tmp_path: Path) -> None:
+async def test_b121_it_listens_in_its_private_directory_and_nowhere_else(tmp_path: Path) -> None:
     data_dir = tmp_path / "data"
     async with open_embedded(data_dir):
         pid = _etcd_below(os.getpid())
@@ -95,7 +95,7 @@ def _listening(pid: int) -> set[str]:
 
 @needs_root
 @pytest.mark.oldest_and_newest_etcd
-async def test_b118_other_users_cannot_reach_it() -> None:
+async def test_b121_other_users_cannot_reach_it() -> None:
     code = """
 for address in sys.argv[1:]:
     try:
@@ -238,7 +238,7 @@ async def test_a_directory_of_others_is_refused(
             pass
 
 
-async def test_b118_a_link_is_followed_once(tmp_path: Path) -> None:
+async def test_b121_a_link_is_followed_once(tmp_path: Path) -> None:
     """It may be in /tmp, somebody else's, and lead elsewhere once etcd runs."""
     (tmp_path / "data").mkdir(mode=0o700)
     (tmp_path / "link").symlink_to("data")
@@ -247,7 +247,7 @@ async def test_b118_a_link_is_followed_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o1777])
-async def test_b118_where_others_can_replace_the_directory_is_refused(
+async def test_b121_where_others_can_replace_the_directory_is_refused(
     tmp_path: Path, mode: int
 ) -> None:
     above = tmp_path / "above"
@@ -324,7 +324,7 @@ signal.pause()
 
 
 @pytest.mark.expect_log("not our etcd, but process %d of user %d says that it is")
-async def test_b118_another_process_is_not_believed_to_be_ready(
+async def test_b121_another_process_is_not_believed_to_be_ready(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     script = f"{sys.executable} -c '{_STAND_IN}' & trap \"kill $!\" TERM; wait"
@@ -335,7 +335,7 @@ async def test_b118_another_process_is_not_believed_to_be_ready(
     assert "says that it is" in caplog.text
 
 
-async def test_b118_another_process_is_not_taken_for_the_listener(
+async def test_b121_another_process_is_not_taken_for_the_listener(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_dir = tmp_path / "data"

@@ -77,7 +77,7 @@ class Lies:
 
 
 @pytest.mark.parametrize("bend", [*RANGES.values(), *WATCHES.values()], ids=[*RANGES, *WATCHES])
-async def test_b74_a_mirror_survives_and_is_right_again(
+async def test_b77_a_mirror_survives_and_is_right_again(
     bent: BentEtcd, honest: EtcdStore, bend: Bend
 ) -> None:
     with trio.fail_after(BOUND_S):
@@ -112,7 +112,7 @@ async def is_right(mount: FakeMount, honest: EtcdStore) -> None:
 
 
 @pytest.mark.parametrize("bend", RANGES.values(), ids=RANGES)
-async def test_b74_a_first_listing_that_cannot_be_is_an_error(
+async def test_b77_a_first_listing_that_cannot_be_is_an_error(
     bent: BentEtcd, honest: EtcdStore, bend: Bend
 ) -> None:
     bent.bend = bend
@@ -123,7 +123,7 @@ async def test_b74_a_first_listing_that_cannot_be_is_an_error(
 
 
 @pytest.mark.parametrize("bend", [*RANGES.values(), *TXNS.values()], ids=[*RANGES, *TXNS])
-async def test_b74_without_a_mirror_calls_fail_until_etcd_is_right(
+async def test_b77_without_a_mirror_calls_fail_until_etcd_is_right(
     bent: BentEtcd, honest: EtcdStore, bend: Bend
 ) -> None:
     async with open_store([bent.endpoint], timeout_s=TIMEOUT_S) as store:

@@ -238,7 +238,7 @@ async def test_certificates_are_rotated_under_a_store(tmp_path: Path, session_bi
             await store.commit(PUT)
 
 
-async def test_b87_a_connection_is_renewed_when_that_is_asked_for(
+async def test_b90_a_connection_is_renewed_when_that_is_asked_for(
     asking: EtcdProcess, authority: Authority, tmp_path: Path
 ) -> None:
     """A certificate that is of no use leaves the connection alone; a good one replaces it."""

@@ -80,7 +80,7 @@ def change_all(path: Path) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b49_every_mount_sees_the_same_and_so_does_the_next(pool: Pool, cached: Lab) -> None:
+def test_b52_every_mount_sees_the_same_and_so_does_the_next(pool: Pool, cached: Lab) -> None:
     change_all(cached.path)
     names = ("file", "d", "link")
     original = [seen(cached.path / name) for name in names]
@@ -107,7 +107,7 @@ def test_b49_every_mount_sees_the_same_and_so_does_the_next(pool: Pool, cached: 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b49_changes_arrive_at_other_mounts(pool: Pool, cached: Lab, mode: str) -> None:
+def test_b52_changes_arrive_at_other_mounts(pool: Pool, cached: Lab, mode: str) -> None:
     with mounted_at(pool, cached, mode) as path:
         for here, there in ((cached.path, path), (path, cached.path)):
             change_all(here)
@@ -141,7 +141,7 @@ def _until(condition: Callable[[], bool]) -> None:
     assert condition()
 
 
-def test_b49_each_change_is_one_revision_and_none_if_nothing_changes(lab: Lab) -> None:
+def test_b52_each_change_is_one_revision_and_none_if_nothing_changes(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
     with revisions(lab, 1):
@@ -168,7 +168,7 @@ def test_b49_each_change_is_one_revision_and_none_if_nothing_changes(lab: Lab) -
         sh(lab.path, "rm link fifo secret new; rmdir d")
 
 
-def test_b51_what_is_the_default_is_not_kept(lab: Lab) -> None:
+def test_b54_what_is_the_default_is_not_kept(lab: Lab) -> None:
     sh(lab.path, "echo x > file; mkdir d; touch new; : > empty; echo y >> file; truncate -s 1 file")
     assert records(lab) == []
     (lab.path / "file").chmod(0o600)
@@ -184,7 +184,7 @@ def test_b51_what_is_the_default_is_not_kept(lab: Lab) -> None:
     assert records(lab) == [], "a time that no longer holds is not kept either"
 
 
-def test_b51_attributes_go_with_what_they_belong_to(lab: Lab) -> None:
+def test_b54_attributes_go_with_what_they_belong_to(lab: Lab) -> None:
     change_all(lab.path)
     assert records(lab) == [b"d/", b"file", b"link"]
     sh(lab.path, "rm file link; rmdir d")
@@ -192,7 +192,7 @@ def test_b51_attributes_go_with_what_they_belong_to(lab: Lab) -> None:
     assert os.listdir(lab.path) == []
 
 
-def test_b51_a_directory_without_a_marker_gets_one(lab: Lab) -> None:
+def test_b54_a_directory_without_a_marker_gets_one(lab: Lab) -> None:
     lab.put("d/file", b"value")
     with revisions(lab, 1):
         (lab.path / "d").chmod(0o700)
@@ -206,7 +206,7 @@ def test_b51_a_directory_without_a_marker_gets_one(lab: Lab) -> None:
 # --- other clients --------------------------------------------------------------------------
 
 
-def test_b52_other_clients_content_keeps_the_mode(lab: Lab) -> None:
+def test_b55_other_clients_content_keeps_the_mode(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
     file.chmod(0o600)
@@ -217,7 +217,7 @@ def test_b52_other_clients_content_keeps_the_mode(lab: Lab) -> None:
     assert file.stat().st_mtime_ns > LONG_AGO
 
 
-def test_b52_a_key_made_anew_has_no_attributes(lab: Lab) -> None:
+def test_b55_a_key_made_anew_has_no_attributes(lab: Lab) -> None:
     change_all(lab.path)
     for name in ("file", "link"):
         lab.delete(name)
@@ -232,7 +232,7 @@ def test_b52_a_key_made_anew_has_no_attributes(lab: Lab) -> None:
     assert record(lab, "file") == {"mode": "0640"}, "nothing comes back from the dead"
 
 
-def test_b52_a_key_that_was_deleted_and_is_made_here(lab: Lab) -> None:
+def test_b55_a_key_that_was_deleted_and_is_made_here(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
     file.chmod(0o600)
@@ -247,7 +247,7 @@ def test_b52_a_key_that_was_deleted_and_is_made_here(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b53_void_side_keys_are_swept_out(pool: Pool, cached: Lab) -> None:
+def test_b56_void_side_keys_are_swept_out(pool: Pool, cached: Lab) -> None:
     with pool.private(cached.etcd, "--cache", "--audit-interval", "0.2") as tidy:
         for name in ("gone", "anew", "kept"):
             (cached.path / name).touch()
@@ -260,7 +260,7 @@ def test_b53_void_side_keys_are_swept_out(pool: Pool, cached: Lab) -> None:
         assert mode_of(tidy.path / cached.path.name / "anew") == 0o644
 
 
-def test_b52_people_can_change_records_too(lab: Lab) -> None:
+def test_b55_people_can_change_records_too(lab: Lab) -> None:
     lab.put("file", b"target")
     inode = os.lstat(lab.path / "file").st_ino
     lab.shown(lab.client.put(record_key(lab.key("file")), b'{"mode":"0400","new":[1]}'))
@@ -274,7 +274,7 @@ def test_b52_people_can_change_records_too(lab: Lab) -> None:
     assert (lab.path / "file").read_bytes() == b"target"
 
 
-def test_b54_the_value_of_a_symlink_is_its_target(lab: Lab) -> None:
+def test_b57_the_value_of_a_symlink_is_its_target(lab: Lab) -> None:
     os.symlink("here", lab.path / "link")
     assert lab.value("link") == b"here"
     assert record(lab, "link") == {"type": "symlink"}
@@ -284,7 +284,7 @@ def test_b54_the_value_of_a_symlink_is_its_target(lab: Lab) -> None:
 
 
 @root_only
-def test_b55_devices_and_hard_links_are_refused(lab: Lab) -> None:
+def test_b58_devices_and_hard_links_are_refused(lab: Lab) -> None:
     with revisions(lab, 1):
         (lab.path / "file").touch()
     with revisions(lab, 0):
@@ -298,7 +298,7 @@ def test_b55_devices_and_hard_links_are_refused(lab: Lab) -> None:
 # --- extended attributes --------------------------------------------------------------------
 
 
-def test_b57_other_name_spaces_are_refused(lab: Lab) -> None:
+def test_b60_other_name_spaces_are_refused(lab: Lab) -> None:
     (lab.path / "file").touch()
     # Version 2; the owner, the group, the rest, each with what it may (posix_acl_xattr.h).
     acl = struct.pack("<I" + "HHI" * 3, 2, 1, 6, 0, 4, 4, 0, 32, 4, 0)
@@ -308,7 +308,7 @@ def test_b57_other_name_spaces_are_refused(lab: Lab) -> None:
     assert records(lab) == []
 
 
-def test_b57_xattrs_that_do_not_fit(lab: Lab) -> None:
+def test_b60_xattrs_that_do_not_fit(lab: Lab) -> None:
     (lab.path / "file").touch()
     for n in range(2):
         os.setxattr(lab.path / "file", f"user.{n}", bytes(65536))
@@ -321,7 +321,7 @@ def test_b57_xattrs_that_do_not_fit(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b58_what_etcd_knows_of_a_key(lab: Lab) -> None:
+def test_b61_what_etcd_knows_of_a_key(lab: Lab) -> None:
     (lab.path / "file").write_bytes(b"value")
     created = lab.client.revision()
     lab.put("file", b"other")
@@ -349,7 +349,7 @@ def test_b58_what_etcd_knows_of_a_key(lab: Lab) -> None:
 # --- races, rights, options -----------------------------------------------------------------
 
 
-def test_b61_concurrent_changes_are_all_kept(pool: Pool, cached: Lab) -> None:
+def test_b64_concurrent_changes_are_all_kept(pool: Pool, cached: Lab) -> None:
     cached.put("file", b"value")
     with (
         mounted_at(pool, cached, "--cache") as first,
@@ -381,7 +381,7 @@ def test_b61_concurrent_changes_are_all_kept(pool: Pool, cached: Lab) -> None:
         assert sorted(found["xattrs"]) == expected
 
 
-def test_b61_of_many_that_create_or_replace_an_xattr_one_wins(pool: Pool, cached: Lab) -> None:
+def test_b64_of_many_that_create_or_replace_an_xattr_one_wins(pool: Pool, cached: Lab) -> None:
     """And chmod, chown and utimens meanwhile lose nothing either."""
     rounds, threads = 12, 4
     cached.put("file", b"value")
@@ -417,7 +417,7 @@ def test_b61_of_many_that_create_or_replace_an_xattr_one_wins(pool: Pool, cached
         assert (found.st_uid, found.st_mtime_ns) == (1000 + last, last)
 
 
-def test_b61_replacing_an_xattr_never_makes_it(pool: Pool, cached: Lab) -> None:
+def test_b64_replacing_an_xattr_never_makes_it(pool: Pool, cached: Lab) -> None:
     rounds = 20
     cached.put("file", b"value")
     with mounted_at(pool, cached, "--cache") as first, mounted_at(pool, cached) as other:
@@ -450,7 +450,7 @@ def run_together(*functions: Callable[[], object]) -> None:
             future.result(PATIENCE_S)
 
 
-def test_b50_nobody_sees_another_mode_first(pool: Pool, cached: Lab) -> None:
+def test_b53_nobody_sees_another_mode_first(pool: Pool, cached: Lab) -> None:
     """The record keys of the second mount come by a watch of their own."""
     with mounted_at(pool, cached, "--cache") as path:
         wrong: list[tuple[str, int]] = []
@@ -482,7 +482,7 @@ def sh_free(path: Path, n: int) -> None:
     os.symlink("x", path / f"l{n}")
 
 
-def test_b65_side_keys_are_not_shown(pool: Pool, lab: Lab) -> None:
+def test_b68_side_keys_are_not_shown(pool: Pool, lab: Lab) -> None:
     (lab.path / "file").touch()
     (lab.path / "file").chmod(0o600)
     root = lab.mounted.path
@@ -501,7 +501,7 @@ def test_b65_side_keys_are_not_shown(pool: Pool, lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b66_without_attributes_there_is_nothing_but_keys(
+def test_b69_without_attributes_there_is_nothing_but_keys(
     pool: Pool, cached: Lab, mode: str
 ) -> None:
     change_all(cached.path)

@@ -239,7 +239,7 @@ def test_a_log_file_is_appended_to(shared_etcd: EtcdProcess, mnt: Path, home: Pa
     assert log.count(f" INFO __main__: mounted {mnt}\n") == 2
 
 
-def test_b101_a_log_that_is_gone_does_not_end_the_mount(
+def test_b104_a_log_that_is_gone_does_not_end_the_mount(
     shared_etcd: EtcdProcess, mnt: Path, home: Path
 ) -> None:
     logs = home / "logs"
@@ -272,7 +272,7 @@ def test_links_are_not_followed_with_nosymfollow(shared_etcd: EtcdProcess, mnt: 
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b101_a_log_whose_path_comes_to_lead_into_the_mount(
+def test_b104_a_log_whose_path_comes_to_lead_into_the_mount(
     shared_etcd: EtcdProcess, mnt: Path, home: Path, mode: str
 ) -> None:
     def point_to(target: Path) -> None:
@@ -298,13 +298,13 @@ def test_b101_a_log_whose_path_comes_to_lead_into_the_mount(
     watchdog.cancel()
 
 
-def test_b101_a_log_inside_the_mountpoint_is_refused(mnt: Path, home: Path) -> None:
+def test_b104_a_log_inside_the_mountpoint_is_refused(mnt: Path, home: Path) -> None:
     (home / "link").symlink_to(mnt)
     for path in (mnt / "log", home / "link" / "log"):
         refused(run_etcdfs("mount", str(mnt), "--log-file", str(path)), 2, "inside the mountpoint")
 
 
-def test_b102_what_is_printed_does_not_rule_the_terminal(home: Path) -> None:
+def test_b105_what_is_printed_does_not_rule_the_terminal(home: Path) -> None:
     refused(run_etcdfs("mount", str(home / "\x1b[2J\u202e")), 10, r"/\x1b[2J\u202e does not exist")
 
 
@@ -319,7 +319,7 @@ def killed_after(bound_s: float, daemon: "subprocess.Popen[str]") -> Iterator[No
         watchdog.cancel()
 
 
-def test_b103_a_log_that_nobody_reads_does_not_hold_the_mount_up(
+def test_b106_a_log_that_nobody_reads_does_not_hold_the_mount_up(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     """In the foreground stderr may be a pipe, whose reader stops."""
@@ -435,7 +435,7 @@ def test_a_kernel_that_refuses_is_reported(shared_etcd: EtcdProcess, mnt: Path) 
     assert not os.path.ismount(mnt)
 
 
-def test_b98_of_many_mounts_on_one_directory_one_succeeds(
+def test_b101_of_many_mounts_on_one_directory_one_succeeds(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     command = [*COMMAND, "mount", str(mnt), "--cache", "--endpoints", shared_etcd.client_url]
@@ -450,7 +450,7 @@ def test_b98_of_many_mounts_on_one_directory_one_succeeds(
     umount(mnt)  # and nothing is below it
 
 
-def test_b98_a_directory_that_another_daemon_is_about_to_mount_on(
+def test_b101_a_directory_that_another_daemon_is_about_to_mount_on(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     with claimed(str(mnt)):  # as a daemon does while it still loads
@@ -470,7 +470,7 @@ signal.pause()
 
 
 @needs_root
-def test_b99_another_user_can_neither_hold_a_mount_up_nor_keep_it_away(
+def test_b102_another_user_can_neither_hold_a_mount_up_nor_keep_it_away(
     shared_etcd: EtcdProcess,
 ) -> None:
     with public_directory() as home:
@@ -505,7 +505,7 @@ while read -r command; do eval "$command"; done
 
 @needs_root
 @pytest.mark.parametrize("mode", MODES)
-def test_b100_what_a_container_holds_is_served_on_and_the_mountpoint_is_free(
+def test_b103_what_a_container_holds_is_served_on_and_the_mountpoint_is_free(
     shared_etcd: EtcdProcess, mnt: Path, home: Path, mode: str
 ) -> None:
     (home / "copy").mkdir()
@@ -551,7 +551,7 @@ def test_b100_what_a_container_holds_is_served_on_and_the_mountpoint_is_free(
 
 
 @needs_root
-def test_b100_a_daemon_ends_with_the_last_copy_of_its_mount(
+def test_b103_a_daemon_ends_with_the_last_copy_of_its_mount(
     shared_etcd: EtcdProcess, mnt: Path, home: Path
 ) -> None:
     (home / "copy").mkdir()
@@ -566,7 +566,7 @@ def test_b100_a_daemon_ends_with_the_last_copy_of_its_mount(
     wait_for_end(pidfd)
 
 
-def test_b88_a_lazy_unmount_frees_the_place_and_serves_who_is_inside(
+def test_b91_a_lazy_unmount_frees_the_place_and_serves_who_is_inside(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     mount(mnt, "--endpoints", shared_etcd.client_url)
@@ -585,7 +585,7 @@ def test_b88_a_lazy_unmount_frees_the_place_and_serves_who_is_inside(
     assert got.decode() == "published all the same\n"
 
 
-def test_b88_a_lazy_unmount_of_what_nobody_uses_is_an_ordinary_one(
+def test_b91_a_lazy_unmount_of_what_nobody_uses_is_an_ordinary_one(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     mount(mnt, "--endpoints", shared_etcd.client_url)
@@ -622,7 +622,7 @@ def test_a_stale_mount_is_cleared_by_the_next_mount(shared_etcd: EtcdProcess, mn
     umount(mnt)
 
 
-def test_b93_a_mount_that_fails_leaves_the_stale_one_so_that_nothing_looks_empty(
+def test_b96_a_mount_that_fails_leaves_the_stale_one_so_that_nothing_looks_empty(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     mount(mnt, "--endpoints", shared_etcd.client_url)
@@ -703,7 +703,7 @@ def test_a_signal_publishes_unmounts_and_ends_well(
     )
 
 
-def test_b86_a_terminal_that_closes_ends_the_mount_in_order(
+def test_b89_a_terminal_that_closes_ends_the_mount_in_order(
     shared_etcd: EtcdProcess, mnt: Path
 ) -> None:
     command = [*COMMAND, "mount", str(mnt), "--foreground", "--endpoints", shared_etcd.client_url]

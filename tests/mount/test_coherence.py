@@ -301,7 +301,7 @@ def test_b41_own_writes_are_not_fetched_back(cached: Lab) -> None:
     assert cached.mounted.statistics()["store"]["ranges"] == before
 
 
-def test_b44_without_the_mirror_every_call_asks_etcd(pool: Pool, cached: Lab) -> None:
+def test_b47_without_the_mirror_every_call_asks_etcd(pool: Pool, cached: Lab) -> None:
     """No waiting here: the put is seen by the very next call."""
     with pool.private(cached.etcd, "--no-cache") as mounted:
         path = mounted.path / cached.path.name
@@ -317,7 +317,7 @@ def test_b44_without_the_mirror_every_call_asks_etcd(pool: Pool, cached: Lab) ->
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b45_evicted_values_are_fetched_at_their_revision(pool: Pool, cached: Lab) -> None:
+def test_b48_evicted_values_are_fetched_at_their_revision(pool: Pool, cached: Lab) -> None:
     values = {f"file{n}": os.urandom(20_000) for n in range(10)}
     cached.client.put_all([(cached.key(name), value) for name, value in values.items()])
     with pool.private(cached.etcd, "--cache", "--cache-size", "50K") as mounted:
@@ -337,7 +337,7 @@ def test_b45_evicted_values_are_fetched_at_their_revision(pool: Pool, cached: La
         assert (path / "file0").read_bytes() == b"new"
 
 
-def test_b45_a_cache_of_nothing_works(pool: Pool, cached: Lab) -> None:
+def test_b48_a_cache_of_nothing_works(pool: Pool, cached: Lab) -> None:
     with pool.private(cached.etcd, "--cache", "--cache-size", "0") as mounted:
         path = mounted.path / cached.path.name
         for n in range(5):

@@ -61,7 +61,7 @@ def secured(guarded: EtcdProcess, watched: None) -> EtcdProcess:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b67_where_roles_do_not_reach_the_side_keys_content_works(
+def test_b70_where_roles_do_not_reach_the_side_keys_content_works(
     pool: Pool, etcd_binary: Path, watched: None, mode: str
 ) -> None:
     """As etcd itself refuses it: nothing is kept or open, nobody is told else, and once is said."""
@@ -105,7 +105,7 @@ def test_b67_where_roles_do_not_reach_the_side_keys_content_works(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b113_a_user_may_mount_what_its_role_covers(
+def test_b116_a_user_may_mount_what_its_role_covers(
     secured: EtcdProcess, tls: dict[str, str], mode: str
 ) -> None:
     """Every call stays within the prefix, and no secret is in sight of others."""
@@ -139,7 +139,7 @@ y" ]
         assert "secret" not in mounted.log
 
 
-def test_b114_a_user_that_may_only_read(
+def test_b117_a_user_that_may_only_read(
     secured: EtcdProcess, tmp_path: Path, tls: dict[str, str]
 ) -> None:
     password = tmp_path / "password"
@@ -166,7 +166,7 @@ def test_b114_a_user_that_may_only_read(
         assert os.listdir(mounted.path) == ["a"]
 
 
-def test_b116_a_changed_password_refuses_and_the_changed_file_lets_in_again(
+def test_b119_a_changed_password_refuses_and_the_changed_file_lets_in_again(
     secured: EtcdProcess, tmp_path: Path, tls: dict[str, str]
 ) -> None:
     password = tmp_path / "password"
@@ -200,7 +200,7 @@ def test_b116_a_changed_password_refuses_and_the_changed_file_lets_in_again(
         ({"ETCDFS_PREFIX": "/other", "ETCDFS_CACHE": "1"}, 21, "permission denied"),
     ],
 )
-def test_b117_who_is_not_trusted_is_told_in_one_line(
+def test_b120_who_is_not_trusted_is_told_in_one_line(
     secured: EtcdProcess,
     tmp_path: Path,
     tls: dict[str, str],
@@ -223,7 +223,7 @@ def test_b117_who_is_not_trusted_is_told_in_one_line(
 @pytest.mark.parametrize(
     ("mode", "how"), [("--cache", "kill"), ("--cache", "pause"), ("--no-cache", "pause")]
 )
-def test_b112_a_member_that_fails_is_replaced_by_another(
+def test_b115_a_member_that_fails_is_replaced_by_another(
     etcd_binary: Path, watched: None, mode: str, how: str
 ) -> None:
     """A mount goes on through reads, writes and the watch, whichever member is lost."""

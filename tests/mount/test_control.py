@@ -28,7 +28,7 @@ def revision(mounted: Mounted) -> int:
     return int((mounted.path / ".etcdfs/revision").read_bytes())
 
 
-def test_b108_the_control_directory_is_there_and_in_no_listing(lab: Lab) -> None:
+def test_b111_the_control_directory_is_there_and_in_no_listing(lab: Lab) -> None:
     root = lab.mounted.path
     assert ".etcdfs" not in os.listdir(root)
     assert sh(root, "find . -maxdepth 1 -name .etcdfs") == ""
@@ -44,7 +44,7 @@ def test_b108_the_control_directory_is_there_and_in_no_listing(lab: Lab) -> None
     assert {f.name for f in text_string_to_metric_families(metrics)} > {"etcdfs_mount_info"}
 
 
-def test_b108_each_open_makes_it_anew(lab: Lab) -> None:
+def test_b111_each_open_makes_it_anew(lab: Lab) -> None:
     lab.put("file", b"1")
     before = lab.mounted.statistics()["requests"]["getattr"]
     with (lab.mounted.path / ".etcdfs/revision").open("rb", buffering=0) as file:
@@ -59,7 +59,7 @@ def test_b108_each_open_makes_it_anew(lab: Lab) -> None:
     assert lab.mounted.statistics()["requests"]["getattr"] > before
 
 
-def test_b108_a_file_is_all_of_its_size_and_stays_as_it_was(lab: Lab) -> None:
+def test_b111_a_file_is_all_of_its_size_and_stays_as_it_was(lab: Lab) -> None:
     control = lab.mounted.path / ".etcdfs"
     assert int(sh(control, "wc -c <status")) > 1000
     assert json.loads(sh(control, "tail -c +1 status"))
@@ -73,7 +73,7 @@ def test_b108_a_file_is_all_of_its_size_and_stays_as_it_was(lab: Lab) -> None:
             assert mapped[:] == shown == os.pread(fd, 1 << 20, 0)
 
 
-def test_b108_nothing_can_be_made_or_changed_in_it(lab: Lab) -> None:
+def test_b111_nothing_can_be_made_or_changed_in_it(lab: Lab) -> None:
     control = lab.mounted.path / ".etcdfs"
     file = lab.path / "file"
     file.write_bytes(b"x")
@@ -102,7 +102,7 @@ def test_b108_nothing_can_be_made_or_changed_in_it(lab: Lab) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("option", [[], ["--no-control-dir"]])
-def test_b108_a_key_of_that_name_wins_nothing(
+def test_b111_a_key_of_that_name_wins_nothing(
     pool: Pool, own_etcd: EtcdProcess, mode: str, option: list[str]
 ) -> None:
     own_etcd.etcdctl("put", "/app/.etcdfs/status", "a key")
@@ -118,7 +118,7 @@ def test_b108_a_key_of_that_name_wins_nothing(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b108_it_answers_while_etcd_does_not(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
+def test_b111_it_answers_while_etcd_does_not(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
     options = ("--max-stale", "0.1", "--timeout", "0.5", "--watch-timeout", "0.3")
     with pool.private(own_etcd, mode, *options) as mounted:
         mounted.expect_log("")
@@ -149,7 +149,7 @@ def shared(pool: Pool, own_etcd: EtcdProcess) -> Iterator[Path]:
 
 
 @needs_root
-def test_b109_only_who_mounted_and_root_are_told(shared: Path) -> None:
+def test_b112_only_who_mounted_and_root_are_told(shared: Path) -> None:
     said = run_as_nobody(
         """
 root = sys.argv[1]
@@ -173,7 +173,7 @@ print(os.getxattr(root, "user.etcdfs.wait.1").decode())
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b110_metrics_and_health_by_http(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
+def test_b113_metrics_and_health_by_http(pool: Pool, own_etcd: EtcdProcess, mode: str) -> None:
     port = free_port()
     options = ("--max-stale", "0.1", "--timeout", "0.5", "--watch-timeout", "0.3")
     listen = ("--metrics-listen", str(port))

@@ -24,7 +24,7 @@ RW, W, CREAT = os.O_RDWR, os.O_WRONLY, os.O_CREAT
 
 
 @pytest.mark.parametrize("flag", [os.O_SYNC, os.O_DSYNC], ids=["O_SYNC", "O_DSYNC"])
-def test_b119_a_synchronous_write_is_in_etcd_when_it_returns(lab: Lab, flag: int) -> None:
+def test_b122_a_synchronous_write_is_in_etcd_when_it_returns(lab: Lab, flag: int) -> None:
     fd = os.open(lab.path / "f", RW | CREAT | flag)
     os.write(fd, b"one")
     assert (lab.value("f"), lab.version("f")) == (b"one", 1)
@@ -40,7 +40,7 @@ def test_b119_a_synchronous_write_is_in_etcd_when_it_returns(lab: Lab, flag: int
 
 
 @pytest.mark.parametrize("sync", [os.fsync, os.fdatasync])
-def test_b119_a_synced_file_is_in_etcd(lab: Lab, sync: Callable[[int], None]) -> None:
+def test_b122_a_synced_file_is_in_etcd(lab: Lab, sync: Callable[[int], None]) -> None:
     with opened(lab.path / "f", W | CREAT) as fd:
         for version, value in enumerate((b"one", b"two"), 1):
             os.write(fd, value)
@@ -50,7 +50,7 @@ def test_b119_a_synced_file_is_in_etcd(lab: Lab, sync: Callable[[int], None]) ->
         assert (lab.value("f"), lab.version("f")) == (b"onetwo", 2)
 
 
-def test_b119_a_synced_map_is_in_etcd(lab: Lab) -> None:
+def test_b122_a_synced_map_is_in_etcd(lab: Lab) -> None:
     (lab.path / "f").write_bytes(b"0123456789")
     with opened(lab.path / "f", RW) as fd, mmap.mmap(fd, 10) as mapped:
         mapped[0:2] = b"ab"
@@ -61,7 +61,7 @@ def test_b119_a_synced_map_is_in_etcd(lab: Lab) -> None:
     assert lab.value("f") == b"abcd456789"
 
 
-def test_b119_a_map_of_a_file_that_another_client_changes_keeps_its_version(lab: Lab) -> None:
+def test_b122_a_map_of_a_file_that_another_client_changes_keeps_its_version(lab: Lab) -> None:
     lab.put("f", b"0123456789")
     with opened(lab.path / "f", RW) as fd, mmap.mmap(fd, 10) as mapped:
         lab.put("f", b"theirs")
@@ -77,7 +77,7 @@ def test_b119_a_map_of_a_file_that_another_client_changes_keeps_its_version(lab:
 # --- several writers ------------------------------------------------------------------------
 
 
-def test_b120_all_writers_of_one_mount_share_what_is_unpublished(lab: Lab) -> None:
+def test_b123_all_writers_of_one_mount_share_what_is_unpublished(lab: Lab) -> None:
     (lab.path / "f").write_bytes(b"0123456789")
     with opened(lab.path / "f", RW) as one, opened(lab.path / "f", W) as two:
         os.pwrite(one, b"a", 0)
@@ -111,7 +111,7 @@ def test_b14_appends_of_many_processes_through_two_mounts(cached: Lab, other: La
         assert [int(n) for w, n, _ in found if int(w) == name] == list(range(lines))
 
 
-def test_b121_locks_hold_within_a_mount_and_not_between_mounts(cached: Lab, other: Lab) -> None:
+def test_b124_locks_hold_within_a_mount_and_not_between_mounts(cached: Lab, other: Lab) -> None:
     cached.put("f", b"")
     other.mounted.wait(cached.client.revision())
     for lock in (fcntl.flock, fcntl.lockf):
@@ -182,7 +182,7 @@ def make_room(etcd: EtcdProcess, client: Client) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b122_a_full_etcd_is_enospc_and_nothing_changes(
+def test_b125_a_full_etcd_is_enospc_and_nothing_changes(
     pool: Pool, etcd_binary: Path, watched: None, mode: str
 ) -> None:
     with (

@@ -87,7 +87,7 @@ def test_a_write_does_not_wake_python_for_security_capability(lab: Lab) -> None:
 # --- what is shown --------------------------------------------------------------------------
 
 
-def test_b43_whatever_changes_a_listing_is_seen_by_the_next_one(cached: Lab) -> None:
+def test_b46_whatever_changes_a_listing_is_seen_by_the_next_one(cached: Lab) -> None:
     directory = cached.path / "d"
     directory.mkdir()
     shown: set[str] = set()
@@ -118,7 +118,7 @@ def test_b43_whatever_changes_a_listing_is_seen_by_the_next_one(cached: Lab) -> 
 
 
 @pytest.mark.parametrize("options", [("--cache",), ("--cache", "--no-attrs")])
-def test_b43_a_listing_goes_by_no_time_that_was_set_back(
+def test_b46_a_listing_goes_by_no_time_that_was_set_back(
     pool: Pool, shared_etcd: EtcdProcess, etcd_binary: Path, options: tuple[str, ...]
 ) -> None:
     with pool.lab(shared_etcd, pool.mounted(etcd_binary, *options)) as lab:
@@ -131,7 +131,7 @@ def test_b43_a_listing_goes_by_no_time_that_was_set_back(
         assert sorted(os.listdir(directory)) == ["one", "two"]
 
 
-def test_b43_nor_by_one_that_another_mount_set_back(cached: Lab, other: Lab) -> None:
+def test_b46_nor_by_one_that_another_mount_set_back(cached: Lab, other: Lab) -> None:
     wanted: list[str] = []
     for name in ("one", "two"):
         wanted.append(name)
@@ -142,7 +142,7 @@ def test_b43_nor_by_one_that_another_mount_set_back(cached: Lab, other: Lab) -> 
             assert sorted(os.listdir(cached.path / "d")) == wanted
 
 
-def test_b43_a_listing_that_was_not_read_to_its_end_is_completed(cached: Lab) -> None:
+def test_b46_a_listing_that_was_not_read_to_its_end_is_completed(cached: Lab) -> None:
     put_all(cached, [(name, b"") for name in names_of(MANY)])
     with os.scandir(cached.path) as entries:
         first = next(entries).name
@@ -154,7 +154,7 @@ def test_b43_a_listing_that_was_not_read_to_its_end_is_completed(cached: Lab) ->
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="caches are dropped by root")
-def test_b43_what_memory_had_no_room_for_is_asked_for_again(cached: Lab) -> None:
+def test_b46_what_memory_had_no_room_for_is_asked_for_again(cached: Lab) -> None:
     put_all(cached, [(name, b"") for name in names_of(MANY)])
     for number in range(3):
         assert sorted(os.listdir(cached.path)) == names_of(MANY)
@@ -167,7 +167,7 @@ def test_b43_what_memory_had_no_room_for_is_asked_for_again(cached: Lab) -> None
         cached.delete(f"new-{number}")
 
 
-def test_b43_a_new_target_of_a_link_is_seen_at_once(cached: Lab) -> None:
+def test_b46_a_new_target_of_a_link_is_seen_at_once(cached: Lab) -> None:
     link = cached.path / "link"
     link.symlink_to("target")
     for number in range(20):
@@ -182,7 +182,7 @@ def test_b43_a_new_target_of_a_link_is_seen_at_once(cached: Lab) -> None:
 
 
 @needs_fast_path
-def test_b62_a_time_is_the_files_own_if_it_was_not_said(lab: Lab) -> None:
+def test_b65_a_time_is_the_files_own_if_it_was_not_said(lab: Lab) -> None:
     """However long ago the write was, and even if it is the very moment that was said."""
     records = b"/.etcdfs/attrs/" + lab.prefix
     with opened(lab.path / "now", os.O_CREAT | os.O_WRONLY) as fd:
@@ -198,7 +198,7 @@ def test_b62_a_time_is_the_files_own_if_it_was_not_said(lab: Lab) -> None:
 
 
 @needs_fast_path
-def test_b62_conditions_on_an_attribute_are_one_request(lab: Lab) -> None:
+def test_b65_conditions_on_an_attribute_are_one_request(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
 
@@ -233,7 +233,7 @@ def test_b62_conditions_on_an_attribute_are_one_request(lab: Lab) -> None:
         (("--cache", "--kernel-timeout", "0"), ["EXACT", "NOFLUSH"]),
     ],
 )
-def test_b94_the_fast_path_is_on_where_answers_may_be_kept(
+def test_b97_the_fast_path_is_on_where_answers_may_be_kept(
     pool: Pool, shared_etcd: EtcdProcess, options: tuple[str, ...], wanted: list[str]
 ) -> None:
     with pool.private(shared_etcd, *options) as mounted:
@@ -250,7 +250,7 @@ def bare(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
 
 
-def test_b94_without_its_library_a_mount_does_without_and_says_so(
+def test_b97_without_its_library_a_mount_does_without_and_says_so(
     pool: Pool, shared_etcd: EtcdProcess, bare: dict[str, str]
 ) -> None:
     with pool.private(shared_etcd, "--cache", environment=bare) as mounted:
@@ -262,7 +262,7 @@ def test_b94_without_its_library_a_mount_does_without_and_says_so(
         assert mounted.log.count("no fast path: No module named") == 1
 
 
-def test_b94_a_mount_that_must_have_it_is_refused_without(
+def test_b97_a_mount_that_must_have_it_is_refused_without(
     shared_etcd: EtcdProcess, bare: dict[str, str], tmp_path: Path
 ) -> None:
     mountpoint = tmp_path / "mnt"

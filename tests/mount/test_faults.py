@@ -109,7 +109,7 @@ def write_once(path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b93_a_killed_daemon_and_the_next_mount(pool: Pool, cached: Lab, mode: str) -> None:
+def test_b96_a_killed_daemon_and_the_next_mount(pool: Pool, cached: Lab, mode: str) -> None:
     with pool.private(cached.etcd, mode) as mounted:
         path = mounted.path / cached.path.name / "file"
         path.write_bytes(b"published")
@@ -133,7 +133,7 @@ def test_b93_a_killed_daemon_and_the_next_mount(pool: Pool, cached: Lab, mode: s
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b86_sigterm_publishes_unmounts_and_exits_0(cached: Lab, mode: str) -> None:
+def test_b89_sigterm_publishes_unmounts_and_exits_0(cached: Lab, mode: str) -> None:
     with daemon(cached.etcd, cache=mode == "--cache") as running:
         fd = os.open(running.path / cached.path.name / "file", os.O_CREAT | os.O_WRONLY)
         os.write(fd, b"not yet closed")
@@ -158,7 +158,7 @@ fcntl.ioctl(terminal[1], termios.TIOCSCTTY, 0)
 @pytest.mark.parametrize(
     ("number", "program"), [(signal.SIGINT, ""), (signal.SIGHUP, _ON_A_TERMINAL)]
 )
-def test_b86_sigint_and_the_end_of_a_terminal_likewise(
+def test_b89_sigint_and_the_end_of_a_terminal_likewise(
     lab: Lab, number: signal.Signals, program: str
 ) -> None:
     with daemon(lab.etcd, cache=True, program=f"{program}\n{_MAIN}") as running:
@@ -172,7 +172,7 @@ def test_b86_sigint_and_the_end_of_a_terminal_likewise(
             os.close(fd)
 
 
-def test_b86_sighup_is_not_heard_under_nohup(lab: Lab) -> None:
+def test_b89_sighup_is_not_heard_under_nohup(lab: Lab) -> None:
     program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
     with daemon(lab.etcd, cache=True, program=f"{program}\n{_MAIN}") as running:
         running.process.send_signal(signal.SIGHUP)
@@ -182,7 +182,7 @@ def test_b86_sighup_is_not_heard_under_nohup(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b92_an_end_that_loses_something_says_so(own_etcd: EtcdProcess, mode: str) -> None:
+def test_b95_an_end_that_loses_something_says_so(own_etcd: EtcdProcess, mode: str) -> None:
     with daemon(own_etcd, cache=mode == "--cache", timeout_s=0.5) as running:
         fds = [os.open(running.path / name, os.O_CREAT | os.O_WRONLY) for name in "ab"]
         for fd in fds:
@@ -204,7 +204,7 @@ def test_b92_an_end_that_loses_something_says_so(own_etcd: EtcdProcess, mode: st
 
 
 @pytest.mark.parametrize("command", ["umount", "fusermount3 -u", "fusermount3 -uz"])
-def test_b86_plain_unmounting_ends_the_daemon(pool: Pool, lab: Lab, command: str) -> None:
+def test_b89_plain_unmounting_ends_the_daemon(pool: Pool, lab: Lab, command: str) -> None:
     with pool.private(lab.etcd, "--cache") as mounted:
         (mounted.path / lab.path.name / "file").write_bytes(command.encode())
         with ended(mounted.daemon):
@@ -228,7 +228,7 @@ daemon.watch_over = crash
 """
 
 
-def test_b93_a_daemon_that_crashes_unmounts_nothing(cached: Lab) -> None:
+def test_b96_a_daemon_that_crashes_unmounts_nothing(cached: Lab) -> None:
     program = f"CRASH_KEY = {cached.key('file')!r}\n{_CRASHING}"
     with daemon(cached.etcd, cache=True, program=program) as running:
         assert cached.path.name in os.listdir(running.path)
@@ -238,7 +238,7 @@ def test_b93_a_daemon_that_crashes_unmounts_nothing(cached: Lab) -> None:
             os.listdir(running.path)
 
 
-def test_b96_a_daemon_that_dies_in_a_library_leaves_a_word(cached: Lab) -> None:
+def test_b99_a_daemon_that_dies_in_a_library_leaves_a_word(cached: Lab) -> None:
     with daemon(cached.etcd, cache=True) as running:
         running.process.send_signal(signal.SIGSEGV)
         assert running.process.wait(_PATIENCE_S) == -signal.SIGSEGV
@@ -267,7 +267,7 @@ Handles.write = planted
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b95_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode: str) -> None:
+def test_b98_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode: str) -> None:
     cached.put("file", b"value")
     cached.put("large", b"v" * (STORE_MAX + 1))  # the small one comes with its open
     with daemon(cached.etcd, cache=mode == "--cache", program=_PLANTED) as running:
@@ -298,7 +298,7 @@ def test_b95_a_bug_is_eio_and_a_traceback_and_the_mount_lives(cached: Lab, mode:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b70_while_etcd_does_not_answer(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b73_while_etcd_does_not_answer(pool: Pool, own_etcd: EtcdProcess) -> None:
     with pool.private(own_etcd, "--cache", "--timeout", "0.5") as mounted:
         file = mounted.path / "d" / "file"
         mounted.put("/d/file", "value")
@@ -349,7 +349,7 @@ def _check_recovered(etcd: EtcdProcess, path: Path) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b70_without_the_mirror_while_etcd_does_not_answer(
+def test_b73_without_the_mirror_while_etcd_does_not_answer(
     pool: Pool, own_etcd: EtcdProcess
 ) -> None:
     with pool.private(own_etcd, "--no-cache", "--timeout", "0.5") as mounted:
@@ -374,7 +374,7 @@ def test_b70_without_the_mirror_while_etcd_does_not_answer(
         _check_recovered(own_etcd, mounted.path)
 
 
-def test_b70_etcd_is_down_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b73_etcd_is_down_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> None:
     with pool.private(own_etcd, "--cache", "--timeout", "2") as mounted:
         mounted.put("/file", "value")
         mounted.expect_log("")
@@ -390,7 +390,7 @@ def test_b70_etcd_is_down_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> N
 
 @pytest.mark.oldest_and_newest_etcd
 @pytest.mark.parametrize("compacted", [False, True], ids=["resumed", "compacted"])
-def test_b72_changes_made_while_disconnected_are_seen(
+def test_b75_changes_made_while_disconnected_are_seen(
     pool: Pool, own_etcd: EtcdProcess, *, compacted: bool
 ) -> None:
     """The daemon stands still while etcd restarts, so that it misses everything.

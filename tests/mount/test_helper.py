@@ -24,7 +24,7 @@ def machine() -> Iterator[PrivateRoot]:
         yield machine
 
 
-def test_b90_mount_finds_the_helper(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
+def test_b93_mount_finds_the_helper(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
     machine.run(
         """
         mkdir /mnt/a
@@ -40,7 +40,7 @@ def test_b90_mount_finds_the_helper(machine: PrivateRoot, shared_etcd: EtcdProce
     assert machine.run("umount /mnt/a; ls /mnt/a") == ""
 
 
-def test_b90_a_line_of_fstab_is_mounted_once(
+def test_b93_a_line_of_fstab_is_mounted_once(
     machine: PrivateRoot, shared_etcd: EtcdProcess
 ) -> None:
     """With the options that mount(8) adds, and those that mean something to systemd only."""

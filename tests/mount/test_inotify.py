@@ -50,7 +50,7 @@ def all_until_now(lab: Lab, watcher: Watcher) -> list[str]:
 # --- which events ---------------------------------------------------------------------------
 
 
-def test_b125_other_clients_changes_raise_the_events_of_a_local_file_system(cached: Lab) -> None:
+def test_b128_other_clients_changes_raise_the_events_of_a_local_file_system(cached: Lab) -> None:
     with memory_directory() as directory, Watcher(directory) as local:
         (directory / "f").write_bytes(b"1")
         expected_new = local.now()
@@ -76,7 +76,7 @@ def test_b125_other_clients_changes_raise_the_events_of_a_local_file_system(cach
         assert seen == expected_rest
 
 
-def test_b125_a_watch_on_the_file_itself_hears_of_each_version(cached: Lab) -> None:
+def test_b128_a_watch_on_the_file_itself_hears_of_each_version(cached: Lab) -> None:
     cached.put("f", b"0")
     with watching(cached.mounted, cached.path / "f") as watcher:
         for value in (b"1", b"22", b"333"):
@@ -85,7 +85,7 @@ def test_b125_a_watch_on_the_file_itself_hears_of_each_version(cached: Lab) -> N
             assert (cached.path / "f").read_bytes() == value
 
 
-def test_b125_links_fifos_and_sockets_come_and_go(cached: Lab, other: Lab) -> None:
+def test_b128_links_fifos_and_sockets_come_and_go(cached: Lab, other: Lab) -> None:
     cached.put("end", b"")
     with watching(cached.mounted, cached.path) as watcher:
         os.symlink("nowhere", other.path / "link")
@@ -97,7 +97,7 @@ def test_b125_links_fifos_and_sockets_come_and_go(cached: Lab, other: Lab) -> No
             assert watcher.until(f"DELETE {name}") == [f"DELETE {name}"]
 
 
-def test_b125_what_another_mount_renames_goes_and_comes(cached: Lab, other: Lab) -> None:
+def test_b128_what_another_mount_renames_goes_and_comes(cached: Lab, other: Lab) -> None:
     """The last is how Kubernetes replaces what is in a volume."""
     cached.put("f", b"1")
     cached.put("draft", b"2")
@@ -124,7 +124,7 @@ def test_b125_what_another_mount_renames_goes_and_comes(cached: Lab, other: Lab)
             assert os.lstat(cached.path / "..data").st_nlink == 1
 
 
-def test_b125_other_attributes_are_heard_of_where_they_belong(cached: Lab, other: Lab) -> None:
+def test_b128_other_attributes_are_heard_of_where_they_belong(cached: Lab, other: Lab) -> None:
     cached.put("d/f", b"1")
     cached.put("end", b"")
     os.symlink("nowhere", other.path / "d/link")
@@ -159,7 +159,7 @@ def test_b125_other_attributes_are_heard_of_where_they_belong(cached: Lab, other
         assert set(within.until("ATTRIB f")) == {"MODIFY f", "CLOSE_WRITE f", "ATTRIB f"}
 
 
-def test_b125_other_attributes_of_the_root(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b128_other_attributes_of_the_root(own_etcd: EtcdProcess, pool: Pool) -> None:
     with (
         pool.private(own_etcd, "--cache", "--prefix", "/p/") as mounted,
         pool.private(own_etcd, "--cache", "--prefix", "/p/") as other,
@@ -171,7 +171,7 @@ def test_b125_other_attributes_of_the_root(own_etcd: EtcdProcess, pool: Pool) ->
             assert mounted.path.stat().st_mode & 0o777 == 0o711
 
 
-def test_b126_a_directory_that_is_emptied_and_comes_back(cached: Lab) -> None:
+def test_b129_a_directory_that_is_emptied_and_comes_back(cached: Lab) -> None:
     cached.put("d/f", b"1")
     cached.put("end", b"")
     with (
@@ -188,7 +188,7 @@ def test_b126_a_directory_that_is_emptied_and_comes_back(cached: Lab) -> None:
             inside.add(cached.path / "d")
 
 
-def test_b126_a_watch_on_a_version_that_is_open_ends_as_after_a_rename_over_it(
+def test_b129_a_watch_on_a_version_that_is_open_ends_as_after_a_rename_over_it(
     cached: Lab,
 ) -> None:
     cached.put("f", b"1")
@@ -207,7 +207,7 @@ def test_b126_a_watch_on_a_version_that_is_open_ends_as_after_a_rename_over_it(
         assert opened.read() == b"1"
 
 
-def test_b126_a_watch_on_a_file_that_is_deleted_ends(cached: Lab) -> None:
+def test_b129_a_watch_on_a_file_that_is_deleted_ends(cached: Lab) -> None:
     cached.put("f", b"1")
     with watching(cached.mounted, cached.path / "f") as watcher:
         cached.client.delete(cached.key("f"))
@@ -217,7 +217,7 @@ def test_b126_a_watch_on_a_file_that_is_deleted_ends(cached: Lab) -> None:
 # --- never wrong ----------------------------------------------------------------------------
 
 
-def test_b127_whoever_hears_of_a_version_reads_it(cached: Lab) -> None:
+def test_b130_whoever_hears_of_a_version_reads_it(cached: Lab) -> None:
     """Each change is heard of, whoever reads, opens or looks for the name meanwhile."""
     cached.put("f", b"0")
     ended = threading.Event()
@@ -250,7 +250,7 @@ def test_b127_whoever_hears_of_a_version_reads_it(cached: Lab) -> None:
         disturber.join()
 
 
-def test_b127_a_burst_is_heard_of_at_its_end(cached: Lab) -> None:
+def test_b130_a_burst_is_heard_of_at_its_end(cached: Lab) -> None:
     cached.put("f", b"first")
     before = inotify(cached.mounted)
     with watching(cached.mounted, cached.path) as watcher:
@@ -266,7 +266,7 @@ def test_b127_a_burst_is_heard_of_at_its_end(cached: Lab) -> None:
     assert after["dropped"] == before["dropped"]
 
 
-def test_b127_whoever_reads_meanwhile_reads_whole_versions(cached: Lab) -> None:
+def test_b130_whoever_reads_meanwhile_reads_whole_versions(cached: Lab) -> None:
     """Linux believes what it is told of a size: it must not be told of one that is past."""
     sizes = (10, 3000, 70_000, 1, 500)
     cached.put("f", b"0" * sizes[0])
@@ -297,7 +297,7 @@ def test_b127_whoever_reads_meanwhile_reads_whole_versions(cached: Lab) -> None:
     assert not torn
 
 
-def test_b127_a_name_that_is_a_file_and_a_directory_in_turn(cached: Lab, other: Lab) -> None:
+def test_b130_a_name_that_is_a_file_and_a_directory_in_turn(cached: Lab, other: Lab) -> None:
     """What is replayed may be of another type by then, and Linux takes no such answer."""
     (other.path / "d").mkdir()
     (other.path / "f").write_bytes(b"1")
@@ -311,7 +311,7 @@ def test_b127_a_name_that_is_a_file_and_a_directory_in_turn(cached: Lab, other: 
     assert inotify(cached.mounted)["dropped"] == before["dropped"]
 
 
-def test_b127_nothing_else_comes_of_an_event(cached: Lab) -> None:
+def test_b130_nothing_else_comes_of_an_event(cached: Lab) -> None:
     def look() -> list[tuple[int, ...]]:
         paths = (cached.path, cached.path / "f")
         stats = [os.stat(path) for path in paths]
@@ -332,7 +332,7 @@ def test_b127_nothing_else_comes_of_an_event(cached: Lab) -> None:
         assert os.getxattr(cached.path / "f", "user.etcd.version") == b"3"
 
 
-def test_b127_what_this_mount_does_is_heard_of_once(cached: Lab) -> None:
+def test_b130_what_this_mount_does_is_heard_of_once(cached: Lab) -> None:
     def work(directory: Path) -> None:
         (directory / "f").write_bytes(b"1")
         with (directory / "f").open("ab") as file:
@@ -371,7 +371,7 @@ def test_b127_what_this_mount_does_is_heard_of_once(cached: Lab) -> None:
 
 
 @needs_root
-def test_b127_nothing_is_unmounted_for_an_event(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b130_nothing_is_unmounted_for_an_event(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache") as mounted:
         mounted.expect_log("something is mounted there")
         mounted.put("/d/e/f", b"1")
@@ -388,7 +388,7 @@ def test_b127_nothing_is_unmounted_for_an_event(own_etcd: EtcdProcess, pool: Poo
 
 
 @pytest.mark.parametrize("compacted", [False, True], ids=["resumed", "listed again"])
-def test_b127_what_changed_while_etcd_was_away_is_heard_of(
+def test_b130_what_changed_while_etcd_was_away_is_heard_of(
     own_etcd: EtcdProcess, pool: Pool, *, compacted: bool
 ) -> None:
     """The whole prefix vanished and came back, too, and another is gone."""
@@ -423,7 +423,7 @@ def test_b127_what_changed_while_etcd_was_away_is_heard_of(
 # --- nobody waits ---------------------------------------------------------------------------
 
 
-def test_b128_a_directory_that_is_held_delays_no_others_events(
+def test_b131_a_directory_that_is_held_delays_no_others_events(
     own_etcd: EtcdProcess, pool: Pool
 ) -> None:
     shared = ("--allow-other",) if os.geteuid() == 0 else ()
@@ -448,7 +448,7 @@ def test_b128_a_directory_that_is_held_delays_no_others_events(
 
 
 @needs_root
-def test_b128_a_mount_ends_although_a_replay_waits(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b131_a_mount_ends_although_a_replay_waits(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache", "--allow-other") as mounted:
         mounted.path.parent.chmod(0o711)
         mounted.expect_log(
@@ -464,7 +464,7 @@ def test_b128_a_mount_ends_although_a_replay_waits(own_etcd: EtcdProcess, pool: 
         until(lambda: not os.path.exists(f"/proc/{daemon}"))
 
 
-def test_b128_a_frozen_etcd_stops_no_replay(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b131_a_frozen_etcd_stops_no_replay(own_etcd: EtcdProcess, pool: Pool) -> None:
     """A call of this mount holds a directory's lock while it waits for etcd."""
     with pool.private(own_etcd, "--cache", "--timeout", "2") as mounted:
         mounted.expect_log("has not let go of a lock", "the kernel may go on", "etcd")
@@ -490,7 +490,7 @@ def _fails_to_make(path: Path) -> None:
 @pytest.mark.skipif(
     not sees_all_watches(allow_other=False), reason="in a container all are taken to watch"
 )
-def test_b129_only_what_somebody_watches_is_replayed(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b132_only_what_somebody_watches_is_replayed(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache", "--inotify", "auto") as mounted:
         mounted.put("/d/f", b"0")
         (mounted.path / "d/f").read_bytes()
@@ -505,7 +505,7 @@ def test_b129_only_what_somebody_watches_is_replayed(own_etcd: EtcdProcess, pool
         assert inotify(mounted)["replayed"] == 1
 
 
-def test_b129_on_replays_whatever_the_kernel_holds(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b132_on_replays_whatever_the_kernel_holds(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache", "--inotify", "on") as mounted:
         mounted.put("/d/f", b"0")
         (mounted.path / "d/f").read_bytes()
@@ -518,7 +518,7 @@ def test_b129_on_replays_whatever_the_kernel_holds(own_etcd: EtcdProcess, pool: 
         assert inotify(mounted)["looks"] == 0
 
 
-def test_b129_off_raises_none(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b132_off_raises_none(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache", "--inotify", "off") as mounted:
         mounted.put("/d/f", b"0")
         with Watcher(mounted.path / "d") as watcher:
@@ -527,7 +527,7 @@ def test_b129_off_raises_none(own_etcd: EtcdProcess, pool: Pool) -> None:
             assert "CLOSE_WRITE f" not in watcher.until("CLOSE_WRITE mine")
 
 
-def test_b129_what_cannot_be_had_is_said(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b132_what_cannot_be_had_is_said(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--no-cache") as mounted:
         assert mounted.log.count("--inotify does nothing here: without --cache") == 1
 
@@ -536,7 +536,7 @@ def test_b129_what_cannot_be_had_is_said(own_etcd: EtcdProcess, pool: Pool) -> N
 
 
 @needs_root
-def test_b130_a_read_only_mount_hears_all_of_it_and_stays_read_only(
+def test_b133_a_read_only_mount_hears_all_of_it_and_stays_read_only(
     own_etcd: EtcdProcess, pool: Pool
 ) -> None:
     with pool.private(own_etcd, "--cache", "--read-only") as mounted:
@@ -562,7 +562,7 @@ def test_b130_a_read_only_mount_hears_all_of_it_and_stays_read_only(
 
 
 @needs_root
-def test_b130_events_need_no_path_to_the_mount(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b133_events_need_no_path_to_the_mount(own_etcd: EtcdProcess, pool: Pool) -> None:
     """Something else is mounted over it; and what is not in the way of umount(8) either."""
     with pool.private(own_etcd, "--cache") as mounted:
         mounted.put("/d/f", b"0")
@@ -610,7 +610,7 @@ etcdfs.daemon.kernel_threads.MountClone = refuse
 """What Linux says to whoever has no CAP_SYS_ADMIN. (Where tests run, others may not mount.)"""
 
 
-def test_b130_a_mount_without_rights_raises_events_unless_it_is_read_only(
+def test_b133_a_mount_without_rights_raises_events_unless_it_is_read_only(
     own_etcd: EtcdProcess,
 ) -> None:
     with closing(Client(own_etcd.endpoint)) as client:

@@ -27,7 +27,7 @@ INODES = 2  # the root, and the directory that all rounds are in
 
 
 @pytest.mark.parametrize(("mode", "rounds"), [("--cache", 10), ("--no-cache", 3)])
-def test_b107_what_is_gone_leaves_nothing_in_the_daemon(
+def test_b110_what_is_gone_leaves_nothing_in_the_daemon(
     pool: Pool,
     own_etcd: EtcdProcess,
     mode: str,
@@ -82,7 +82,7 @@ def peak(mounted: Mounted) -> int:
     return int(found.split()[1]) * 1024
 
 
-def test_b46_values_that_are_not_kept_take_no_memory_while_they_are_listed(
+def test_b49_values_that_are_not_kept_take_no_memory_while_they_are_listed(
     pool: Pool, own_etcd: EtcdProcess
 ) -> None:
     options = ("--cache", "--cache-size", "1M")

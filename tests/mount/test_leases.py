@@ -17,7 +17,7 @@ LONG_AGO = 981_173_106_789_000_001
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b59_a_ttl_is_a_lease(lab: Lab) -> None:
+def test_b62_a_ttl_is_a_lease(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
     os.utime(file, ns=(LONG_AGO, LONG_AGO))
@@ -42,7 +42,7 @@ def test_b59_a_ttl_is_a_lease(lab: Lab) -> None:
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b59_a_lease_that_holds_nothing_any_more_is_ended(lab: Lab) -> None:
+def test_b62_a_lease_that_holds_nothing_any_more_is_ended(lab: Lab) -> None:
     """By whatever the file loses it; but not if somebody has put another key on it."""
 
     def leases() -> set[str]:
@@ -82,7 +82,7 @@ def expire(name: str) -> list[str | None]:
 
 
 @root_only
-def test_b59_a_file_lasts_as_long_as_its_owner_says(pool: Pool, cached: Lab) -> None:
+def test_b62_a_file_lasts_as_long_as_its_owner_says(pool: Pool, cached: Lab) -> None:
     """To let a file expire is to delete it: whoever may write to it may not do that."""
     for mode in MODES:
         with pool.private(cached.etcd, mode, "--allow-other") as mounted:
@@ -98,7 +98,7 @@ def test_b59_a_file_lasts_as_long_as_its_owner_says(pool: Pool, cached: Lab) -> 
             assert as_user(directory, attempts) == [None, None]
 
 
-def test_b59_an_expired_key_disappears(lab: Lab) -> None:
+def test_b62_an_expired_key_disappears(lab: Lab) -> None:
     file = lab.path / "file"
     file.write_bytes(b"value")
     os.setxattr(file, "user.etcd.ttl", b"600")

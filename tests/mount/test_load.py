@@ -32,19 +32,19 @@ def mounted(pool: Pool, etcd: EtcdProcess) -> Iterator[Mounted]:
         yield mounted
 
 
-def test_b47_a_burst_of_changes(etcd: EtcdProcess, mounted: Mounted) -> None:
+def test_b50_a_burst_of_changes(etcd: EtcdProcess, mounted: Mounted) -> None:
     load.burst(etcd, mounted, keys=2000, rounds=3)
 
 
-def test_b47_a_hot_key(etcd: EtcdProcess, mounted: Mounted) -> None:
+def test_b50_a_hot_key(etcd: EtcdProcess, mounted: Mounted) -> None:
     load.hot_key(etcd, mounted, updates=1500)
 
 
-def test_b47_a_thousand_keys_in_one_revision(etcd: EtcdProcess, mounted: Mounted) -> None:
+def test_b50_a_thousand_keys_in_one_revision(etcd: EtcdProcess, mounted: Mounted) -> None:
     load.large_transactions(etcd, mounted, keys=1000, times=3)
 
 
-def test_b47_a_storm_of_readers(etcd: EtcdProcess, mounted: Mounted) -> None:
+def test_b50_a_storm_of_readers(etcd: EtcdProcess, mounted: Mounted) -> None:
     load.reader_storm(etcd, mounted, processes=32, reads=40, updates=200)
 
 
@@ -60,7 +60,7 @@ for name in ("invalidate_entry", "invalidate_inode"):
 """
 
 
-def test_b47_a_kernel_that_lets_go_slowly(etcd: EtcdProcess, watched: None) -> None:
+def test_b50_a_kernel_that_lets_go_slowly(etcd: EtcdProcess, watched: None) -> None:
     """What comes meanwhile is merged by key; others are answered; nothing old is shown after."""
     keys, rounds = 20, 100
     with (

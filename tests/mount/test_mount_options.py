@@ -16,7 +16,7 @@ NOBODY = 65534
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b97_a_read_only_mount(pool: Pool, cached: Lab, mode: str) -> None:
+def test_b100_a_read_only_mount(pool: Pool, cached: Lab, mode: str) -> None:
     cached.put("file", b"value")
     cached.put("d/file", b"value")
     before = cached.client.revision()

@@ -343,7 +343,7 @@ def test_b26_what_may_not_be_changes_nothing(lab: Lab) -> None:
     assert (lab.own_keys(), lab.client.revision()) == before
 
 
-def test_b97_a_read_only_mount_moves_nothing(cached: Lab, pool: Pool) -> None:
+def test_b100_a_read_only_mount_moves_nothing(cached: Lab, pool: Pool) -> None:
     lab = cached
     sh(lab.path, "mkdir d e; echo 1 > d/f")
     before = lab.client.revision()
@@ -363,7 +363,7 @@ def lease_of(path: Path) -> bytes | None:
     return None
 
 
-def test_b60_a_lease_goes_with_its_file(lab: Lab) -> None:
+def test_b63_a_lease_goes_with_its_file(lab: Lab) -> None:
     def leased() -> set[str]:
         return {path.name for path in lab.path.iterdir() if lease_of(path)}
 

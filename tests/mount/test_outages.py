@@ -88,7 +88,7 @@ def swallowed(_etcd: EtcdProcess, hole: BlackHole) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("fault", [paused, swallowed])
-def test_b75_a_silent_etcd_is_told_from_a_quiet_one(
+def test_b78_a_silent_etcd_is_told_from_a_quiet_one(
     pool: Pool,
     own_etcd: EtcdProcess,
     fault: Callable[[EtcdProcess, BlackHole], contextlib.AbstractContextManager[None]],
@@ -124,7 +124,7 @@ def test_b75_a_silent_etcd_is_told_from_a_quiet_one(
 # --- too old --------------------------------------------------------------------------------
 
 
-def test_b77_what_is_too_old_is_an_error_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b80_what_is_too_old_is_an_error_and_comes_back(pool: Pool, own_etcd: EtcdProcess) -> None:
     options = ("--cache", "--max-stale", "1", "--timeout", "0.5")
     with pool.private(own_etcd, *options) as mounted:
         file, missing = mounted.path / "d" / "file", mounted.path / "d" / "missing"
@@ -194,7 +194,7 @@ def _command(*command: object) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b79_what_may_no_longer_be_read_is_not_shown(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b82_what_may_no_longer_be_read_is_not_shown(pool: Pool, own_etcd: EtcdProcess) -> None:
     """The watch of a mount that lost its rights goes on delivering: only a read tells."""
     with pool.private(own_etcd, "--cache", "--audit-interval", "0.3") as mounted:
         file = mounted.path / "d" / "file"
@@ -235,7 +235,7 @@ StateMachine._on_events = lossy
 """
 
 
-def test_b73_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
+def test_b76_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
     cached.client.put(cached.key("lost/deleted"), b"old")
     cached.client.put(cached.key("lost/changed"), b"old")
     cached.client.put(cached.key("unchanged"), b"same")
@@ -257,7 +257,7 @@ def test_b73_what_the_watch_lost_is_found_and_mended(cached: Lab) -> None:
         assert log.count(" found 3 difference(s) from etcd, the first at ") == 1
 
 
-def test_b73_what_the_watch_of_the_attributes_lost_is_found_and_mended(cached: Lab) -> None:
+def test_b76_what_the_watch_of_the_attributes_lost_is_found_and_mended(cached: Lab) -> None:
     """Where record keys have a watch of their own; it loses the same."""
     for name in ("in/lost/deleted", "in/lost/changed", "in/lost/made", "in/same"):
         cached.client.put(cached.key(name), b"")
@@ -287,7 +287,7 @@ def _mode(path: Path) -> int:
 # --- linearizable ---------------------------------------------------------------------------
 
 
-def test_b76_an_open_after_a_put_sees_it_without_waiting(pool: Pool, cached: Lab) -> None:
+def test_b79_an_open_after_a_put_sees_it_without_waiting(pool: Pool, cached: Lab) -> None:
     with pool.private(cached.etcd, "--cache", "--consistency", "linearizable") as mounted:
         path = mounted.path / cached.path.name
         name = cached.key("file")
@@ -303,7 +303,7 @@ def test_b76_an_open_after_a_put_sees_it_without_waiting(pool: Pool, cached: Lab
             assert (path / "file").stat().st_size == len(b"%d" % n)
 
 
-def test_b76_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
+def test_b79_other_peoples_keys_hold_nobody(pool: Pool, cached: Lab) -> None:
     """Revisions that the watch of this prefix never brings."""
     options = ("--cache", "--consistency", "linearizable", "--prefix", f"/{cached.path.name}/in/")
     cached.client.put(cached.key("in/file"), b"")
@@ -331,7 +331,7 @@ for owner in (Mirror, AttributeMirror):
 
 
 @pytest.mark.parametrize("prefix", ["", "in/"], ids=["one watch", "two watches"])
-def test_b76_attributes_that_another_client_set_are_seen(cached: Lab, prefix: str) -> None:
+def test_b79_attributes_that_another_client_set_are_seen(cached: Lab, prefix: str) -> None:
     """Where record keys come by the watch of the keys, and where they have one of their own."""
     key = cached.key("in/file")
     cached.client.put(key, b"")
@@ -346,7 +346,7 @@ def test_b76_attributes_that_another_client_set_are_seen(cached: Lab, prefix: st
             assert _mode(path) == mode
 
 
-def test_b76_an_etcd_that_does_not_answer_is_an_error(pool: Pool, own_etcd: EtcdProcess) -> None:
+def test_b79_an_etcd_that_does_not_answer_is_an_error(pool: Pool, own_etcd: EtcdProcess) -> None:
     options = ("--cache", "--consistency", "linearizable", "--timeout", "0.5")
     with pool.private(own_etcd, *options) as mounted:
         mounted.put("/file", "one")
@@ -378,7 +378,7 @@ def mnt(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("mode", ["--cache", "--no-cache"])
-def test_b78_the_mount_may_start_before_etcd(own_etcd: EtcdProcess, mnt: Path, mode: str) -> None:
+def test_b81_the_mount_may_start_before_etcd(own_etcd: EtcdProcess, mnt: Path, mode: str) -> None:
     with contextlib.closing(Client(own_etcd.endpoint)) as client:
         client.put(b"/file", b"value")
     own_etcd.stop()
@@ -397,7 +397,7 @@ def test_b78_the_mount_may_start_before_etcd(own_etcd: EtcdProcess, mnt: Path, m
         process.communicate()
 
 
-def test_b78_an_etcd_that_does_not_come_ends_the_wait(own_etcd: EtcdProcess, mnt: Path) -> None:
+def test_b81_an_etcd_that_does_not_come_ends_the_wait(own_etcd: EtcdProcess, mnt: Path) -> None:
     own_etcd.stop()
     began = time.monotonic()
     done = run_etcdfs(
@@ -430,7 +430,7 @@ snapshots.RETRY_S = 0.01
 """
 
 
-def test_b78_an_etcd_that_is_lost_while_it_is_listed_is_waited_for(cached: Lab) -> None:
+def test_b81_an_etcd_that_is_lost_while_it_is_listed_is_waited_for(cached: Lab) -> None:
     for n in range(10):
         cached.client.put(cached.key(f"{n}"), b"%d" % n)
     with daemon(cached.etcd, cache=True, program=_LOSE_A_PAGE, wait_for_etcd_s=60.0) as running:
@@ -444,7 +444,7 @@ def test_b78_an_etcd_that_is_lost_while_it_is_listed_is_waited_for(cached: Lab) 
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b80_whatever_becomes_of_etcd_the_mount_becomes_it(
+def test_b83_whatever_becomes_of_etcd_the_mount_becomes_it(
     pool: Pool, own_etcd: EtcdProcess, tmp_path: Path
 ) -> None:
     """One mount through everything; what it shows is compared with etcd after each."""
@@ -624,7 +624,7 @@ _NEVER_CLOSE = (
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("how", ["kill", "pause"])
-def test_b71_an_open_for_writing_tells_of_an_outage(
+def test_b74_an_open_for_writing_tells_of_an_outage(
     pool: Pool, own_etcd: EtcdProcess, mode: str, how: str
 ) -> None:
     timeout_s = 1.0

@@ -58,7 +58,7 @@ def busy_cores() -> Iterator[None]:
             process.wait()
 
 
-def test_b51_touch_of_a_new_file_is_one_key(lab: Lab) -> None:
+def test_b54_touch_of_a_new_file_is_one_key(lab: Lab) -> None:
     names = [f"f{number}" for number in range(TOUCHES)]
     with other_file_system_stamped(), busy_cores():
         sh(lab.path, f"for name in {' '.join(names)}; do touch $name; done")
@@ -66,7 +66,7 @@ def test_b51_touch_of_a_new_file_is_one_key(lab: Lab) -> None:
     assert records(lab) == []
 
 
-def test_b49_times_of_any_year(pool: Pool, lab: Lab) -> None:
+def test_b52_times_of_any_year(pool: Pool, lab: Lab) -> None:
     """The date of a backup, or of a broken clock, takes nothing else away."""
     times: dict[str, int] = {}
     for year in ("0001-01-01", "1676-01-01", "2300-02-03", "9999-12-31"):
@@ -94,7 +94,7 @@ def test_b49_times_of_any_year(pool: Pool, lab: Lab) -> None:
         assert (found.st_mtime_ns, stat.S_IMODE(found.st_mode)) == (time_ns, 0o640)
 
 
-def test_b49_a_time_beyond_what_is_kept_is_the_last_one_that_is(lab: Lab) -> None:
+def test_b52_a_time_beyond_what_is_kept_is_the_last_one_that_is(lab: Lab) -> None:
     (lab.path / "file").touch()
     for sign, time_s in ((1, 2**63 - 1), (-1, -(2**63))):
         # Python's own utime() has fewer years.
@@ -103,7 +103,7 @@ def test_b49_a_time_beyond_what_is_kept_is_the_last_one_that_is(lab: Lab) -> Non
         (lab.path / "file").write_text(f"{sign}")
 
 
-def test_b56_a_record_that_cannot_be_read_closes(lab: Lab) -> None:
+def test_b59_a_record_that_cannot_be_read_closes(lab: Lab) -> None:
     for number, odd in enumerate(ODD):
         lab.client.put(lab.key(f"{number}"), b"value")
         lab.client.put(record_key(lab.key(f"{number}")), odd.value)
@@ -120,7 +120,7 @@ def test_b56_a_record_that_cannot_be_read_closes(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("text", [b"garbage", b'{"mode":7,"uid":"x"}'])
-def test_b56_what_is_set_beside_it_opens_nothing_but_a_mode_does(lab: Lab, text: bytes) -> None:
+def test_b59_what_is_set_beside_it_opens_nothing_but_a_mode_does(lab: Lab, text: bytes) -> None:
     lab.client.put(lab.key("file"), b"value")
     lab.shown(lab.client.put(record_key(lab.key("file")), text))
     file = lab.path / "file"

@@ -98,7 +98,7 @@ def is_readable(mounted: Mounted) -> bool:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b68_what_cannot_be_read_is_closed_until_it_can(
+def test_b71_what_cannot_be_read_is_closed_until_it_can(
     pool: Pool, etcd: EtcdProcess, owner: Mounted, mode: str
 ) -> None:
     """A role is narrowed, and widened again, while somebody makes and closes files."""
@@ -127,7 +127,7 @@ def test_b68_what_cannot_be_read_is_closed_until_it_can(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b68_who_may_not_write_attributes_sees_them_all_the_same(
+def test_b71_who_may_not_write_attributes_sees_them_all_the_same(
     pool: Pool, etcd: EtcdProcess, owner: Mounted, mode: str
 ) -> None:
     allow(etcd, "read")
@@ -159,7 +159,7 @@ def test_b68_who_may_not_write_attributes_sees_them_all_the_same(
 
 
 @pytest.mark.oldest_and_newest_etcd
-def test_b115_roles_hold_for_what_takes_nested_transactions(
+def test_b118_roles_hold_for_what_takes_nested_transactions(
     pool: Pool, etcd: EtcdProcess, owner: Mounted
 ) -> None:
     """More than 128 operations are nested; old releases check no rights in there (GHSA-rfx7)."""
@@ -187,7 +187,7 @@ def test_b115_roles_hold_for_what_takes_nested_transactions(
 
 
 @pytest.mark.parametrize("noticed_by", ["--cache", "--cache --audit-interval=1", "--no-cache"])
-def test_b116_a_changed_password_takes_no_attributes_away(
+def test_b119_a_changed_password_takes_no_attributes_away(
     pool: Pool, etcd: EtcdProcess, owner: Mounted, tmp_path: Path, noticed_by: str
 ) -> None:
     """Of those who come before the password file has it, all are refused, and nothing is open."""

@@ -72,7 +72,7 @@ class Manager:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b89_a_service_from_start_to_end(
+def test_b92_a_service_from_start_to_end(
     shared_etcd: EtcdProcess, tmp_path: Path, mode: str
 ) -> None:
     manager = Manager(tmp_path)
@@ -96,7 +96,7 @@ def test_b89_a_service_from_start_to_end(
     assert not os.path.ismount(manager.mountpoint)
 
 
-def test_b89_the_status_tells_how_far_behind_it_is(own_etcd: EtcdProcess, tmp_path: Path) -> None:
+def test_b92_the_status_tells_how_far_behind_it_is(own_etcd: EtcdProcess, tmp_path: Path) -> None:
     manager = Manager(tmp_path)
     with manager.started("--endpoints", own_etcd.client_url, "--cache"):
         manager.hear("READY=1\n")
@@ -107,7 +107,7 @@ def test_b89_the_status_tells_how_far_behind_it_is(own_etcd: EtcdProcess, tmp_pa
             pass
 
 
-def test_b87_what_cannot_be_read_again_leaves_all_as_it_was(
+def test_b90_what_cannot_be_read_again_leaves_all_as_it_was(
     own_etcd: EtcdProcess, tmp_path: Path
 ) -> None:
     manager = Manager(tmp_path)
@@ -125,7 +125,7 @@ def test_b87_what_cannot_be_read_again_leaves_all_as_it_was(
 
 @needs_root
 @pytest.mark.programs("setpriv")
-def test_b89_the_unit_leaves_a_mount_the_rights_that_it_needs(
+def test_b92_the_unit_leaves_a_mount_the_rights_that_it_needs(
     shared_etcd: EtcdProcess,
 ) -> None:
     """Of what the unit takes away, the capabilities, and to write what is run then."""
@@ -148,7 +148,7 @@ def test_b89_the_unit_leaves_a_mount_the_rights_that_it_needs(
 @needs_root
 @pytest.mark.programs("setpriv")
 @pytest.mark.skipif(not may_look(), reason="the kernel does not tell us who has a file open")
-def test_b211_the_unit_lets_a_read_only_mount_see_what_is_open(shared_etcd: EtcdProcess) -> None:
+def test_b44_the_unit_lets_a_read_only_mount_see_what_is_open(shared_etcd: EtcdProcess) -> None:
     with public_directory() as home:
         manager = Manager(home)
         # Files of another user: a lease on one takes CAP_LEASE.
@@ -186,7 +186,7 @@ def confinement() -> tuple[str, ...]:
     )
 
 
-def test_b91_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
+def test_b94_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
     with Mounted(own_etcd, "--cache", "--log-format", "json") as mounted:
         own_etcd.kill()
         own_etcd.start()
@@ -206,7 +206,7 @@ def test_b91_the_life_of_a_mount_in_its_log(own_etcd: EtcdProcess) -> None:
     assert told["regained"]["revision"] == revision - 1
 
 
-def test_b91_no_line_of_the_log_has_a_value_or_a_password(own_etcd: EtcdProcess) -> None:
+def test_b94_no_line_of_the_log_has_a_value_or_a_password(own_etcd: EtcdProcess) -> None:
     options = ("--cache", "--log-level", "debug", "--timeout", "1")
     with Mounted(own_etcd, *options, "--user", "me:hush-hush") as mounted:
         mounted.expect_log("")

@@ -101,7 +101,7 @@ def check_changed(path: Path, *, kept_mode: int = 0o600, is_deep_there: bool = T
 
 
 @pytest.mark.parametrize("prefix", [b"/", b"/app/"])
-def test_b81_a_mount_goes_on_from_its_snapshot(
+def test_b84_a_mount_goes_on_from_its_snapshot(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path, prefix: bytes
 ) -> None:
     options = ("--prefix", prefix.decode())
@@ -127,7 +127,7 @@ def test_b81_a_mount_goes_on_from_its_snapshot(
     ("prefix", "last"),
     [(b"/", "put"), (b"/", "deleted"), (b"/app/", "elsewhere"), (b"/app/", "attributes")],
 )
-def test_b81_a_mount_is_ready_when_it_shows_what_changed_since(
+def test_b84_a_mount_is_ready_when_it_shows_what_changed_since(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path, prefix: bytes, last: str
 ) -> None:
     """The watch says nothing until the mount has asked how far etcd is."""
@@ -167,7 +167,7 @@ def test_b81_a_mount_is_ready_when_it_shows_what_changed_since(
                 is_asked.set()
 
 
-def test_b81_a_watch_that_brings_nothing_is_as_an_etcd_that_does_not_answer(
+def test_b84_a_watch_that_brings_nothing_is_as_an_etcd_that_does_not_answer(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state):
@@ -204,7 +204,7 @@ def test_b81_a_watch_that_brings_nothing_is_as_an_etcd_that_does_not_answer(
             go_on.set()
 
 
-def test_b81_what_was_compacted_meanwhile_is_listed(
+def test_b84_what_was_compacted_meanwhile_is_listed(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state) as mounted:
@@ -220,7 +220,7 @@ def test_b81_what_was_compacted_meanwhile_is_listed(
         assert mounted.statistics()["state_machine"]["lists"] == 0, "it was made anew"
 
 
-def test_b83_an_etcd_that_was_wiped_is_another_one(
+def test_b86_an_etcd_that_was_wiped_is_another_one(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state) as mounted:
@@ -236,7 +236,7 @@ def test_b83_an_etcd_that_was_wiped_is_another_one(
         assert (mounted.path / "other").read_bytes() == b"39"
 
 
-def test_b83_what_is_not_ones_own_is_refused_in_one_line_and_made_anew(
+def test_b86_what_is_not_ones_own_is_refused_in_one_line_and_made_anew(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     client.put(b"/app/file", b"a secret of another prefix")
@@ -274,7 +274,7 @@ def test_b83_what_is_not_ones_own_is_refused_in_one_line_and_made_anew(
         assert mounted.statistics()["state_machine"]["lists"] == 0
 
 
-def test_b82_what_changes_is_written_within_seconds(
+def test_b85_what_changes_is_written_within_seconds(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state) as mounted:
@@ -293,7 +293,7 @@ def test_b82_what_changes_is_written_within_seconds(
 
 
 @pytest.mark.parametrize("prefix", [b"/", b"/app/"])
-def test_b84_a_machine_boots_without_etcd_and_goes_live(
+def test_b87_a_machine_boots_without_etcd_and_goes_live(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path, prefix: bytes
 ) -> None:
     options = ("--prefix", prefix.decode())
@@ -336,7 +336,7 @@ def test_b84_a_machine_boots_without_etcd_and_goes_live(
         assert "etcd answers: the mount is live" in mounted.log
 
 
-def test_b84_the_command_says_what_it_has_mounted(
+def test_b87_the_command_says_what_it_has_mounted(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     client.put(b"/file", b"x")
@@ -368,7 +368,7 @@ def test_b84_the_command_says_what_it_has_mounted(
         place.rmdir()
 
 
-def test_b84_an_old_snapshot_is_not_shown_for_longer_than_allowed(
+def test_b87_an_old_snapshot_is_not_shown_for_longer_than_allowed(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     client.put(b"/file", b"x")
@@ -385,7 +385,7 @@ def test_b84_an_old_snapshot_is_not_shown_for_longer_than_allowed(
         eventually(shows(mounted.path / "file", b"x"))
 
 
-def test_b84_another_history_is_found_out_when_etcd_answers(
+def test_b87_another_history_is_found_out_when_etcd_answers(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path
 ) -> None:
     with mounted_with(pool, own_etcd, state) as mounted:
@@ -403,7 +403,7 @@ def test_b84_another_history_is_found_out_when_etcd_answers(
         os.close(fd)
 
 
-def test_b85_what_a_role_may_no_longer_read_is_not_shown_any_more(
+def test_b88_what_a_role_may_no_longer_read_is_not_shown_any_more(
     pool: Pool, etcd_binary: Path, watched: None, state: Path
 ) -> None:
     with EtcdProcess(etcd_binary, "--bcrypt-cost=4") as etcd, Proxy(etcd.endpoint) as proxy:
@@ -434,7 +434,7 @@ def test_b85_what_a_role_may_no_longer_read_is_not_shown_any_more(
         assert done.returncode != 0
 
 
-def test_b85_a_role_that_was_taken_away_before_the_start_has_no_snapshot(
+def test_b88_a_role_that_was_taken_away_before_the_start_has_no_snapshot(
     pool: Pool, etcd_binary: Path, watched: None, state: Path
 ) -> None:
     with EtcdProcess(etcd_binary, "--bcrypt-cost=4") as etcd:
@@ -459,7 +459,7 @@ def test_b85_a_role_that_was_taken_away_before_the_start_has_no_snapshot(
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_b82_killed_at_any_moment_a_machine_mounts_its_last_configuration(
+def test_b85_killed_at_any_moment_a_machine_mounts_its_last_configuration(
     pool: Pool, own_etcd: EtcdProcess, client: Client, state: Path, seed: int
 ) -> None:
     """Every round: written to from outside, killed somewhere, mounted without etcd, gone live."""

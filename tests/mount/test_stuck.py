@@ -44,7 +44,7 @@ def is_in_its_place(mounted: Mounted) -> bool:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_b104_a_directory_that_is_held_stops_no_other(
+def test_b107_a_directory_that_is_held_stops_no_other(
     own_etcd: EtcdProcess, pool: Pool, mode: str
 ) -> None:
     with shared(pool, own_etcd, mode) as mounted:
@@ -80,7 +80,7 @@ def test_b104_a_directory_that_is_held_stops_no_other(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can free those who wait in a mount")
-def test_b105_a_daemon_ends_although_a_directory_is_held(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b108_a_daemon_ends_although_a_directory_is_held(own_etcd: EtcdProcess, pool: Pool) -> None:
     with shared(pool, own_etcd, "--cache") as mounted:
         mounted.expect_log(STUCK, LEFT, "has not let go of a lock")
         mounted.put("/held/f", b"1")

@@ -76,7 +76,7 @@ def is_running_anew(machine: PrivateRoot, before: str, *, restarts: int) -> bool
     return after != before and int(times) >= restarts and state == "active"
 
 
-def test_b89_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
+def test_b92_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess) -> None:
     configure(machine, endpoints=shared_etcd.client_url)
     # It has started when the mount is usable.
     machine.run(f"systemctl start {UNIT}; echo value >/mnt/etcd/test-systemd")
@@ -109,7 +109,7 @@ def test_b89_a_service_of_systemd(machine: PrivateRoot, shared_etcd: EtcdProcess
     assert shared_etcd.etcdctl("get", "--print-value-only", "/test-systemd") == b"last\n\n"
 
 
-def test_b89_a_service_starts_with_its_last_state_while_etcd_is_away(
+def test_b92_a_service_starts_with_its_last_state_while_etcd_is_away(
     machine: PrivateRoot, own_etcd: EtcdProcess
 ) -> None:
     configure(machine, endpoints=own_etcd.client_url, wait_for_etcd="0", timeout="1")
@@ -141,7 +141,7 @@ ExecStart=/bin/sh -c 'cat /mnt/etcd/app/* >/run/reloaded-%i'
 
 
 @pytest.mark.parametrize("name", ["conf", ""], ids=["file", "directory"])
-def test_b125_path_units_start_what_waits_for_a_change(
+def test_b128_path_units_start_what_waits_for_a_change(
     machine: PrivateRoot, shared_etcd: EtcdProcess, name: str
 ) -> None:
     configure(machine, endpoints=shared_etcd.client_url)
@@ -175,7 +175,7 @@ def test_b125_path_units_start_what_waits_for_a_change(
         machine.run(f"systemctl stop on-PathChanged.path on-PathModified.path {UNIT}")
 
 
-def test_b91_the_journal_has_events_with_their_figures(
+def test_b94_the_journal_has_events_with_their_figures(
     machine: PrivateRoot, shared_etcd: EtcdProcess
 ) -> None:
     configure(machine, endpoints=shared_etcd.client_url, log_format="journal", prefix="/journal")
@@ -195,7 +195,7 @@ def test_b91_the_journal_has_events_with_their_figures(
     assert {event["PRIORITY"] for event in events} == {"6"}
 
 
-def test_b90_a_line_of_fstab_is_a_mount_of_systemd(
+def test_b93_a_line_of_fstab_is_a_mount_of_systemd(
     machine: PrivateRoot, shared_etcd: EtcdProcess
 ) -> None:
     """At boot it is systemd that reads fstab; the daemon outlives the command that started it."""
@@ -218,7 +218,7 @@ def test_b90_a_line_of_fstab_is_a_mount_of_systemd(
 
 
 @pytest.mark.skipif(not may_look(), reason="the kernel does not tell us who has a file open")
-def test_b211_a_read_only_service_sees_what_is_open(
+def test_b44_a_read_only_service_sees_what_is_open(
     machine: PrivateRoot, shared_etcd: EtcdProcess
 ) -> None:
     """No filter of system calls is in the way, and no right is missing for another user's file."""

@@ -111,7 +111,7 @@ def test_b40_nothing_is_written_where_nothing_may_be(
 
 
 @pytest.mark.parametrize("change", ["made", "removed"])
-def test_b63_a_directorys_time_outlasts_what_is_found_to_have_changed_before(
+def test_b66_a_directorys_time_outlasts_what_is_found_to_have_changed_before(
     pool: Pool, lab: Lab, etcd_binary: Path, change: str
 ) -> None:
     """Without a mirror, a mount hears of what others made or removed when it lists."""
@@ -142,7 +142,7 @@ def test_b63_a_directorys_time_outlasts_what_is_found_to_have_changed_before(
     assert directory.stat().st_mtime_ns > set_ns
 
 
-def test_b63_a_content_that_others_change_leaves_a_directory_its_time(lab: Lab) -> None:
+def test_b66_a_content_that_others_change_leaves_a_directory_its_time(lab: Lab) -> None:
     """Not even if the file is open, so that another inode takes its name."""
     set_ns = 1_111_111_111_000_000_001
     directory = lab.path / "dir"

@@ -275,7 +275,7 @@ def test_a_listing_while_its_files_are_removed(place: Path) -> None:
     assert os.listdir(place) == []
 
 
-def test_b111_statfs(place: Path) -> None:
+def test_b114_statfs(place: Path) -> None:
     space = os.statvfs(place)
     assert space.f_namemax == 255
     assert space.f_bsize >= 512

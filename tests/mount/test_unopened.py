@@ -47,7 +47,7 @@ def read(pool: Pool, etcd_binary: Path, cached: Lab) -> Lab:
 # --- what it costs --------------------------------------------------------------------------
 
 
-def test_b210_what_is_read_again_costs_nothing(read: Lab) -> None:
+def test_b43_what_is_read_again_costs_nothing(read: Lab) -> None:
     put_all(read, [("d/file", b"value" * 1000), ("d/other", b"")])
     path, directory = read.path / "d/file", read.path / "d"
     lines = b"value" * 1000
@@ -67,14 +67,14 @@ def test_b210_what_is_read_again_costs_nothing(read: Lab) -> None:
     assert read_once(path) == b"another"
 
 
-def test_b210_a_link_that_is_read_again_costs_nothing(read: Lab, cached: Lab) -> None:
+def test_b43_a_link_that_is_read_again_costs_nothing(read: Lab, cached: Lab) -> None:
     (cached.path / "link").symlink_to("target")
     read.shown(read.client.revision())
     assert (read.path / "link").readlink() == Path("target")
     assert not requests_of(read, lambda: [(read.path / "link").readlink() for _ in range(10)])
 
 
-def test_b210_many_files_cost_a_request_each_at_most(read: Lab) -> None:
+def test_b43_many_files_cost_a_request_each_at_most(read: Lab) -> None:
     put_all(read, [(f"d/{number:04d}", b"value %d" % number) for number in range(MANY)])
 
     def read_all() -> None:
@@ -96,7 +96,7 @@ def test_b210_many_files_cost_a_request_each_at_most(read: Lab) -> None:
     assert not third
 
 
-def test_b210_reading_between_changes_costs_nothing(read: Lab) -> None:
+def test_b43_reading_between_changes_costs_nothing(read: Lab) -> None:
     path = read.path / "file"
     for number in range(20):
         value = b"%d" % number * (1 + 300 * number)
@@ -115,7 +115,7 @@ def test_b210_reading_between_changes_costs_nothing(read: Lab) -> None:
         (),
     ],
 )
-def test_b210_where_an_answer_is_to_be_asked_for_each_open_asks(
+def test_b43_where_an_answer_is_to_be_asked_for_each_open_asks(
     pool: Pool, cached: Lab, options: tuple[str, ...]
 ) -> None:
     cached.put("file", b"value")
@@ -147,11 +147,11 @@ def test_b210_where_an_answer_is_to_be_asked_for_each_open_asks(
     ],
     ids=lambda promise: str(promise.__name__),
 )
-def test_b212_what_other_mounts_promise(read: Lab, promise: Callable[[Lab], None]) -> None:
+def test_b45_what_other_mounts_promise(read: Lab, promise: Callable[[Lab], None]) -> None:
     promise(read)
 
 
-def test_b212_a_revision_that_changes_very_many_files_that_the_kernel_has(
+def test_b45_a_revision_that_changes_very_many_files_that_the_kernel_has(
     pool: Pool, etcd_binary: Path
 ) -> None:
     names = [f"/d/{number:04d}" for number in range(1500)]
@@ -206,7 +206,7 @@ def read_on(paths: tuple[Path, Path], stop: threading.Event) -> int:
     return count
 
 
-def test_b212_readers_under_a_writer_that_never_stops(read: Lab) -> None:
+def test_b45_readers_under_a_writer_that_never_stops(read: Lab) -> None:
     paths = read.path / "one", read.path / "two"
 
     def put(number: int) -> int:
@@ -229,7 +229,7 @@ def test_b212_readers_under_a_writer_that_never_stops(read: Lab) -> None:
 # --- what is open ---------------------------------------------------------------------------
 
 
-def test_b211_what_is_open_keeps_its_version(read: Lab) -> None:
+def test_b44_what_is_open_keeps_its_version(read: Lab) -> None:
     file, old = read.path / "file", b"one" * 100_000
     read.put("file", old)
     with opened(file, os.O_RDONLY) as fd, opened(file, os.O_RDONLY) as mapped:
@@ -249,7 +249,7 @@ def test_b211_what_is_open_keeps_its_version(read: Lab) -> None:
             assert os.pread(fd, 1 << 20, 0) == old
 
 
-def test_b211_wherever_the_descriptor_is(read: Lab) -> None:
+def test_b44_wherever_the_descriptor_is(read: Lab) -> None:
     """On its way through a socket, in no process; only mapped; held by the kernel."""
     file = read.path / "file"
     read.put("file", b"one" * 5000)
@@ -271,7 +271,7 @@ def test_b211_wherever_the_descriptor_is(read: Lab) -> None:
         assert file.read_bytes() == b"FOUR!"
 
 
-def test_b211_a_value_that_memory_has_no_room_for(pool: Pool, cached: Lab) -> None:
+def test_b44_a_value_that_memory_has_no_room_for(pool: Pool, cached: Lab) -> None:
     with pool.private(cached.etcd, "--cache", "--read-only", "--cache-size", "0") as mounted:
         path = mounted.path / cached.path.name / "file"
         old = os.urandom(1_000_000)
@@ -290,7 +290,7 @@ def test_b211_a_value_that_memory_has_no_room_for(pool: Pool, cached: Lab) -> No
 # --- what is held and not open --------------------------------------------------------------
 
 
-def test_b211_what_is_held_and_not_open_follows_its_key(read: Lab, hold: Hold) -> None:
+def test_b44_what_is_held_and_not_open_follows_its_key(read: Lab, hold: Hold) -> None:
     file = read.path / "file"
     read.put("file", b"one")
     with hold(file) as held:
@@ -309,7 +309,7 @@ def test_b211_what_is_held_and_not_open_follows_its_key(read: Lab, hold: Hold) -
         assert held.stat().st_ino == file.stat().st_ino == inode
 
 
-def test_b211_what_is_held_follows_once_nobody_has_it_open(read: Lab, hold: Hold) -> None:
+def test_b44_what_is_held_follows_once_nobody_has_it_open(read: Lab, hold: Hold) -> None:
     read.put("file", b"one" * 5000)
     with hold(read.path / "file") as held:
         with opened(held, os.O_RDONLY) as fd:
@@ -323,7 +323,7 @@ def test_b211_what_is_held_follows_once_nobody_has_it_open(read: Lab, hold: Hold
             assert held.stat().st_size == len(value)
 
 
-def test_b211_readers_of_what_is_held_see_one_version(read: Lab, hold: Hold) -> None:
+def test_b44_readers_of_what_is_held_see_one_version(read: Lab, hold: Hold) -> None:
     stop = threading.Event()
     wrong: list[bytes] = []
     read.put("file", b"0" * 3000)
@@ -354,7 +354,7 @@ def test_b211_readers_of_what_is_held_see_one_version(read: Lab, hold: Hold) -> 
         assert held.read_bytes() == b"last"
 
 
-def test_b211_what_is_mounted_on_a_file_stays(read: Lab, container: Container) -> None:
+def test_b44_what_is_mounted_on_a_file_stays(read: Lab, container: Container) -> None:
     read.put("conf", b"in etcd")
     (container.home / "local").write_text("local")
     container.sh('mount --bind "$1" "$2"', container.home / "local", read.path / "conf")
@@ -364,7 +364,7 @@ def test_b211_what_is_mounted_on_a_file_stays(read: Lab, container: Container) -
         assert container.sh('cat "$1/conf"', read.path) == "local"
 
 
-def test_b211_an_overlay_above_the_mount_follows(read: Lab, container: Container) -> None:
+def test_b44_an_overlay_above_the_mount_follows(read: Lab, container: Container) -> None:
     read.put("d/file", b"one")
     for name in ("upper", "work", "merged"):
         (container.home / name).mkdir()
@@ -379,7 +379,7 @@ def test_b211_an_overlay_above_the_mount_follows(read: Lab, container: Container
         assert container.sh('cat "$1/file"', container.home / "merged") == value
 
 
-def test_b211_a_file_handle_leads_to_what_is_there(read: Lab) -> None:
+def test_b44_a_file_handle_leads_to_what_is_there(read: Lab) -> None:
     top = read.mounted.path
     read.put("d/file", b"one")
     handle = handle_of(read.path / "d/file")

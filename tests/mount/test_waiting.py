@@ -98,7 +98,7 @@ def admission(mounted: Mounted) -> Counter[str]:
     return Counter(mounted.statistics()["admission"])
 
 
-def test_b106_who_waits_stops_nobody(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b109_who_waits_stops_nobody(own_etcd: EtcdProcess, pool: Pool) -> None:
     shared = ("--allow-other",) if os.geteuid() == 0 else ()
     with pool.private(own_etcd, "--cache", "--timeout", str(PATIENCE_S), *shared) as mounted:
         mounted.expect_log("has not let go of a lock")  # but the machine is busy
@@ -119,7 +119,7 @@ def test_b106_who_waits_stops_nobody(own_etcd: EtcdProcess, pool: Pool) -> None:
         until(lambda: admission(mounted)["waiting"] == 0)
 
 
-def test_b106_an_outage_stops_nobody_who_is_answered_from_memory(
+def test_b109_an_outage_stops_nobody_who_is_answered_from_memory(
     own_etcd: EtcdProcess, pool: Pool
 ) -> None:
     count = 1100
@@ -156,7 +156,7 @@ def test_b106_an_outage_stops_nobody_who_is_answered_from_memory(
         until(lambda: admission(mounted)["waiting"] == 0)
 
 
-def test_b106_what_is_published_at_its_release_stops_no_read(
+def test_b109_what_is_published_at_its_release_stops_no_read(
     own_etcd: EtcdProcess, pool: Pool
 ) -> None:
     """Linux lets 12 requests that nobody waits for be under way, READs and RELEASEs together."""

@@ -74,7 +74,7 @@ def mounted_by_nobody(machine: PrivateRoot, etcd: EtcdProcess, *options: str) ->
         machine.run(f"{script} /mnt/own/etcd", "fusermount3", "-u")
 
 
-def test_b129_who_watches_as_another_user_is_seen(own_etcd: EtcdProcess, pool: Pool) -> None:
+def test_b132_who_watches_as_another_user_is_seen(own_etcd: EtcdProcess, pool: Pool) -> None:
     with pool.private(own_etcd, "--cache", "--allow-other") as mounted:
         mounted.path.parent.chmod(0o711)
         mounted.put("/d/f", b"1")
@@ -86,7 +86,7 @@ def test_b129_who_watches_as_another_user_is_seen(own_etcd: EtcdProcess, pool: P
             heard.until("CREATE new")
 
 
-def test_b130_a_user_without_rights_hears_all_on_a_mount_of_his_own(
+def test_b133_a_user_without_rights_hears_all_on_a_mount_of_his_own(
     machine: PrivateRoot, own_etcd: EtcdProcess
 ) -> None:
     own_etcd.etcdctl("put", "/d/f", "1")
@@ -99,7 +99,7 @@ def test_b130_a_user_without_rights_hears_all_on_a_mount_of_his_own(
         _hears_what_others_do(own_etcd, heard)
 
 
-def test_b130_others_hear_of_what_the_user_who_mounts_may_write_to(
+def test_b133_others_hear_of_what_the_user_who_mounts_may_write_to(
     machine: PrivateRoot, own_etcd: EtcdProcess
 ) -> None:
     own_etcd.etcdctl("put", "/d/f", "1")
@@ -131,7 +131,7 @@ def _hears_what_others_do(etcd: EtcdProcess, heard: Listener) -> None:
     heard.until("ATTRIB f")
 
 
-def test_b130_a_read_only_mount_of_such_a_user_says_that_it_hears_nothing(
+def test_b133_a_read_only_mount_of_such_a_user_says_that_it_hears_nothing(
     machine: PrivateRoot, own_etcd: EtcdProcess
 ) -> None:
     with mounted_by_nobody(machine, own_etcd, "--cache", "--read-only") as said:

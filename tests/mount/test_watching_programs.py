@@ -200,7 +200,7 @@ def test_each_of_a_hundred_changes_of_etcdctl_is_heard_of(seen: Lab) -> None:
 
 
 @pytest.mark.parametrize("mask", [_FSNOTIFY, _SYSTEMD], ids=["fsnotify", "systemd"])
-def test_b126_a_file_that_is_open_is_replaced_as_by_a_rename_over_it(seen: Lab, mask: str) -> None:
+def test_b129_a_file_that_is_open_is_replaced_as_by_a_rename_over_it(seen: Lab, mask: str) -> None:
     """Whoever watches the file itself, and does what is right for that, hears of all versions."""
     bits = sum(EVENTS[kind] for kind in mask.split(","))
     with memory_directory() as directory, ExitStack() as stack:
@@ -219,7 +219,7 @@ def test_b126_a_file_that_is_open_is_replaced_as_by_a_rename_over_it(seen: Lab, 
     [(_WATCHFILES, "deleted"), (_WATCHDOG, "closed")],
     ids=["watchfiles", "watchdog"],
 )
-def test_b126_libraries_that_watch_a_file_that_is_open(seen: Lab, program: str, told: str) -> None:
+def test_b129_libraries_that_watch_a_file_that_is_open(seen: Lab, program: str, told: str) -> None:
     """To watchfiles it is gone, as after a rename over it; watchdog watches its directory."""
     with running(sys.executable, "-c", program, f"{seen.path}/f") as heard:
         heard.until("waiting")

@@ -399,7 +399,7 @@ def test_b22_a_removal_of_what_another_client_removed_says_so(lab: Lab) -> None:
 
 @pytest.mark.oldest_and_newest_etcd
 @pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
-def test_b123_what_failed_goes_over_nothing_that_was_written_later(
+def test_b126_what_failed_goes_over_nothing_that_was_written_later(
     lab: Lab, old: bytes | None
 ) -> None:
     lab.mounted.expect_log("")

@@ -148,7 +148,7 @@ gets = st.sampled_from(
 
 
 @given(ranges, gets, st.sampled_from((0, 3, 6)))
-def test_b74_a_range_is_refused_or_what_was_asked_for(
+def test_b77_a_range_is_refused_or_what_was_asked_for(
     response: Any, get: Get, revision: int
 ) -> None:
     page = wire.page(response)
@@ -156,7 +156,7 @@ def test_b74_a_range_is_refused_or_what_was_asked_for(
         assert is_right(page, get, revision)
 
 
-def test_b74_the_corpus_of_ranges_tells_right_from_wrong() -> None:
+def test_b77_the_corpus_of_ranges_tells_right_from_wrong() -> None:
     get = Get(b"/t/", b"/t0", limit=2)
     for file in sorted(CORPUS.glob("range-*.txtpb")):
         page = wire.page(text_format.Parse(file.read_text(), rpc.RangeResponse()))
@@ -230,7 +230,7 @@ def _read(responses: Responses, response: Any) -> Message | None:
 
 @given(watches)
 @example([])
-def test_b74_whatever_a_watch_says_the_replica_goes_on(responses: list[Any]) -> None:
+def test_b77_whatever_a_watch_says_the_replica_goes_on(responses: list[Any]) -> None:
     life = Life()
     opened = rpc.WatchResponse(header=rpc.ResponseHeader(revision=5), created=True)
     for response in [opened, *responses]:
@@ -238,7 +238,7 @@ def test_b74_whatever_a_watch_says_the_replica_goes_on(responses: list[Any]) -> 
         life.state_machine.check_invariants()
 
 
-def test_b74_each_stream_of_the_corpus_is_survived() -> None:
+def test_b77_each_stream_of_the_corpus_is_survived() -> None:
     for response in STREAMS:
         life = Life()
         life.hear(rpc.WatchResponse(header=rpc.ResponseHeader(revision=5), created=True))

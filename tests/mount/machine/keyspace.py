@@ -1,6 +1,6 @@
 """What etcd must hold for a tree that is known: each key, each record key, and nothing else.
 
-Knows: the mapping of files to keys (B1, B3, B50 to B53), written down once more. Does not
+Knows: the mapping of files to keys (B1, B3, B53 to B56), written down once more. Does not
 know: how the tree came to be.
 
 Concurrency: plain blocking calls.

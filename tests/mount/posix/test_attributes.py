@@ -44,7 +44,7 @@ def times_of(path: Path | str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o600, 0o644, 0o755, 0o777])
-def test_b49_chmod(place: Path, mode: int) -> None:
+def test_b52_chmod(place: Path, mode: int) -> None:
     file = place / "file"
     file.write_bytes(b"value")
     before = file.stat()
@@ -58,7 +58,7 @@ def test_b49_chmod(place: Path, mode: int) -> None:
     directory.chmod(0o755)
 
 
-def test_b49_fchmod_of_what_is_being_written(place: Path) -> None:
+def test_b52_fchmod_of_what_is_being_written(place: Path) -> None:
     with opened(place / "new", os.O_CREAT | os.O_WRONLY) as fd:
         os.write(fd, b"value")
         os.fchmod(fd, 0o600)
@@ -68,7 +68,7 @@ def test_b49_fchmod_of_what_is_being_written(place: Path) -> None:
     assert (place / "new").read_bytes() == b"valuemore"
 
 
-def test_b49_fchmod_after_unlink_is_the_open_files_alone(place: Path) -> None:
+def test_b52_fchmod_after_unlink_is_the_open_files_alone(place: Path) -> None:
     with opened(place / "file", os.O_CREAT | os.O_RDWR) as fd:
         os.fsync(fd)
         (place / "file").unlink()
@@ -81,7 +81,7 @@ def test_b49_fchmod_after_unlink_is_the_open_files_alone(place: Path) -> None:
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
-def test_b50_umask(place: Path, umask: int) -> None:
+def test_b53_umask(place: Path, umask: int) -> None:
     old = os.umask(umask)
     try:
         os.close(os.open(place / "plain", os.O_CREAT | os.O_WRONLY, 0o666))
@@ -101,14 +101,14 @@ def test_b50_umask(place: Path, umask: int) -> None:
         assert mode_of(place / name) == mode & ~umask, name
 
 
-def test_b50_a_mode_that_forbids_writing_is_for_later_opens(place: Path) -> None:
+def test_b53_a_mode_that_forbids_writing_is_for_later_opens(place: Path) -> None:
     with opened(place / "file", os.O_CREAT | os.O_WRONLY, 0o400) as fd:
         os.write(fd, b"value")
     assert mode_of(place / "file") == 0o400
     assert (place / "file").read_bytes() == b"value"
 
 
-def test_b50_opening_what_is_there_leaves_its_mode(place: Path) -> None:
+def test_b53_opening_what_is_there_leaves_its_mode(place: Path) -> None:
     (place / "file").touch(mode=0o600)
     with opened(place / "file", os.O_CREAT | os.O_WRONLY, 0o666) as fd:
         os.write(fd, b"value")
@@ -116,7 +116,7 @@ def test_b50_opening_what_is_there_leaves_its_mode(place: Path) -> None:
 
 
 @root_only
-def test_b50_the_caller_owns_what_it_makes(place: Path) -> None:
+def test_b53_the_caller_owns_what_it_makes(place: Path) -> None:
     place.chmod(0o777)
 
     def make() -> None:
@@ -133,7 +133,7 @@ def test_b50_the_caller_owns_what_it_makes(place: Path) -> None:
 
 
 @root_only
-def test_b50_a_directory_with_the_set_group_id_bit_gives_its_group(place: Path) -> None:
+def test_b53_a_directory_with_the_set_group_id_bit_gives_its_group(place: Path) -> None:
     (place / "shared").mkdir()
     os.chown(place / "shared", 0, 77)
     (place / "shared").chmod(0o2775)
@@ -151,7 +151,7 @@ def test_b50_a_directory_with_the_set_group_id_bit_gives_its_group(place: Path) 
 
 
 @root_only
-def test_b49_chown(place: Path) -> None:
+def test_b52_chown(place: Path) -> None:
     (place / "file").touch()
     os.chown(place / "file", 12, 34)
     os.chown(place / "file", 56, -1)
@@ -169,7 +169,7 @@ def test_b49_chown(place: Path) -> None:
 
 @root_only
 @pytest.mark.parametrize("how", ["write", "truncate", "chown"])
-def test_b64_another_users_change_takes_setuid_and_setgid(place: Path, how: str) -> None:
+def test_b67_another_users_change_takes_setuid_and_setgid(place: Path, how: str) -> None:
     place.chmod(0o777)
     file = place / "file"
     file.write_bytes(b"value")
@@ -191,7 +191,7 @@ def test_b64_another_users_change_takes_setuid_and_setgid(place: Path, how: str)
 
 
 @root_only
-def test_b64_setgid_of_a_group_one_is_not_in(place: Path) -> None:
+def test_b67_setgid_of_a_group_one_is_not_in(place: Path) -> None:
     place.chmod(0o777)
     (place / "file").touch()
     os.chown(place / "file", NOBODY, 77)
@@ -225,7 +225,7 @@ def _refusals(place: Path) -> dict[str, Callable[[], object]]:
 
 
 @root_only
-def test_b64_what_others_may_not_do(place: Path) -> None:
+def test_b67_what_others_may_not_do(place: Path) -> None:
     place.chmod(0o777)
     for name, mode in (("closed", 0o700), ("readable", 0o755), ("sticky", 0o1777)):
         (place / name).mkdir()
@@ -259,7 +259,7 @@ def test_b64_what_others_may_not_do(place: Path) -> None:
 # --- times ----------------------------------------------------------------------------------
 
 
-def test_b49_utimensat(place: Path) -> None:
+def test_b52_utimensat(place: Path) -> None:
     (place / "file").write_bytes(b"value")
     (place / "directory").mkdir()
     os.symlink("missing", place / "link")
@@ -274,7 +274,7 @@ def test_b49_utimensat(place: Path) -> None:
     assert times_of(place / "file") == (6 * SECOND, 7 * SECOND)
 
 
-def test_b49_futimens_of_what_is_being_written(place: Path) -> None:
+def test_b52_futimens_of_what_is_being_written(place: Path) -> None:
     with opened(place / "file", os.O_CREAT | os.O_WRONLY) as fd:
         os.write(fd, b"value")
         os.utime(fd, ns=(EARLIER, LONG_AGO))
@@ -285,7 +285,7 @@ def test_b49_futimens_of_what_is_being_written(place: Path) -> None:
     assert times_of(place / "file")[1] > LONG_AGO, "what is written after that counts"
 
 
-def test_b63_what_touches_mtime_and_ctime(place: Path) -> None:
+def test_b66_what_touches_mtime_and_ctime(place: Path) -> None:
     file = place / "file"
     file.write_bytes(b"value")
 
@@ -322,7 +322,7 @@ def test_b63_what_touches_mtime_and_ctime(place: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["file", "missing", "/", "../x/./y", "a" * 255, "/x" * 2047])
-def test_b54_symlink(place: Path, target: str) -> None:
+def test_b57_symlink(place: Path, target: str) -> None:
     os.symlink(target, place / "link")
     assert os.readlink(place / "link") == target
     found = os.lstat(place / "link")
@@ -333,7 +333,7 @@ def test_b54_symlink(place: Path, target: str) -> None:
     assert os.listdir(place) == []
 
 
-def test_b54_symlinks_are_followed(place: Path) -> None:
+def test_b57_symlinks_are_followed(place: Path) -> None:
     (place / "d").mkdir()
     os.symlink("d/file", place / "link")
     os.symlink("d", place / "to-d")
@@ -360,14 +360,14 @@ def test_b54_symlinks_are_followed(place: Path) -> None:
     assert (place / "d/file").exists()
 
 
-def test_b54_symlinks_can_be_replaced(place: Path) -> None:
+def test_b57_symlinks_can_be_replaced(place: Path) -> None:
     sh(place, "ln -s a link; ln -sfn b link; test $(readlink link) = b")
     sh(place, "echo x > file; mv file link; test ! -L link; test $(cat link) = x")
     sh(place, "ln -s c other; mv other link; test -L link; test $(readlink link) = c")
     assert os.listdir(place) == ["link"]
 
 
-def test_b55_a_fifo_carries_what_is_written_to_it(place: Path) -> None:
+def test_b58_a_fifo_carries_what_is_written_to_it(place: Path) -> None:
     os.mkfifo(place / "fifo", 0o600)
     assert stat.S_ISFIFO(os.lstat(place / "fifo").st_mode)
     assert mode_of(place / "fifo") == 0o600
@@ -375,7 +375,7 @@ def test_b55_a_fifo_carries_what_is_written_to_it(place: Path) -> None:
     (place / "fifo").unlink()
 
 
-def test_b55_a_socket_is_a_place_to_meet(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_b58_a_socket_is_a_place_to_meet(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)  # a socket's path has 108 bytes at most
     with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
         server.bind("socket")
@@ -392,7 +392,7 @@ def test_b55_a_socket_is_a_place_to_meet(place: Path, monkeypatch: pytest.Monkey
 # --- extended attributes --------------------------------------------------------------------
 
 
-def test_b57_user_xattrs(place: Path) -> None:
+def test_b60_user_xattrs(place: Path) -> None:
     (place / "file").write_bytes(b"value")
     (place / "directory").mkdir()
     for path in (place / "file", place / "directory"):
@@ -410,7 +410,7 @@ def test_b57_user_xattrs(place: Path) -> None:
     assert (place / "file").read_bytes() == b"value"
 
 
-def test_b57_errnos_of_xattrs(place: Path) -> None:
+def test_b60_errnos_of_xattrs(place: Path) -> None:
     file = place / "file"
     file.touch()
     os.symlink("file", place / "link")
@@ -430,7 +430,7 @@ def test_b57_errnos_of_xattrs(place: Path) -> None:
     assert os.listxattr(file) == ["user.a"]
 
 
-def test_b57_xattrs_of_what_is_being_written(place: Path) -> None:
+def test_b60_xattrs_of_what_is_being_written(place: Path) -> None:
     with opened(place / "file", os.O_CREAT | os.O_WRONLY) as fd:
         os.write(fd, b"value")
         os.setxattr(fd, "user.a", b"one")
@@ -463,7 +463,7 @@ LIST = "cd {}; find . -printf '%p %y %m %U %G %T@ %l\\n' | sort"
     ],
     ids=["cp", "tar", "rsync", "cpio"],
 )
-def test_b69_copies_keep_modes_times_and_links(place: Path, copy: str, tool: str) -> None:
+def test_b72_copies_keep_modes_times_and_links(place: Path, copy: str, tool: str) -> None:
     if shutil.which(tool) is None:
         pytest.skip(f"there is no {tool}")
     sh(place, MAKE)
@@ -479,7 +479,7 @@ def test_b69_copies_keep_modes_times_and_links(place: Path, copy: str, tool: str
     assert sh(place, LIST.format("tree")) == original
 
 
-def test_b69_install_and_mktemp(place: Path) -> None:
+def test_b72_install_and_mktemp(place: Path) -> None:
     sh(place, "echo x > src; install -m 0750 -D src a/b/dst; mktemp -p . t.XXXXXX")
     assert mode_of(place / "a/b/dst") == 0o750
     (temporary,) = (name for name in os.listdir(place) if name.startswith("t."))

@@ -43,7 +43,7 @@ async def errno_of(mount: FakeMount, path: Path, flags: int) -> int:
 
 
 @pytest.mark.parametrize("how", WRITING)
-async def test_b71_an_open_for_writing_fails_during_an_outage(
+async def test_b74_an_open_for_writing_fails_during_an_outage(
     autojump_clock: MockClock, store: FakeStore, how: str
 ) -> None:
     async with open_mount(store) as mount:
@@ -57,7 +57,7 @@ async def test_b71_an_open_for_writing_fails_during_an_outage(
         assert await errno_of(mount, *WRITING[how]) == 0
 
 
-async def test_b71_many_openers_ask_once(autojump_clock: MockClock, store: FakeStore) -> None:
+async def test_b74_many_openers_ask_once(autojump_clock: MockClock, store: FakeStore) -> None:
     async with open_mount(store) as mount:
         for number, error in ((errno.EIO, AWAY), (0, None)):
             before = store.ready_calls
@@ -78,7 +78,7 @@ async def test_b71_many_openers_ask_once(autojump_clock: MockClock, store: FakeS
             assert store.ready_calls == before + 1
 
 
-async def test_b71_what_was_opened_before_is_told_at_close(
+async def test_b74_what_was_opened_before_is_told_at_close(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
     async with open_mount(store, cache=cache) as mount:
@@ -91,7 +91,7 @@ async def test_b71_what_was_opened_before_is_told_at_close(
         await mount.kernel.release(handle)
 
 
-async def test_b71_a_creation_that_waits_holds_up_nobody(
+async def test_b74_a_creation_that_waits_holds_up_nobody(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     """The kernel holds the directory's lock, and other clients' changes are shown nevertheless."""

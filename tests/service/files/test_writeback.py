@@ -529,7 +529,7 @@ async def test_failed_publication_of_a_new_file_leaves_no_name(
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY | os.O_TRUNC, os.O_WRONLY, APPEND])
-async def test_b123_what_close_could_not_publish_is_not_published_behind_its_back(
+async def test_b126_what_close_could_not_publish_is_not_published_behind_its_back(
     autojump_clock: MockClock, store: FakeStore, cache: bool, flags: int
 ) -> None:
     """Who was told that close(2) failed may have done something else about it by then."""
@@ -545,7 +545,7 @@ async def test_b123_what_close_could_not_publish_is_not_published_behind_its_bac
 
 @pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
 @pytest.mark.parametrize("later", ["here", "elsewhere"])
-async def test_b123_a_failed_close_is_not_made_up_for_over_a_later_write(
+async def test_b126_a_failed_close_is_not_made_up_for_over_a_later_write(
     autojump_clock: MockClock, store: FakeStore, cache: bool, old: bytes | None, later: str
 ) -> None:
     """A second close of what failed (dup, fork) knows nothing of what was written since."""
@@ -566,7 +566,7 @@ async def test_b123_a_failed_close_is_not_made_up_for_over_a_later_write(
 
 
 @pytest.mark.parametrize("old", [b"old", None], ids=["replaced", "made"])
-async def test_b123_a_late_arrival_does_not_undo_a_later_write(
+async def test_b126_a_late_arrival_does_not_undo_a_later_write(
     autojump_clock: MockClock, store: FakeStore, cache: bool, old: bytes | None
 ) -> None:
     """A request whose answer nobody waits for any more may still be carried out."""
@@ -585,7 +585,7 @@ async def test_b123_a_late_arrival_does_not_undo_a_later_write(
         assert await shown(mount) == b"4"
 
 
-async def test_b123_the_end_of_the_mount_does_not_publish_what_failed(
+async def test_b126_the_end_of_the_mount_does_not_publish_what_failed(
     autojump_clock: MockClock, store: FakeStore, cache: bool
 ) -> None:
     store.put_now(KEY, b"old")
@@ -670,7 +670,7 @@ async def test_lost_answer_is_recognised(
 
 @pytest.mark.parametrize("is_new", [True, False])
 @pytest.mark.parametrize("arrived", [True, False])
-async def test_b124_a_lost_append_is_not_taken_for_anothers(
+async def test_b127_a_lost_append_is_not_taken_for_anothers(
     autojump_clock: MockClock, store: FakeStore, cache: bool, is_new: bool, arrived: bool
 ) -> None:
     """Two append the same bytes; whether both are there is not known from one of them."""
@@ -692,7 +692,7 @@ async def test_b124_a_lost_append_is_not_taken_for_anothers(
 
 
 @pytest.mark.parametrize("others", [None, b"", b"theirs"])
-async def test_b124_an_empty_file_that_is_there_was_made(
+async def test_b127_an_empty_file_that_is_there_was_made(
     autojump_clock: MockClock, store: FakeStore, cache: bool, others: bytes | None
 ) -> None:
     """O_CREAT asks that there is a file, not that this mount has made it."""

@@ -190,7 +190,7 @@ async def test_what_is_not_supported(name: str, number: int) -> None:
 
 
 @pytest.mark.expect_log("%s failed: %s")
-async def test_b96_want_of_memory_is_enomem_and_no_bug(caplog: pytest.LogCaptureFixture) -> None:
+async def test_b99_want_of_memory_is_enomem_and_no_bug(caplog: pytest.LogCaptureFixture) -> None:
     call = operations(Raising(MemoryError())).getattr(pyfuse3.InodeT(5), CONTEXT)
     assert await errno_of(call) == errno.ENOMEM
     assert "getattr failed: no memory is left; this process has " in caplog.text

@@ -166,7 +166,7 @@ async def test_an_answer_that_comes_is_passed_on() -> None:
 
 
 @pytest.mark.parametrize(("is_there", "claims"), [(False, True), (True, False), (None, False)])
-async def test_b124_only_what_must_not_be_there_is_claimed(
+async def test_b127_only_what_must_not_be_there_is_claimed(
     autojump_clock: MockClock, is_there: bool | None, claims: bool
 ) -> None:
     store = FakeStore()

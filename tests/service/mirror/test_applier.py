@@ -216,7 +216,7 @@ def versions_of_many(rig: Rig) -> set[int]:
 
 
 @pytest.mark.parametrize("deleted", [False, True])
-async def test_b48_others_have_their_turn_while_a_large_revision_is_worked_on(
+async def test_b51_others_have_their_turn_while_a_large_revision_is_worked_on(
     deleted: bool, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is done key by key is done in small steps, and all of it is seen at once."""

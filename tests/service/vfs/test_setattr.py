@@ -324,7 +324,7 @@ async def test_times_go_along_with_what_was_written(
 @pytest.mark.parametrize(
     ("after_s", "kept"), [(-1, True), (0, False), (29, False), (31, True)], ids=str
 )
-async def test_b51_now_is_told_from_a_time_that_is_set(
+async def test_b54_now_is_told_from_a_time_that_is_set(
     autojump_clock: MockClock, store: FakeStore, cache: bool, after_s: int, kept: bool
 ) -> None:
     """The request of a `touch` may be late by any time; it is stamped when it is made."""
@@ -343,7 +343,7 @@ async def test_b51_now_is_told_from_a_time_that_is_set(
 @pytest.mark.expect_log("attributes cannot be written: %s")
 @pytest.mark.expect_log(CLOSED)
 @pytest.mark.parametrize("reading", [True, False])
-async def test_b67_without_rights_to_side_keys_content_still_works(
+async def test_b70_without_rights_to_side_keys_content_still_works(
     autojump_clock: MockClock,
     store: FakeStore,
     cache: bool,
@@ -378,7 +378,7 @@ async def test_b67_without_rights_to_side_keys_content_still_works(
 
 
 @pytest.mark.expect_log("attributes cannot be written: %s")
-async def test_b67_a_mode_that_could_not_go_along_with_a_content_is_told_of(
+async def test_b70_a_mode_that_could_not_go_along_with_a_content_is_told_of(
     autojump_clock: MockClock, store: FakeStore, cache: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The writer cannot be: what is written is there, and that has no errno."""
@@ -397,7 +397,7 @@ async def test_b67_a_mode_that_could_not_go_along_with_a_content_is_told_of(
 
 @pytest.mark.expect_log(CLOSED)
 @pytest.mark.parametrize("outage", [False, True])
-async def test_b68_what_was_missed_is_known_before_anything_opens(
+async def test_b71_what_was_missed_is_known_before_anything_opens(
     autojump_clock: MockClock, store: FakeStore, outage: bool
 ) -> None:
     """Files are made before, while and after attributes are listed that may be read again."""
@@ -456,7 +456,7 @@ async def test_b68_what_was_missed_is_known_before_anything_opens(
 
 
 @pytest.mark.expect_log(CLOSED)
-async def test_b68_what_can_be_read_says_nothing_of_what_is_refused(
+async def test_b71_what_can_be_read_says_nothing_of_what_is_refused(
     autojump_clock: MockClock, store: FakeStore
 ) -> None:
     """A role reaches some records; that of one arrives just after another was refused."""

@@ -68,7 +68,7 @@ def test_a_manifest_is_read_as_it_was_written(manifest: Manifest) -> None:
 
 
 @given(manifests, st.data())
-def test_b83_a_changed_manifest_is_refused(manifest: Manifest, data: st.DataObject) -> None:
+def test_b86_a_changed_manifest_is_refused(manifest: Manifest, data: st.DataObject) -> None:
     written = bytearray(encode(manifest))
     at = data.draw(st.integers(0, len(written) - 1))
     written[at] ^= data.draw(st.integers(1, 255))
@@ -77,7 +77,7 @@ def test_b83_a_changed_manifest_is_refused(manifest: Manifest, data: st.DataObje
 
 
 @given(manifests, st.data())
-def test_b83_a_manifest_that_was_cut_is_refused(manifest: Manifest, data: st.DataObject) -> None:
+def test_b86_a_manifest_that_was_cut_is_refused(manifest: Manifest, data: st.DataObject) -> None:
     written = encode(manifest)
     with pytest.raises(SnapshotDamagedError):
         decode(written[: data.draw(st.integers(0, len(written) - 1))])
@@ -103,7 +103,7 @@ def test_a_digest_does_not_depend_on_what_came_and_went(
     assert add_up(digest, removed=sum(gone)) == add_up(0, added=sum(sums))
 
 
-def test_b83_a_snapshot_of_ones_own_is_taken() -> None:
+def test_b86_a_snapshot_of_ones_own_is_taken() -> None:
     assert fault_in(WHOLE, OURS) is None
     assert fault_in(WHOLE, replace(OURS, endpoints=("elsewhere:1",))) is None, "etcd says who it is"
     assert fault_in(WHOLE, replace(OURS, cluster=0, endpoints=("h:2", "h:3"))) is None
@@ -119,9 +119,9 @@ def test_b83_a_snapshot_of_ones_own_is_taken() -> None:
         (replace(OURS, cluster=0, endpoints=("h:3",)), "of the etcd at h:1, h:2"),
     ],
 )
-def test_b83_a_snapshot_of_something_else_is_refused(wanted: Identity, why: str) -> None:
+def test_b86_a_snapshot_of_something_else_is_refused(wanted: Identity, why: str) -> None:
     assert why in (fault_in(WHOLE, wanted) or "")
 
 
-def test_b83_a_snapshot_that_was_not_finished_is_refused() -> None:
+def test_b86_a_snapshot_that_was_not_finished_is_refused() -> None:
     assert fault_in(replace(WHOLE, streams={}), OURS) == "it was not finished"

@@ -90,7 +90,7 @@ def test_a_crash_leaves_its_traceback_in_the_log(
     ],
 )
 @pytest.mark.parametrize("grouped", [False, True])
-def test_b96_a_daemon_that_dies_for_want_of_memory_says_so(
+def test_b99_a_daemon_that_dies_for_want_of_memory_says_so(
     monkeypatch: pytest.MonkeyPatch, log_file: Path, error: Exception, grouped: bool
 ) -> None:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)

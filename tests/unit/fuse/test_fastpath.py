@@ -67,7 +67,7 @@ def test_a_mount_that_wants_none_has_none(monkeypatch: pytest.MonkeyPatch) -> No
         (Library(wraps=False), "", "libfuse was not reached by way of it"),
     ],
 )
-def test_b94_what_cannot_be_had_is_said_once_or_refuses_the_mount(
+def test_b97_what_cannot_be_had_is_said_once_or_refuses_the_mount(
     library: Library | None,
     why_not: str,
     said: str,

@@ -149,7 +149,7 @@ class TestRecords:
         assert read(entry(record_key(b"f"), encode(record), 1, REVISION)) == record
 
     @pytest.mark.parametrize("name", ["mode", "uid", "gid", "type"])
-    def test_b56_nothing_said_of_who_may_have_it_is_no_default(self, name: str) -> None:
+    def test_b59_nothing_said_of_who_may_have_it_is_no_default(self, name: str) -> None:
         text = b'{"%s":null}' % name.encode()
         record = decode(text, REVISION)
         assert record.is_doubtful

@@ -130,7 +130,7 @@ FORGED = "\x1b[2J\n2026-01-01 00:00:00,000 INFO etcdfs.daemon.main: all is well\
 
 
 @pytest.mark.expect_log("%s")
-def test_b102_what_others_say_is_one_printable_line(root: logging.Logger, tmp_path: Path) -> None:
+def test_b105_what_others_say_is_one_printable_line(root: logging.Logger, tmp_path: Path) -> None:
     setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
     log.info("etcd says: %s", FORGED)
     log.error("%s", FORGED, exc_info=ValueError(FORGED))
@@ -141,7 +141,7 @@ def test_b102_what_others_say_is_one_printable_line(root: logging.Logger, tmp_pa
     assert any(line.startswith("    2026-01-01 00:00:00,000 INFO") for line in lines)
 
 
-def test_b102_last_words_are_printable(
+def test_b105_last_words_are_printable(
     root: logging.Logger, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=True)
@@ -152,7 +152,7 @@ def test_b102_last_words_are_printable(
     assert all(line.isprintable() and line.startswith("    ") for line in lines)
 
 
-def test_b102_a_log_file_is_its_owners_alone(root: logging.Logger, tmp_path: Path) -> None:
+def test_b105_a_log_file_is_its_owners_alone(root: logging.Logger, tmp_path: Path) -> None:
     setup_logging(LogSettings(file=str(tmp_path / "log")), foreground=False)
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
     (tmp_path / "log").unlink()
@@ -389,7 +389,7 @@ def logged(filtered: Repeats, level: int, message: str, *arguments: object) -> s
     return record.getMessage() if filtered.filter(record) else None
 
 
-def test_b91_what_is_logged_again_and_again_is_cut_off_and_counted() -> None:
+def test_b94_what_is_logged_again_and_again_is_cut_off_and_counted() -> None:
     clock = Clock()
     filtered = Repeats(clock)
     shown = [logged(filtered, logging.WARNING, "lost %s", n) for n in range(100)]
@@ -405,7 +405,7 @@ def test_b91_what_is_logged_again_and_again_is_cut_off_and_counted() -> None:
     assert logged(filtered, logging.WARNING, "lost %s", 102) == "lost 102"
 
 
-def test_b91_no_lost_file_and_nothing_that_was_asked_for_is_left_out() -> None:
+def test_b94_no_lost_file_and_nothing_that_was_asked_for_is_left_out() -> None:
     filtered = Repeats(Clock())
     for level, message in (
         (logging.ERROR, "what was written to %s is lost"),

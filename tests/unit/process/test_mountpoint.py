@@ -209,7 +209,7 @@ def test_the_daemon_of_a_mount_is_told_from_another_of_its_mountpoint(place: str
         assert find_server(place, "0:1234567890", me + 1) is None
 
 
-def test_b99_what_does_not_run_python_is_no_daemon(place: str) -> None:
+def test_b102_what_does_not_run_python_is_no_daemon(place: str) -> None:
     script = "printf 'etcdfs 0:50' > /proc/self/comm; echo; read line"
     command = ["sh", "-c", script, "-m", "etcdfs.daemon.main", place]
     pipe = subprocess.PIPE
@@ -231,7 +231,7 @@ signal.pause()
 
 @needs_root
 @pytest.mark.expect_log(STALE)
-def test_b99_another_users_process_is_no_daemon(
+def test_b102_another_users_process_is_no_daemon(
     table: Path, place: str, fusermount3: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     enter(table, place)
@@ -375,7 +375,7 @@ def test_a_mountpoint_is_claimed_by_one_daemon_at_a_time(table: Path, place: str
 
 
 @needs_root
-def test_b99_a_lock_on_the_mountpoint_is_no_claim(table: Path) -> None:
+def test_b102_a_lock_on_the_mountpoint_is_no_claim(table: Path) -> None:
     code = (
         "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX); print('locked', flush=True)"
     )
@@ -386,7 +386,7 @@ def test_b99_a_lock_on_the_mountpoint_is_no_claim(table: Path) -> None:
             pass
 
 
-def test_b99_claims_are_where_others_cannot_go(
+def test_b102_claims_are_where_others_cannot_go(
     table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for user, claims in ((0, tmp_path / "etcdfs"), (1000, tmp_path / "etcdfs-1000")):
@@ -397,7 +397,7 @@ def test_b99_claims_are_where_others_cannot_go(
 
 
 @pytest.mark.parametrize("planted", ["wide", "link"])
-def test_b99_a_directory_that_somebody_else_has_made_is_not_used(
+def test_b102_a_directory_that_somebody_else_has_made_is_not_used(
     table: Path, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
 ) -> None:
     claims = tmp_path / ("etcdfs" if os.geteuid() == 0 else f"etcdfs-{os.geteuid()}")

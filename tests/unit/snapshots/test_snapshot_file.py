@@ -133,7 +133,7 @@ def test_a_stream_that_is_dropped_is_gone(file: SnapshotFile) -> None:
     assert list(file.manifest.streams) == [Stream.KEYS]
 
 
-def test_b83_another_mount_is_kept_out_and_others_users_too(
+def test_b86_another_mount_is_kept_out_and_others_users_too(
     tmp_path: Path, file: SnapshotFile
 ) -> None:
     with pytest.raises(StateDirectoryError, match="used by another mount"):
@@ -205,14 +205,14 @@ def believed(directory: Path, content: bytes) -> State | None:
     return None if read_back is None else read_back[1]
 
 
-def test_b83_a_file_that_was_cut_is_refused(in_memory: Path) -> None:
+def test_b86_a_file_that_was_cut_is_refused(in_memory: Path) -> None:
     whole = closed_one(in_memory / "whole", SMALL)
     assert believed(in_memory / "cut", whole) == SMALL
     for length in range(0, len(whole), 37):
         assert believed(in_memory / "cut", whole[:length]) is None, length
 
 
-def test_b83_no_changed_byte_changes_what_is_believed(in_memory: Path) -> None:
+def test_b86_no_changed_byte_changes_what_is_believed(in_memory: Path) -> None:
     whole = closed_one(in_memory / "whole", SMALL)
     used = [at for at, byte in enumerate(whole) if byte]
     refused = 0
@@ -225,7 +225,7 @@ def test_b83_no_changed_byte_changes_what_is_believed(in_memory: Path) -> None:
     assert refused > len(used) / 2, "most of what is not empty says something"
 
 
-def test_b83_another_format_is_refused(tmp_path: Path) -> None:
+def test_b86_another_format_is_refused(tmp_path: Path) -> None:
     closed_one(tmp_path, SMALL)
     with closing(sqlite3.connect(tmp_path / NAME)) as other:
         other.execute("PRAGMA user_version = 2")
@@ -238,7 +238,7 @@ def test_b83_another_format_is_refused(tmp_path: Path) -> None:
         assert found(file) == (3, SMALL)
 
 
-def test_b83_an_entry_that_got_lost_is_missed(tmp_path: Path) -> None:
+def test_b86_an_entry_that_got_lost_is_missed(tmp_path: Path) -> None:
     closed_one(tmp_path, SMALL)
     with closing(sqlite3.connect(tmp_path / NAME)) as other, other:
         assert other.execute("DELETE FROM keys_1 WHERE key = ?", (b"/a",)).rowcount == 1
@@ -249,7 +249,7 @@ def test_b83_an_entry_that_got_lost_is_missed(tmp_path: Path) -> None:
 # --- the end of the power, and of the process -----------------------------------------------
 
 
-def test_b82_a_write_cut_at_any_byte_leaves_the_old_or_the_new(in_memory: Path) -> None:
+def test_b85_a_write_cut_at_any_byte_leaves_the_old_or_the_new(in_memory: Path) -> None:
     """What is on disk when a write is cut: the file as it was, and the log up to there.
 
     SQLite writes the file itself only once the log is on disk whole.
@@ -296,7 +296,7 @@ def _write_for_ever(directory: Path, told: int) -> None:
         os.write(told, b"%d\n" % revision)
 
 
-def test_b82_killed_at_any_moment_all_is_there_that_was_written(in_memory: Path) -> None:
+def test_b85_killed_at_any_moment_all_is_there_that_was_written(in_memory: Path) -> None:
     rng = random.Random(1)
     last = 0
     for _ in range(200):
