@@ -126,7 +126,7 @@ def test_b128_what_another_mount_renames_goes_and_comes(cached: Lab, other: Lab)
 
 def test_b128_other_attributes_are_heard_of_where_they_belong(cached: Lab, other: Lab) -> None:
     cached.put("d/f", b"1")
-    cached.put("end", b"")
+    other.mounted.wait(cached.put("end", b""))
     os.symlink("nowhere", other.path / "d/link")
     until(lambda: os.path.islink(cached.path / "d/link"))
     inside = cached.path / "d"

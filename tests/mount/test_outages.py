@@ -412,7 +412,7 @@ def test_b81_an_etcd_that_does_not_come_ends_the_wait(own_etcd: EtcdProcess, mnt
 
 
 _LOSE_A_PAGE = """
-from etcdfs.daemon import snapshots
+from etcdfs.daemon import first_state
 from etcdfs.errors import StoreUnavailableError
 from etcdfs.etcd.client import EtcdStore
 from etcdfs.daemon.main import main
@@ -426,7 +426,7 @@ async def lossy(self, *args, **kwargs):
         raise StoreUnavailableError("planted")
     return await whole(self, *args, **kwargs)
 EtcdStore.range = lossy
-snapshots.RETRY_S = 0.01
+first_state.RETRY_S = 0.01
 """
 
 

@@ -124,7 +124,7 @@ def test_b92_a_service_starts_with_its_last_state_while_etcd_is_away(
 
 _PATH_UNITS = """
 [Path]
-{kind}=/mnt/etcd/app/{name}
+{kind}=/mnt/etcd/path-units/{name}
 Unit=reload@{kind}.service
 [Unit]
 DefaultDependencies=no
@@ -136,7 +136,7 @@ DefaultDependencies=no
 StartLimitIntervalSec=0
 [Service]
 Type=oneshot
-ExecStart=/bin/sh -c 'cat /mnt/etcd/app/* >/run/reloaded-%i'
+ExecStart=/bin/sh -c 'cat /mnt/etcd/path-units/* >/run/reloaded-%i'
 """
 
 
@@ -145,8 +145,8 @@ def test_b128_path_units_start_what_waits_for_a_change(
     machine: PrivateRoot, shared_etcd: EtcdProcess, name: str
 ) -> None:
     configure(machine, endpoints=shared_etcd.client_url)
-    shared_etcd.etcdctl("put", "/app/conf", "0")
-    shared_etcd.etcdctl("put", "/.etcdfs/attrs//app/conf", '{"mode":"0644","uid":1}')
+    shared_etcd.etcdctl("put", "/path-units/conf", "0")
+    shared_etcd.etcdctl("put", "/.etcdfs/attrs//path-units/conf", '{"mode":"0644","uid":1}')
     kinds = ("PathChanged", "PathModified")
     machine.run(f"systemctl start {UNIT}")
     for kind in kinds:
@@ -161,7 +161,7 @@ def test_b128_path_units_start_what_waits_for_a_change(
     )
     try:
         for value in ("1", "22", "333"):
-            shared_etcd.etcdctl("put", "/app/conf", value)
+            shared_etcd.etcdctl("put", "/path-units/conf", value)
             for kind in kinds:
                 until(
                     lambda kind=kind, value=value: (
@@ -231,8 +231,11 @@ def test_b44_a_read_only_service_sees_what_is_open(
         assert "NO_OPEN" in status["fast_path"]
         shown_by = set()
         for value in ("1", "22", "333"):
-            shared_etcd.etcdctl("put", "/theirs", value)
-            until(lambda value=value: machine.run("cat /mnt/etcd/theirs") == value)  # type: ignore[misc]
+            told = shared_etcd.etcdctl("put", "/theirs", value, "--write-out=json")
+            # Not by reading it: what somebody reads at that moment is open.
+            revision = json.loads(told)["header"]["revision"]
+            machine.run(f"getfattr -n user.etcdfs.wait.{revision} /mnt/etcd")
+            assert machine.run("cat /mnt/etcd/theirs") == value
             shown_by.add(machine.run("stat -c %i /mnt/etcd/theirs"))
         assert len(shown_by) == 1, "what is not known to be closed gets another inode"
     finally:
