@@ -319,7 +319,8 @@ class Applier:
         if not stale or self._rounds == SWITCH_ROUNDS:
             self._apply_batch(batch, plan, late=stale)
             return
-        if self.invalidator.at_once(stale, {file.inode for file in plan.renewed}):
+        unopened = {file.inode for file in plan.renewed if file.reopened is None}
+        if self.invalidator.at_once(stale, unopened):
             self._note_asked(plan, stale)
             self._apply_batch(batch, plan, late=set())
             return
