@@ -8,6 +8,7 @@ Fixtures:
     other: A second cached mount of the same etcd.
 """
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 
+from etcdfs.fuse.procfs import sees_all_watches
 from tests.mount.lab import LONG_S, MODES, PATIENCE_S, Lab, Pool, memory_directory
 from tests.support.etcd_process import EtcdProcess
 from tests.support.profile import NIGHTLY
@@ -74,7 +76,10 @@ def watched(request: pytest.FixtureRequest, pool: Pool) -> Iterator[None]:
 def options_for(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """Return the options that a test's marks ask for."""
     counts = request.node.get_closest_marker("counts_requests") is not None
-    return ("--inotify", "off") if counts else ()
+    # In a container everybody may watch, so that every change raises events.
+    asked = "--inotify" in os.environ.get("MOUNT_OPTIONS", "")
+    raises_all = asked or not sees_all_watches(allow_other=False)
+    return ("--inotify", "off") if counts and raises_all else ()
 
 
 @pytest.fixture

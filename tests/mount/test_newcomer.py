@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.fuse, pytest.mark.etcd, needs_root, pytest.mark.progra
 
 MEMBERS = "abc"
 PASSWORD = "a word with spaces"
+ETCDFS = str(Path(sys.executable).with_name("etcdfs"))
 PAGE = (Path(__file__).parents[2] / "docs/man/mount.etcdfs.md").read_text()
 FSTAB, SERVICE = re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
@@ -115,7 +116,7 @@ def test_a_newcomer_mounts_a_secured_cluster_in_fstab(site: Site, tmp_path: Path
         cp "$2" /etc/etcdfs/ca.pem
         (umask 077; echo "$3" >/etc/etcdfs/password)
         """,
-        str(Path(sys.executable).with_name("etcdfs")),
+        ETCDFS,
         str(tmp_path / "authority" / "ca.pem"),
         PASSWORD,
     )
@@ -135,5 +136,5 @@ def test_a_newcomer_mounts_a_secured_cluster_in_fstab(site: Site, tmp_path: Path
     options = re.findall(r"^(ETCDFS_\w+)=(.*)$", SERVICE, re.MULTILINE)
     assert [name for name, _ in options][:2] == ["ETCDFS_ENDPOINTS", "ETCDFS_PREFIX"]
     variables = [f"{name}={value}" for name, value in options]
-    site.run('env "$@" ETCDFS_CACHE=true etcdfs mount /mnt/etcd', *variables)
-    assert site.run("cat /mnt/etcd/after; etcdfs umount /mnt/etcd") == "again\n"
+    site.run('env "$@" mount /mnt/etcd', *variables, "ETCDFS_CACHE=true", ETCDFS)
+    assert site.run('cat /mnt/etcd/after; "$1" umount /mnt/etcd', ETCDFS) == "again\n"

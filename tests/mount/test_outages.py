@@ -104,8 +104,14 @@ def test_b78_a_silent_etcd_is_told_from_a_quiet_one(
         assert (mounted.path / "file").read_bytes() == b"one"
         quiet_until = time.monotonic() + 1
         eventually(lambda: time.monotonic() > quiet_until)
+
+        def is_well() -> bool:
+            link = mounted.statistics()["staleness"]
+            assert link["losses"] == 0
+            return bool(link["connected"] and not link["stale_s"])
+
+        eventually(is_well)  # at once, unless the machine is busy while etcd is asked
         link = mounted.statistics()["staleness"]
-        assert (link["connected"], link["losses"], link["stale_s"]) == (True, 0, 0)
         assert link["silent_s"] < 1, "etcd was asked, and answered"
         mounted.expect_log("")
         with fault(own_etcd, hole):

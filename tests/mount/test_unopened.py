@@ -16,6 +16,7 @@ import pytest
 from etcdfs.daemon.kernel_threads import may_look
 from tests.mount import test_coherence
 from tests.mount.client import Client
+from tests.mount.conftest import options_for
 from tests.mount.lab import Lab, Pool
 from tests.mount.machine.twins import drop_caches
 from tests.mount.posix.calls import errno_of, opened
@@ -35,9 +36,10 @@ MANY = 300
 
 
 @pytest.fixture
-def read(pool: Pool, etcd_binary: Path, cached: Lab) -> Lab:
+def read(request: pytest.FixtureRequest, pool: Pool, etcd_binary: Path, cached: Lab) -> Lab:
     """Return the same directory as `cached`'s in a mount that is read only."""
-    mounted = pool.mounted(etcd_binary, "--cache", "--read-only", "--kernel-timeout", "600")
+    options = ("--read-only", "--kernel-timeout", "600", *options_for(request))
+    mounted = pool.mounted(etcd_binary, "--cache", *options)
     mounted.wait(cached.client.revision())
     assert "NO_OPEN" in mounted.statistics()["fast_path"]
     path = mounted.path / cached.path.name
@@ -47,6 +49,7 @@ def read(pool: Pool, etcd_binary: Path, cached: Lab) -> Lab:
 # --- what it costs --------------------------------------------------------------------------
 
 
+@pytest.mark.counts_requests
 def test_b43_what_is_read_again_costs_nothing(read: Lab) -> None:
     put_all(read, [("d/file", b"value" * 1000), ("d/other", b"")])
     path, directory = read.path / "d/file", read.path / "d"
@@ -67,6 +70,7 @@ def test_b43_what_is_read_again_costs_nothing(read: Lab) -> None:
     assert read_once(path) == b"another"
 
 
+@pytest.mark.counts_requests
 def test_b43_a_link_that_is_read_again_costs_nothing(read: Lab, cached: Lab) -> None:
     (cached.path / "link").symlink_to("target")
     read.shown(read.client.revision())
@@ -74,6 +78,7 @@ def test_b43_a_link_that_is_read_again_costs_nothing(read: Lab, cached: Lab) -> 
     assert not requests_of(read, lambda: [(read.path / "link").readlink() for _ in range(10)])
 
 
+@pytest.mark.counts_requests
 def test_b43_many_files_cost_a_request_each_at_most(read: Lab) -> None:
     put_all(read, [(f"d/{number:04d}", b"value %d" % number) for number in range(MANY)])
 
@@ -96,6 +101,7 @@ def test_b43_many_files_cost_a_request_each_at_most(read: Lab) -> None:
     assert not third
 
 
+@pytest.mark.counts_requests
 def test_b43_reading_between_changes_costs_nothing(read: Lab) -> None:
     path = read.path / "file"
     for number in range(20):

@@ -26,6 +26,7 @@ for name in usr etc; do
     mkdir "$0/$name" "$0/$name.work"
     mount -t overlay overlay -o "lowerdir=/$name,upperdir=$0/$name,workdir=$0/$name.work" "/$name"
 done
+[ -e /etc/mtab ] || ln -s ../proc/self/mounts /etc/mtab
 mount -t tmpfs tmpfs /mnt
 [ ! -e /sys/class/net/lo ] || ip link set lo up 2>/dev/null || true
 """
