@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from etcdfs.errors import CallerError, CommandError, EtcdfsError, SnapshotError, StoreError
-from etcdfs.options import OPTIONS
+from etcdfs.options import OPTIONS, MountOptions
 from tests.support.manual_pages import MANUAL, pages
 from tests.support.reference_page import reference
 
@@ -69,6 +70,12 @@ def test_every_error_is_somebodys_fault() -> None:
 def test_exit_codes_differ() -> None:
     codes = [error.exit_code for error in below(CommandError) if issubclass(error, CommandError)]
     assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(MountOptions)])
+def test_every_option_is_read(field: str) -> None:
+    modules = [path for path in (ROOT / "etcdfs").rglob("*.py") if path.name != "options.py"]
+    assert any(f".{field}" in path.read_text() for path in modules), "nobody reads it"
 
 
 def test_the_reference_is_what_the_tables_say() -> None:
