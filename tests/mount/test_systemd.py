@@ -140,6 +140,13 @@ ExecStart=/bin/sh -c 'cat /mnt/etcd/path-units/* >/run/reloaded-%i'
 """
 
 
+_WHAT_IS_THERE = f"""
+head /mnt/etcd/path-units/* /run/reloaded-* || true
+systemctl --no-pager status {UNIT} 'on-*' 'reload@*' || true
+tail -n 20 /run/etcdfs.log; cat /mnt/etcd/.etcdfs/status
+"""
+
+
 @pytest.mark.parametrize("name", ["conf", ""], ids=["file", "directory"])
 def test_b128_path_units_start_what_waits_for_a_change(
     machine: PrivateRoot, shared_etcd: EtcdProcess, name: str
@@ -159,18 +166,18 @@ def test_b128_path_units_start_what_waits_for_a_change(
         """,
         _RELOADER,
     )
+
+    def is_reloaded(kind: str, value: str) -> bool:
+        return machine.run(f"cat /run/reloaded-{kind} || true") == value
+
     try:
         for value in ("1", "22", "333"):
             shared_etcd.etcdctl("put", "/path-units/conf", value)
             for kind in kinds:
-                until(
-                    lambda kind=kind, value=value: (
-                        machine.run(  # type: ignore[misc]
-                            f"cat /run/reloaded-{kind} || true"
-                        )
-                        == value
-                    )
-                )
+                until(partial(is_reloaded, kind, value))
+    except AssertionError as exc:
+        exc.add_note(machine.run(_WHAT_IS_THERE))
+        raise
     finally:
         machine.run(f"systemctl stop on-PathChanged.path on-PathModified.path {UNIT}")
 
