@@ -20,8 +20,7 @@ from cachetools import LRUCache
 
 from etcdfs.files.handles import STORE_MAX
 from etcdfs.keyspace.store import Revision
-from etcdfs.tree.inodes import Directory, File, Inode, Node
-from etcdfs.tree.node_attributes import type_of
+from etcdfs.tree.inodes import Directory, File, Inode, Node, type_of
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.value_cache import ValueCache
 

@@ -42,7 +42,7 @@ from pyfuse3 import FileHandleT, FileInfo, FUSEError
 from etcdfs.errors import StaleError
 from etcdfs.fuse.operations import pack
 from etcdfs.keyspace.keys import NAME_MAX
-from etcdfs.tree.inodes import Dentry, Directory, File, Inode, Node
+from etcdfs.tree.inodes import Dentry, Directory, File, Inode, Node, type_of
 from etcdfs.tree.tree import ROOT_INODE, Tree
 from etcdfs.vfs.attributes import Attributes
 from etcdfs.vfs.filesystem import Filesystem
@@ -344,7 +344,7 @@ def kind(node: Node) -> str:
     """Return "directory", "file", or what else an attribute record makes of a key."""
     if isinstance(node, Directory):
         return "directory"
-    return "file" if node.stored_record is None else node.stored_record.record.type or "file"
+    return type_of(node.stored_record) or "file"
 
 
 # --- the calls -------------------------------------------------------------------------------

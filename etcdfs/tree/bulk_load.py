@@ -17,8 +17,8 @@ from functools import partial
 from etcdfs.keyspace.attribute_records import is_record_key, owner_of
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, is_plain
 from etcdfs.keyspace.store import KeyValue, Revision
-from etcdfs.tree.inodes import Directory, File, Inode, KeyState, Node, key_state_of
-from etcdfs.tree.node_attributes import stored_record_of, type_of
+from etcdfs.tree.inodes import Directory, File, Inode, KeyState, Node, key_state_of, type_of
+from etcdfs.tree.node_attributes import stored_record_of
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import NameChange
 

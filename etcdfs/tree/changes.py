@@ -24,8 +24,9 @@ from etcdfs.tree.inodes import (
     Node,
     StoredRecord,
     key_state_of,
+    type_of,
 )
-from etcdfs.tree.node_attributes import holds, is_news, stored_record_of, type_of
+from etcdfs.tree.node_attributes import holds, is_news, stored_record_of
 from etcdfs.tree.tree import Tree
 
 _RESERVED: Final = frozenset((VALUE_NAME, MARKER_NAME))

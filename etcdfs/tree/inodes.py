@@ -22,7 +22,7 @@ from typing import Final, NamedTuple, NewType, Protocol, final
 
 from cachetools import LRUCache
 
-from etcdfs.keyspace.attribute_records import Record
+from etcdfs.keyspace.attribute_records import Record, Type
 from etcdfs.keyspace.store import KeyValue, Revision
 
 Inode = NewType("Inode", int)
@@ -346,9 +346,14 @@ class UnseenOpens:
         self.deciding, self.opened = set(), set()
 
 
+def type_of(stored_record: StoredRecord | None) -> Type | None:
+    """Return what a node is, if not a file or a directory."""
+    return None if stored_record is None else stored_record.record.type
+
+
 def _has_type(file: File) -> bool:
     """Tell whether what looks like a file is a link, say: nobody can have that open."""
-    return file.stored_record is not None and file.stored_record.record.type is not None
+    return type_of(file.stored_record) is not None
 
 
 def take_over(file: File, target: File) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from etcdfs.keyspace.attribute_records import (
     Record,
-    Type,
     is_record_key,
     owner_of,
     read,
@@ -59,11 +58,6 @@ def is_mtime_true(node: Node) -> bool:
     return mtime_ns is not None and (
         node.key_state is None or record_of(node).mtime_at(node.key_state.mod_revision) is not None
     )
-
-
-def type_of(stored_record: StoredRecord | None) -> Type | None:
-    """Return what a node is, if not a file or a directory."""
-    return None if stored_record is None else stored_record.record.type
 
 
 def is_news(stored_record: StoredRecord | None, node: Node, key_state: KeyState | None) -> bool:

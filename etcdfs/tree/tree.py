@@ -50,6 +50,7 @@ from etcdfs.tree.inodes import (
     TreeStatistics,
     UnseenOpens,
     is_local,
+    type_of,
 )
 
 ROOT_INODE: Final = Inode(1)  # FUSE_ROOT_ID, include/uapi/linux/fuse.h
@@ -182,7 +183,11 @@ class Tree:
     def successor(self, file: File) -> File | None:
         """Return the version that has superseded a file without a name, if it can be that, too."""
         found = None if file.lost_key is None else self.find(file.lost_key)
-        if found is None or not isinstance(found[0], File) or _type(found[0]) != _type(file):
+        if (
+            found is None
+            or not isinstance(found[0], File)
+            or type_of(found[0].stored_record) != type_of(file.stored_record)
+        ):
             return None
         return found[0]
 
@@ -192,7 +197,7 @@ class Tree:
         Not what somebody has open: a reader would see the old size with new bytes. Nor a link whose
         target the kernel has: a READLINK under way would bring it back, and no open ask again.
         """
-        is_kept_link = file.pages is not None and _type(file) == "symlink"
+        is_kept_link = file.pages is not None and type_of(file.stored_record) == "symlink"
         is_open = file.handles or file.inode in self.unseen.opened
         return not (is_open or file.removed or file.key_state is None or is_kept_link)
 
@@ -590,7 +595,3 @@ class Tree:
     def _touch(self, directory: Directory) -> None:
         directory.mtime_ns = directory.ctime_ns = max(self.clock(), directory.mtime_ns + 1)
         directory.changes += 1
-
-
-def _type(file: File) -> str | None:
-    return None if file.stored_record is None else file.stored_record.record.type

@@ -24,13 +24,21 @@ from etcdfs.keyspace.attribute_records import RECHECK_S, record_key, record_rang
 from etcdfs.keyspace.keys import MARKER_NAME, VALUE_NAME, Keyspace, is_part
 from etcdfs.keyspace.paging import Pages, Paging, check_nearer
 from etcdfs.keyspace.store import Event, KeyValue, Store, range_end
-from etcdfs.tree.inodes import Cached, Dentry, Directory, File, Node, is_local, key_state_of
+from etcdfs.tree.inodes import (
+    Cached,
+    Dentry,
+    Directory,
+    File,
+    Node,
+    is_local,
+    key_state_of,
+    type_of,
+)
 from etcdfs.tree.node_attributes import (
     bind,
     holds,
     key_state_of_node,
     stored_record_of,
-    type_of,
 )
 from etcdfs.tree.tree import Tree
 from etcdfs.tree.update import Update

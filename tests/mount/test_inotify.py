@@ -15,7 +15,7 @@ from etcdfs.fuse.procfs import sees_all_watches
 from etcdfs.process.mountpoint import find_mounted
 from tests.mount.client import Client
 from tests.mount.lab import Lab, Pool, memory_directory
-from tests.mount.posix.calls import renameat2
+from tests.mount.posix.calls import RENAME_EXCHANGE, renameat2
 from tests.mount.test_faults import daemon
 from tests.support.churn import until
 from tests.support.etcd_process import EtcdProcess
@@ -28,7 +28,6 @@ from tests.support.watcher import Watcher
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
 END = "CLOSE_WRITE end"
-RENAME_EXCHANGE = 2
 
 
 def inotify(mounted: Mounted) -> Any:

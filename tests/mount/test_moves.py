@@ -14,13 +14,11 @@ import pytest
 
 from tests.mount.client import Client
 from tests.mount.lab import Lab, Pool, sh
-from tests.mount.posix.calls import renameat2
+from tests.mount.posix.calls import RENAME_EXCHANGE, RENAME_NOREPLACE, renameat2
 from tests.mount.racer import race
 
 pytestmark = [pytest.mark.etcd, pytest.mark.fuse]
 
-RENAME_NOREPLACE = 1
-RENAME_EXCHANGE = 2
 RENAME_WHITEOUT = 4
 RACERS = 50
 FEWER = 9
